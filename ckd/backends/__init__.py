@@ -1,0 +1,94 @@
+"""Which code serves a call: an ordered list of backends, each of which says why it cannot.
+
+A backend is a module of this package with `unsupported(problem) -> str | None` (the reason in
+words, or None) and, for each op, `<op>_forward` and `<op>_backward`. Backends differ in speed,
+never in results; `ckd/backends/reference.py` defines what they compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+
+from ckd import _hints
+from ckd.backends import reference
+from ckd.backends.interface import Problem
+
+# "auto" takes the first that serves the problem, so the fastest stands first.
+ORDER: dict[str, ModuleType] = {"reference": reference}
+
+# Names that the API reserves and this version does not ship; asking for one says so.
+NOT_SHIPPED = ("cuda", "triton", "cpu")
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot serve the call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend `auto` takes, and for every other one the reason in words (None: it could)."""
+
+    chosen: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"auto takes {self.chosen!r}"]
+        for name, reason in self.reasons.items():
+            if name != self.chosen:
+                lines.append(
+                    f"  {name}: {reason or 'could serve too, but stands later in the order'}"
+                )
+        return "\n".join(lines)
+
+
+def available() -> tuple[str, ...]:
+    """The names of the backends that this installation can run, fastest first."""
+    return tuple(ORDER)
+
+
+def explain(
+    student: Tensor, bank: Tensor, weight: Tensor | None = None, *, op: str = "contrastive_ce"
+) -> Explanation:
+    """Which backend would serve this call, and why not the others.
+
+    Args:
+        student: [B, W], as for the op. bank: [K, D]. weight: [W, D] or None.
+        op: "contrastive_ce" or "similarity".
+
+    >>> print(ckd.backends.explain(student, bank, weight))
+    """
+    problem = Problem.of(op, student, bank, weight)
+    return Explanation(resolve("auto", problem), _reasons(problem))
+
+
+def resolve(name: str, problem: Problem) -> str:
+    """The concrete backend for `name`, which may be "auto".
+
+    Raises:
+        ValueError: no backend has that name.
+        BackendError: the named backend cannot serve the problem. It never falls back.
+    """
+    if name == "auto":
+        for candidate, module in ORDER.items():
+            if module.unsupported(problem) is None:
+                return candidate
+        reasons = "; ".join(f"{k}: {v}" for k, v in _reasons(problem).items())
+        raise BackendError(f"no backend serves this problem: {reasons}")
+    if name in NOT_SHIPPED:
+        raise BackendError(f"backend {name!r} cannot be used: this version of ckd does not ship it")
+    if name not in ORDER:
+        raise ValueError(_hints.unknown("backend", name, ("auto", *NOT_SHIPPED, *ORDER)))
+    reason = ORDER[name].unsupported(problem)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
+    return name
+
+
+def _reasons(problem: Problem) -> dict[str, str | None]:
+    reasons: dict[str, str | None] = dict.fromkeys(
+        NOT_SHIPPED, "this version of ckd does not ship it"
+    )
+    return reasons | {name: module.unsupported(problem) for name, module in ORDER.items()}

@@ -1,0 +1,85 @@
+"""What passes between the ops and the backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op: sizes, dtypes and device type, no tensors.
+
+    `allow_half` says that matrix operands may be rounded to half precision (accumulation and the
+    softmax stay float32): the student is half precision, or autocast is on.
+    """
+
+    op: str
+    batch: int  # B, student rows
+    bank_rows: int  # K
+    teacher_dim: int  # D
+    student_dim: int  # W
+    device_type: str
+    student_dtype: torch.dtype
+    bank_dtype: torch.dtype
+    weight_dtype: torch.dtype | None  # None: no projection
+    allow_half: bool
+
+    @classmethod
+    def of(cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None) -> Problem:
+        device_type = student.device.type
+        half_student = student.dtype in (torch.float16, torch.bfloat16)
+        return cls(
+            op=op,
+            batch=student.shape[0],
+            bank_rows=bank.shape[0],
+            teacher_dim=bank.shape[1],
+            student_dim=student.shape[1],
+            device_type=device_type,
+            student_dtype=student.dtype,
+            bank_dtype=bank.dtype,
+            weight_dtype=None if weight is None else weight.dtype,
+            allow_half=half_student or torch.is_autocast_enabled(device_type),
+        )
+
+
+class Options(NamedTuple):
+    """How the contrastive cross-entropy treats targets, and what precision it may use."""
+
+    label_smoothing: float
+    ignore_index: int
+    allow_half: bool  # see Problem; permission, not an order
+
+
+class Forward(NamedTuple):
+    """The forward of the contrastive cross-entropy; float32, or float64 for a float64 student.
+
+    With it the backward for student and logit_scale needs no second look at the bank.
+    """
+
+    nll: Tensor  # [B] loss per row, 0 where ignored
+    lse: Tensor  # [B] log sum exp over the whole bank
+    p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
+    residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
+    attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    student: bool
+    weight: bool
+    bias: bool
+    logit_scale: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in their inputs' dtypes; an empty tensor [0] where none was asked for."""
+
+    student: Tensor
+    weight: Tensor
+    bias: Tensor
+    logit_scale: Tensor

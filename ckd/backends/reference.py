@@ -1,0 +1,313 @@
+"""The definition of every op in plain torch: exact, on any device, in memory bounded by a tile.
+
+The bank is read in tiles of rows. Arithmetic is float32 (float64 for a float64 student) whatever
+the inputs, autocast and `allow_half` say; no [B, K] array of logits and no projected bank ever
+exist. Backward passes are analytic. In the comments u = s/|s|, z = P t + b, n = z/|z| and
+l = logit_scale u.n.
+
+Rows whose norm is below MIN_NORM count as zero: logits 0, gradient 0. Rows whose norm is not
+finite give NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem
+
+MIN_NORM = 1e-6
+TILE_ELEMENTS = 1 << 21  # of the largest array of a tile: 8 MiB in float32
+MIN_TILE_ROWS = 64  # below this, matrix products are too thin to be worth their overhead
+
+
+def unsupported(problem: Problem) -> str | None:
+    """None: every problem is served."""
+    return None
+
+
+def contrastive_ce_forward(
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    options: Options,
+    *,
+    save_residual: bool,
+    save_attention: bool,
+) -> Forward:
+    """One pass over the bank: loss, lse and what the backward for student and scale needs.
+
+    The sums leave the target out: with a = log sum_{k != y} exp(l_k) - l_y, the loss is
+    softplus(a) and E - n_y = sigmoid(a) (E' - n_y), E' being the mean of n over k != y. Nothing
+    cancels when the softmax is peaked, where lse - l_y and E - n_y would lose every digit.
+    """
+    label_smoothing, ignore_index, _ = options
+    with _exact(student):
+        u, _ = _unit_rows(student.to(_accumulator(student)))
+        tau = _positive(logit_scale)
+        query = tau * u
+        has_target = _has_target(target, bank.shape[0], ignore_index)
+
+        total = u.new_zeros(len(u), 1)  # sum over k != y of exp(l - shift)
+        shift = (-tau).expand(len(u), 1)  # running maximum of l; l >= -tau always
+        values = torch.zeros_like(u)  # sum over k != y of exp(l - shift) n
+        n_sum = u.new_zeros(u.shape[1])
+        n_target = torch.zeros_like(u)
+        l_target = torch.full_like(total, -torch.inf)
+
+        for tile in _tiles(u, bank, weight, bias):
+            logits = query @ tile.n.T
+            inside, column = tile.locate(target, has_target)
+            picked = logits.gather(1, column)
+            l_target = torch.where(inside, picked, l_target)
+            n_target = torch.where(inside, tile.n[column.squeeze(1)], n_target)
+            logits.scatter_(1, column, picked.masked_fill(inside, -torch.inf))
+
+            new_shift = torch.maximum(shift, logits.amax(1, keepdim=True))
+            rescale = torch.exp(shift - new_shift)
+            p = logits.sub_(new_shift).exp_()
+            total = total * rescale + p.sum(1, keepdim=True)
+            if save_residual or save_attention:
+                values = torch.addmm(values * rescale, p, tile.n)
+            if label_smoothing > 0:
+                n_sum += tile.n.sum(0)
+            shift = new_shift
+
+        log_other = shift + total.log()
+        log_odds = log_other - l_target  # of "not the target"; +inf where there is no target
+        p_other = torch.sigmoid(log_odds)
+        nll = torch.logaddexp(log_odds, torch.zeros_like(log_odds))
+        lse = torch.logaddexp(l_target, log_other)
+        n_other = values / total.masked_fill(total == 0, 1)
+        n_mean = n_sum / len(bank)
+        residual = p_other * (n_other - n_target)
+        if label_smoothing > 0:
+            nll = nll + label_smoothing * (l_target - query @ n_mean.unsqueeze(1))
+            residual = residual + label_smoothing * (n_target - n_mean)
+        attention = p_other * n_other + (1 - p_other) * n_target
+
+        without = _loss_without_target(target, ignore_index, nll)
+        nothing = u.new_empty(0)
+        return Forward(
+            nll=torch.where(has_target, nll.squeeze(1), without),
+            lse=lse.squeeze(1),
+            p_other=p_other.squeeze(1),
+            residual=residual * has_target.unsqueeze(1) if save_residual else nothing,
+            attention=attention if save_attention else nothing.clone(),
+        )
+
+
+def contrastive_ce_backward(
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    saved: Forward,
+    needs: Needs,
+    options: Options,
+) -> Gradients:
+    """Gradients for d_nll and d_lse [B]; only weight and bias read the bank again."""
+    label_smoothing, ignore_index, _ = options
+    with _exact(student):
+        u, inverse_norm = _unit_rows(student.to(_accumulator(student)))
+        tau = _positive(logit_scale)
+        has_target = _has_target(target, bank.shape[0], ignore_index).unsqueeze(1)
+        zero = u.new_zeros(len(u), 1)
+        g = zero if d_nll is None else d_nll.to(u.dtype).unsqueeze(1) * has_target
+        h = zero if d_lse is None else d_lse.to(u.dtype).unsqueeze(1)
+
+        d_student, d_logit_scale = u.new_empty(0), u.new_empty(0)
+        if needs.student or needs.logit_scale:
+            slope = torch.zeros_like(u)
+            if d_nll is not None:
+                slope = slope + g * saved.residual
+            if d_lse is not None:
+                slope = slope + h * saved.attention
+            d_student, d_logit_scale = _row_gradients(slope, u, inverse_norm, tau, needs)
+
+        projection = _ProjectionGradient(u, bank, weight, bias, needs)
+        if needs.weight or needs.bias:
+            query = tau * u
+            lse, p_other = saved.lse.unsqueeze(1), saved.p_other.unsqueeze(1)
+            smooth = g * (label_smoothing / len(bank))
+            for tile in _tiles(u, bank, weight, bias):
+                p = (query @ tile.n.T).sub_(lse).exp_()
+                inside, column = tile.locate(target, has_target.squeeze(1))
+                p_target = p.gather(1, column)
+                d_logits = (g + h) * p - smooth
+                # g (p - 1) at the target, as -g p_other: nothing cancels when p is close to 1.
+                at_target = h * p_target - g * (p_other - label_smoothing) - smooth
+                d_logits.scatter_(
+                    1, column, torch.where(inside, at_target, d_logits.gather(1, column))
+                )
+                projection.add(tile, tau * (d_logits.T @ u))
+        return Gradients(
+            student=d_student.to(student.dtype),
+            weight=projection.weight,
+            bias=projection.bias,
+            logit_scale=d_logit_scale.to(logit_scale.dtype),
+        )
+
+
+def similarity_forward(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    allow_half: bool,
+) -> Tensor:
+    """logit_scale u.n for every pair, [B, K]."""
+    with _exact(student):
+        u, _ = _unit_rows(student.to(_accumulator(student)))
+        query = _positive(logit_scale) * u
+        out = u.new_empty(len(u), len(bank))
+        for tile in _tiles(u, bank, weight, bias):
+            out[:, tile.start : tile.start + len(tile.n)] = query @ tile.n.T
+        return out
+
+
+def similarity_backward(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Needs,
+    allow_half: bool,
+) -> Gradients:
+    """Gradients for d_logits [B, K], in one pass over the bank."""
+    with _exact(student):
+        u, inverse_norm = _unit_rows(student.to(_accumulator(student)))
+        tau = _positive(logit_scale)
+        slope = torch.zeros_like(u)
+        projection = _ProjectionGradient(u, bank, weight, bias, needs)
+        for tile in _tiles(u, bank, weight, bias):
+            d_tile = d_logits[:, tile.start : tile.start + len(tile.n)].to(u.dtype)
+            if needs.student or needs.logit_scale:
+                slope = torch.addmm(slope, d_tile, tile.n)
+            if needs.weight or needs.bias:
+                projection.add(tile, tau * (d_tile.T @ u))
+        d_student, d_logit_scale = _row_gradients(slope, u, inverse_norm, tau, needs)
+        return Gradients(
+            student=d_student.to(student.dtype),
+            weight=projection.weight,
+            bias=projection.bias,
+            logit_scale=d_logit_scale.to(logit_scale.dtype),
+        )
+
+
+class _Tile(NamedTuple):
+    """A run of bank rows: raw t [n, D], unit rows n [n, W] and 1/r [n, 1]."""
+
+    start: int
+    t: Tensor
+    n: Tensor
+    inverse_norm: Tensor
+
+    def locate(self, target: Tensor, has_target: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each row's target lies in this tile [B, 1], and a column that is safe to index.
+
+        No host synchronisation: rows whose target lies elsewhere get a clamped column.
+        """
+        column = target - self.start
+        inside = has_target & (column >= 0) & (column < len(self.n))
+        return inside.unsqueeze(1), column.clamp(0, len(self.n) - 1).unsqueeze(1)
+
+
+def _tiles(u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None) -> Iterator[_Tile]:
+    """The bank in tiles, projected and normalised in the dtype of u."""
+    widest = max(len(u), u.shape[1], bank.shape[1])
+    rows = max(MIN_TILE_ROWS, TILE_ELEMENTS // widest)
+    p = None if weight is None else weight.to(u.dtype)
+    b = None if bias is None else bias.to(u.dtype)
+    for start in range(0, len(bank), rows):
+        t = bank[start : start + rows].to(u.dtype)
+        z = t if p is None else torch.nn.functional.linear(t, p, b)
+        yield _Tile(start, t, *_unit_rows(z))
+
+
+class _ProjectionGradient:
+    """Accumulates d_weight = dZ^T T and d_bias = sum_k dZ_k tile by tile."""
+
+    def __init__(
+        self, u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
+    ) -> None:
+        self._weight = u.new_zeros(u.shape[1], bank.shape[1]) if needs.weight else u.new_empty(0)
+        self._bias = u.new_zeros(u.shape[1]) if needs.bias else u.new_empty(0)
+        self._needs = needs
+        self._weight_dtype = u.dtype if weight is None else weight.dtype
+        self._bias_dtype = u.dtype if bias is None else bias.dtype
+
+    def add(self, tile: _Tile, d_n: Tensor) -> None:
+        d_z = _through_norm(d_n, tile.n, tile.inverse_norm)
+        if self._needs.weight:
+            self._weight.addmm_(d_z.T, tile.t)
+        if self._needs.bias:
+            self._bias += d_z.sum(0)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight.to(self._weight_dtype)
+
+    @property
+    def bias(self) -> Tensor:
+        return self._bias.to(self._bias_dtype)
+
+
+def _row_gradients(
+    slope: Tensor, u: Tensor, inverse_norm: Tensor, tau: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor]:
+    """d_student and d_logit_scale from slope = d loss / d (logit_scale u)."""
+    nothing = u.new_empty(0)
+    d_student = _through_norm(tau * slope, u, inverse_norm) if needs.student else nothing
+    d_logit_scale = (u * slope).sum() if needs.logit_scale else nothing.clone()
+    return d_student, d_logit_scale
+
+
+def _through_norm(d_unit: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
+    """d x for x -> x/|x|: (d - (d.unit) unit) / |x|."""
+    return (d_unit - (d_unit * unit).sum(1, keepdim=True) * unit) * inverse_norm
+
+
+def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x/|x| and 1/|x| [n, 1] by rows; zeros for both below MIN_NORM, NaN where |x| overflows."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    inverse = norm.reciprocal().masked_fill(norm < MIN_NORM, 0).masked_fill(norm.isinf(), torch.nan)
+    return x * inverse, inverse
+
+
+def _accumulator(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def _positive(logit_scale: Tensor) -> Tensor:
+    """NaN in place of a scale that the op refuses, so that a GPU says so without synchronising."""
+    return torch.where((logit_scale > 0) & logit_scale.isfinite(), logit_scale, torch.nan)
+
+
+def _has_target(target: Tensor, bank_rows: int, ignore_index: int) -> Tensor:
+    return (target != ignore_index) & (target >= 0) & (target < bank_rows)
+
+
+def _loss_without_target(target: Tensor, ignore_index: int, like: Tensor) -> Tensor:
+    """0 for ignored rows, NaN for those out of range."""
+    return torch.full_like(target, torch.nan, dtype=like.dtype).masked_fill(
+        target == ignore_index, 0
+    )
+
+
+def _exact(student: Tensor) -> torch.autocast:
+    """Matrix products here stay in the accumulator's dtype even inside an autocast region."""
+    return torch.autocast(student.device.type, enabled=False)

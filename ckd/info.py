@@ -1,0 +1,82 @@
+"""`python -m ckd.info`: what is installed, which backends work, and why the others do not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+import ckd
+
+CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "pillow", "tyro")
+# extra -> the distributions that it brings
+EXTRAS = {
+    "parquet": ("pyarrow",),
+    "hf": ("datasets", "transformers"),
+    "timm": ("timm",),
+    "tensorboard": ("tensorboard",),
+    "plots": ("matplotlib",),
+}
+
+
+def native_module() -> str:
+    """One line on `ckd._C`: how it was compiled, or why it is missing."""
+    if importlib.util.find_spec("ckd._C") is None:
+        report = Path(__file__).with_name("_build.json")
+        if not report.exists():
+            return "missing: never built here; install with pip install -e ."
+        return f"missing: {json.loads(report.read_text())['reason']}"
+    try:
+        from ckd import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        return f"present but cannot be loaded: {error}"
+    info = _C.build_info()
+    return f"{info['compiler']}, C++ {info['cxx_standard']}, {info['architecture']}"
+
+
+def devices() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(names)
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def report() -> str:
+    """The whole text, one fact a line."""
+    rows = [
+        ("ckd", ckd.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
+        ("gpu", devices()),
+        ("ckd._C", native_module()),
+    ]
+    rows += [(name, version(name) or "missing") for name in CORE]
+    for extra, distributions in EXTRAS.items():
+        found = [f"{name} {version(name) or 'missing'}" for name in distributions]
+        rows.append((f"[{extra}]", ", ".join(found)))
+    rows.append(("backends", ", ".join(ckd.backends.available())))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {value}" for name, value in rows]
+
+    student, bank = torch.zeros(1, 1), torch.zeros(1, 1)
+    explanation = str(ckd.backends.explain(student, bank))
+    return "\n".join([*lines, "", "for float32 tensors on the CPU:", explanation])
+
+
+def main() -> None:
+    print(report())
+
+
+if __name__ == "__main__":
+    main()

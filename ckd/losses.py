@@ -1,0 +1,127 @@
+"""Losses as modules: the op together with the parameters it trains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ckd.ops import contrastive_cross_entropy
+
+
+class EmbeddingDistillationLoss(nn.Module):
+    """Contrastive cross-entropy against a teacher's embeddings, with a trainable projection.
+
+        loss = contrastive_cross_entropy(student, bank, target, weight, bias, exp(log_logit_scale))
+
+    (CLIP-Embed-KD, arXiv 2404.06170.) The module owns `weight` [student_dim, teacher_dim] and
+    `bias` [student_dim], initialised like `nn.Linear`, and `log_logit_scale`, a 0-dim parameter
+    (or buffer) that holds the logarithm of the scale as CLIP does. Give its parameters to the
+    optimizer beside the student's; nothing of it is needed once the student is trained.
+
+    Args:
+        student_dim: W, width of the student's embedding.
+        teacher_dim: D, width of the bank.
+        projection: False to use the bank as it is, which needs D == W.
+        bias: whether the projection has a bias.
+        logit_scale: initial (or fixed) inverse temperature; 14.2857 = 1 / 0.07 as in CLIP.
+        learn_logit_scale: False keeps it fixed.
+        max_logit_scale: the learned scale never exceeds this (CLIP: 100).
+        label_smoothing, ignore_index, reduction, backend: as for the op.
+
+    Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none".
+
+    Raises:
+        ValueError: dimensions or scale that do not fit, naming the argument.
+
+    Example:
+        >>> criterion = ckd.EmbeddingDistillationLoss(256, 1024)
+        >>> loss = criterion(student(images), bank.centroids().half(), labels)
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        projection: bool = True,
+        bias: bool = True,
+        logit_scale: float = 14.2857,
+        learn_logit_scale: bool = True,
+        max_logit_scale: float = 100.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if student_dim < 1 or teacher_dim < 1:
+            raise ValueError(
+                "student_dim and teacher_dim must be at least 1, "
+                f"got student_dim={student_dim}, teacher_dim={teacher_dim}"
+            )
+        if not projection and student_dim != teacher_dim:
+            raise ValueError(
+                f"projection=False needs student_dim == teacher_dim, got {student_dim} and "
+                f"{teacher_dim}; leave projection=True to map {teacher_dim} to {student_dim}"
+            )
+        if not (math.isfinite(logit_scale) and 0 < logit_scale <= max_logit_scale):
+            raise ValueError(
+                f"logit_scale must lie in (0, max_logit_scale = {max_logit_scale}], "
+                f"got {logit_scale}"
+            )
+        self.student_dim, self.teacher_dim = student_dim, teacher_dim
+        self.max_logit_scale = max_logit_scale
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.backend = backend
+
+        self.weight = nn.Parameter(torch.empty(student_dim, teacher_dim)) if projection else None
+        self.bias = nn.Parameter(torch.empty(student_dim)) if projection and bias else None
+        log_scale = torch.tensor(math.log(logit_scale))
+        if learn_logit_scale:
+            self.log_logit_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_logit_scale", log_scale)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the projection as `nn.Linear` does: uniform within 1 / sqrt(teacher_dim)."""
+        bound = 1 / math.sqrt(self.teacher_dim)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """The scale in force, 0-dim."""
+        return self.log_logit_scale.exp()
+
+    def forward(self, student: Tensor, bank: Tensor, target: Tensor) -> Tensor:
+        if self.log_logit_scale.requires_grad:
+            # The parameter itself is held at the maximum: clamping its exponential instead would
+            # give a zero gradient beyond it, from which it could never come back.
+            with torch.no_grad():
+                self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        return contrastive_cross_entropy(
+            student,
+            bank,
+            target,
+            self.weight,
+            self.bias,
+            self.logit_scale,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"student_dim={self.student_dim}, teacher_dim={self.teacher_dim}, "
+            f"projection={self.weight is not None}, bias={self.bias is not None}, "
+            f"learn_logit_scale={isinstance(self.log_logit_scale, nn.Parameter)}, "
+            f"max_logit_scale={self.max_logit_scale}, backend={self.backend!r}"
+        )

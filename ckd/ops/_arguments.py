@@ -1,0 +1,132 @@
+"""Checks shared by the ops. Everything here is static (shapes, dtypes, devices) except
+`check_values`, which reads tensors and therefore runs inside the op and on the CPU alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_matrices(
+    student: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """Raise TypeError or ValueError that names the argument, what was expected and the remedy."""
+    _check_tensor("student", student, ("B", "W"), (*HALF, torch.float32, torch.float64))
+    # Only float64 mathematics has a use for float64 data; elsewhere it is a mistake that costs 4x.
+    wide = (torch.float64,) if student.dtype == torch.float64 else ()
+    _check_tensor("bank", bank, ("K", "D"), (*HALF, torch.float32, *wide), student)
+    if bank.requires_grad:
+        raise ValueError(
+            "bank never receives a gradient, but bank.requires_grad is True; pass bank.detach()"
+        )
+    if bank.shape[0] == 0:
+        raise ValueError("bank must hold at least one row, got shape [0, D]")
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias needs weight: without a projection pass bias=None")
+        if bank.shape[1] != student.shape[1]:
+            raise ValueError(
+                f"without weight, bank and student must be of one width, got bank "
+                f"{list(bank.shape)} and student {list(student.shape)}; pass weight "
+                f"[{student.shape[1]}, {bank.shape[1]}] to project the bank"
+            )
+        return
+    _check_tensor("weight", weight, ("W", "D"), (*HALF, torch.float32, *wide), student)
+    _check_shape("weight", weight, (student.shape[1], bank.shape[1]))
+    if bias is not None:
+        _check_tensor("bias", bias, ("W",), (*HALF, torch.float32, *wide), student)
+        _check_shape("bias", bias, (student.shape[1],))
+
+
+def check_target(target: Tensor, student: Tensor) -> None:
+    _check_tensor("target", target, ("B",), (torch.int64,), student)
+    _check_shape("target", target, (student.shape[0],))
+
+
+def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
+    """The scale as a 0-dim tensor beside the student: float32, or float64 for a float64 student."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.dim() != 0 or not logit_scale.is_floating_point():
+            raise ValueError(
+                "logit_scale must be a float or a 0-dim floating-point tensor, got shape "
+                f"{list(logit_scale.shape)}, {logit_scale.dtype}; use logit_scale.float().squeeze()"
+            )
+        return logit_scale.to(device=student.device, dtype=dtype)
+    if not isinstance(logit_scale, (int, float)):
+        raise TypeError(
+            f"logit_scale must be a float or a 0-dim tensor, got {type(logit_scale).__name__}"
+        )
+    if not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise ValueError(_scale_message(logit_scale))
+    return torch.full((), logit_scale, dtype=dtype, device=student.device)
+
+
+def check_values(
+    logit_scale: Tensor, target: Tensor | None = None, bank_rows: int = 0, ignore_index: int = -100
+) -> None:
+    """Refuse bad values where reading them costs no synchronisation.
+
+    On a GPU nothing is read: a bad scale gives a NaN loss, a bad target a NaN for its row.
+    """
+    if logit_scale.device.type != "cpu":
+        return
+    scale = logit_scale.item()
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(_scale_message(scale))
+    if target is None or len(target) == 0:
+        return
+    bad = ((target < 0) | (target >= bank_rows)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"target[{row}] = {int(target[row])} is out of range for a bank of {bank_rows} rows; "
+            f"expected 0 <= target < {bank_rows}, or ignore_index ({ignore_index})"
+        )
+
+
+def _scale_message(value: float) -> str:
+    return (
+        f"logit_scale must be finite and > 0, got {value}; it is the factor itself, not its "
+        "logarithm: pass log_scale.exp() if you hold the logarithm"
+    )
+
+
+def _check_tensor(
+    name: str,
+    value: Tensor,
+    axes: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    student: Tensor | None = None,
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    where = value.device if student is None else student.device
+    if value.dtype not in dtypes or value.device != where:
+        known = _words(dtypes)
+        remedy = f'{name}.to("{where}", {dtypes[0]})'
+        raise ValueError(
+            f"{name} must be {known} on {where}, got {_words((value.dtype,))} on {value.device}; "
+            f"convert with {remedy}"
+        )
+    if value.dim() != len(axes):
+        raise ValueError(
+            f"{name} must have shape [{', '.join(axes)}], got {list(value.shape)} "
+            f"({value.dim()} dimensions)"
+        )
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {list(shape)} to fit student and bank, got {list(value.shape)}"
+        )
+
+
+def _words(dtypes: tuple[torch.dtype, ...]) -> str:
+    names = [str(d).removeprefix("torch.") for d in dtypes]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,114 @@
+"""Scaled cosine similarity of student rows to every (projected) row of a bank, as one op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckd import backends
+from ckd.backends.interface import Needs, Problem
+from ckd.ops import _arguments
+from ckd.ops._gradients import fake_gradients, or_none
+
+
+def normalized_similarity(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """logit_scale u_i.n_k for every pair, with u = s/|s| and n = z/|z|, z = P t + b.
+
+    The logits of `contrastive_cross_entropy`, materialised: for retrieval, evaluation and small
+    banks. Arguments, zero and non-finite rows, and errors as there; differentiable in student,
+    weight, bias and logit_scale.
+
+    Returns:
+        [B, K] float32 (float64 for a float64 student).
+    """
+    _arguments.check_matrices(student, bank, weight, bias)
+    scale = _arguments.scale_tensor(logit_scale, student)
+    problem = Problem.of("similarity", student, bank, weight)
+    name = backends.resolve(backend, problem)
+    return _forward(student, bank, weight, bias, scale, problem.allow_half, name)
+
+
+@torch.library.custom_op("ckd::similarity", mutates_args=())
+def _forward(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    allow_half: bool,
+    backend: str,
+) -> Tensor:
+    _arguments.check_values(logit_scale)
+    return backends.ORDER[backend].similarity_forward(
+        student, bank, weight, bias, logit_scale, allow_half
+    )
+
+
+@_forward.register_fake
+def _(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    *options: Any,
+) -> Tensor:
+    return logit_scale.new_empty(student.shape[0], bank.shape[0])
+
+
+@torch.library.custom_op("ckd::similarity_backward", mutates_args=())
+def _backward(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Sequence[bool],
+    allow_half: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.ORDER[backend].similarity_backward(
+        d_logits, student, bank, weight, bias, logit_scale, Needs(*needs), allow_half
+    )
+
+
+@_backward.register_fake
+def _(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Sequence[bool],
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return fake_gradients(student, weight, bias, logit_scale, needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.allow_half, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd_backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+    wants_student, _, wants_weight, wants_bias, wants_scale, *_ = ctx.needs_input_grad
+    needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
+    gradients = _backward(d_logits, *ctx.saved_tensors, needs, ctx.allow_half, ctx.backend)
+    d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
+    return d_student, None, d_weight, d_bias, d_scale, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

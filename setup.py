@@ -1,0 +1,103 @@
+"""Builds `ckd._C` from csrc/ with ninja, without torch headers. All metadata is in pyproject.toml.
+
+No compiler is no error: the package then installs without the module, and `python -m ckd.info`
+tells why. A compiler that fails on the sources is an error. MAX_JOBS bounds parallel compilation
+and CXX names the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+REPORT = "_build.json"  # beside the module: {"built": bool, "reason": str}
+
+
+class NinjaBuild(build_ext):
+    """Compiles and links with ninja, and leaves a report of what it did beside the module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # An editable install imports from the source tree, where setuptools copies the module.
+        package = ROOT / "ckd" if self.editable_mode or self.inplace else module.parent
+        for folder in (module.parent, package):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / module.name).unlink(missing_ok=True)
+        compiler = find_compiler()
+        if compiler is None:
+            reason = "no C++ compiler was found (looked for $CXX, c++, g++, clang++)"
+            print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
+        else:
+            reason = f"built with {compiler}"
+            self.ninja(compiler, ext.sources, module)
+        report = {"built": compiler is not None, "reason": reason}
+        (package / REPORT).write_text(json.dumps(report) + "\n")
+
+    def ninja(self, compiler: str, sources: list[str], module: Path) -> None:
+        import pybind11
+
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = [pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        flags += [f'-DCKD_VERSION="\\"{self.distribution.get_version()}\\""']
+        flags += [f"-I{path}" for path in includes]
+        link = ["-shared"]
+        if sys.platform == "darwin":
+            link += ["-undefined", "dynamic_lookup"]
+
+        lines = [
+            f"cxx = {compiler}",
+            f"cflags = {' '.join(map(escape, flags))}",
+            f"ldflags = {' '.join(link)}",
+            "rule compile",
+            "  command = $cxx $cflags -MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx $ldflags $in -o $out",
+        ]
+        objects = []
+        for source in sources:
+            objects.append(escape(folder / f"{source.replace('/', '_')}.o"))
+            lines.append(f"build {objects[-1]}: compile {escape((ROOT / source).resolve())}")
+        lines.append(f"build {escape(module)}: link {' '.join(objects)}")
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*ninja_command(), "-C", str(folder), *jobs], check=True)
+
+
+def ninja_command() -> list[str]:
+    """The ninja of the build environment, else the one on PATH."""
+    try:
+        import ninja
+    except ImportError:
+        return ["ninja"]
+    return [str(Path(ninja.BIN_DIR) / "ninja")]
+
+
+def find_compiler() -> str | None:
+    candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
+    return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
+
+
+def escape(path: object) -> str:
+    """For ninja: `$`, space and colon are special."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+# optional: setuptools then does not miss the module where there is no compiler.
+setup(
+    ext_modules=[Extension("ckd._C", SOURCES, optional=True)],
+    cmdclass={"build_ext": NinjaBuild},
+)

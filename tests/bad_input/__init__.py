@@ -1,0 +1,16 @@
+"""Calls that must fail, and what their errors must say; run by `tests/test_bad_input.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """`call(tmp_path)` raises `error`, and its message holds every fragment in `says`."""
+
+    name: str
+    call: Callable[[Path], Any]
+    error: type[BaseException]
+    says: tuple[str, ...]

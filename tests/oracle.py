@@ -1,0 +1,132 @@
+"""The truth that the ops are tested against: eager float64 autograd, written from the formulae.
+
+Shares no code with the package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GRADIENTS = ("student", "weight", "bias", "logit_scale")
+
+
+@dataclass
+class Case:
+    """Inputs of the op; weight and bias may be None."""
+
+    student: Tensor
+    bank: Tensor
+    target: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    logit_scale: Tensor
+
+    def cast(self, dtype: torch.dtype, bank_dtype: torch.dtype | None = None) -> Case:
+        """A copy in another dtype; the values are those of the rounded originals."""
+        changed = {
+            f.name: getattr(self, f.name).detach().to(dtype)
+            for f in fields(self)
+            if f.name != "target" and getattr(self, f.name) is not None
+        }
+        changed["bank"] = self.bank.detach().to(bank_dtype or dtype)
+        return replace(self, **changed)
+
+    def requiring(self, *names: str) -> Case:
+        """A copy whose named inputs are leaves that require a gradient."""
+        return replace(
+            self,
+            **{n: getattr(self, n).detach().clone().requires_grad_() for n in names if self.has(n)},
+        )
+
+    def has(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+
+def make_case(
+    batch: int,
+    bank_rows: int,
+    teacher_dim: int,
+    student_dim: int | None = None,
+    *,
+    bias: bool = True,
+    tau: float = 14.2857,
+    learned: float = 0.5,
+    seed: int = 0,
+) -> Case:
+    """A float32 case over a float16-representable bank.
+
+    `learned` mixes the target's own projected row into the student: 0 gives a near-uniform
+    softmax, 100 a peaked one. student_dim None: no projection.
+    """
+    g = torch.Generator().manual_seed(seed)
+    bank = torch.randn(bank_rows, teacher_dim, generator=g).half().float()
+    weight = b = None
+    projected = bank
+    if student_dim is not None:
+        weight = torch.randn(student_dim, teacher_dim, generator=g) / math.sqrt(teacher_dim)
+        b = 0.1 * torch.randn(student_dim, generator=g) if bias else None
+        projected = F.linear(bank, weight, b)
+    target = torch.randint(bank_rows, (batch,), generator=g)
+    noise = torch.randn(batch, projected.shape[1], generator=g)
+    student = learned * projected[target] + noise
+    return Case(student, bank, target, weight, b, torch.tensor(float(tau)))
+
+
+def logits(case: Case) -> Tensor:
+    z = case.bank if case.weight is None else F.linear(case.bank, case.weight, case.bias)
+    return case.logit_scale * (unit_rows(case.student) @ unit_rows(z).T)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows over their norms, those with norm below 1e-6 zero (with zero gradient)."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    small = norm < 1e-6
+    return (x / norm.masked_fill(small, 1)).masked_fill(small, 0)
+
+
+def loss_and_lse(
+    case: Case,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """F.cross_entropy on materialised logits; a mean over no rows is 0."""
+    table = logits(case)
+    nll = F.cross_entropy(
+        table,
+        case.target,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction="none",
+    )
+    kept = (case.target != ignore_index).sum().clamp(min=1)
+    loss = {"none": nll, "sum": nll.sum(), "mean": nll.sum() / kept}[reduction]
+    return loss, table.logsumexp(1)
+
+
+def gradients(case: Case, loss: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:
+    """d loss / d input for every input of `case` that requires a gradient."""
+    wanted = [n for n in GRADIENTS if case.has(n) and getattr(case, n).requires_grad]
+    values = torch.autograd.grad(
+        loss, [getattr(case, n) for n in wanted], retain_graph=retain_graph
+    )
+    return dict(zip(wanted, values))
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| in the 2-norm; 0 if both are 0, inf if value is not finite."""
+    difference = torch.linalg.vector_norm(value.double() - truth.double()).item()
+    if math.isnan(difference):
+        return math.inf
+    size = torch.linalg.vector_norm(truth.double()).item()
+    return 0.0 if difference == 0 else difference / max(size, 1e-300)

@@ -1,0 +1,64 @@
+"""Dispatch: what `auto` takes, what a name demands, and what is said about it."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+import ckd
+from ckd import backends
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(3, 4), torch.randn(5, 4)
+
+
+def test_auto_takes_the_first_that_serves_and_says_why_the_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picky = types.SimpleNamespace(unsupported=lambda p: f"{p.batch} rows are too few")
+    monkeypatch.setattr(backends, "ORDER", {"picky": picky, **backends.ORDER})
+    explanation = backends.explain(*tensors())
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["picky"] == "3 rows are too few"
+    assert "picky: 3 rows are too few" in str(explanation)
+    with pytest.raises(backends.BackendError, match="3 rows are too few"):
+        ckd.normalized_similarity(*tensors(), backend="picky")
+
+
+def test_no_backend_that_serves_is_an_error_with_every_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    no = types.SimpleNamespace(unsupported=lambda p: "not today")
+    monkeypatch.setattr(backends, "ORDER", {"a": no, "b": no})
+    with pytest.raises(backends.BackendError, match="a: not today; b: not today"):
+        ckd.normalized_similarity(*tensors())
+
+
+def test_forward_and_backward_use_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = backends.ORDER["reference"]
+
+    def record(name: str) -> object:
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            return getattr(real, name)(*args, **kwargs)
+
+        return call
+
+    names = ("contrastive_ce_forward", "contrastive_ce_backward")
+    other = types.SimpleNamespace(unsupported=lambda p: None, **{n: record(n) for n in names})
+    monkeypatch.setattr(backends, "ORDER", {"other": other, **backends.ORDER})
+    student, bank = tensors()
+    student.requires_grad_()
+    loss = ckd.contrastive_cross_entropy(student, bank, torch.tensor([0, 1, 2]))
+    monkeypatch.setattr(backends, "ORDER", {"reference": real, "other": other})
+    loss.backward()
+    assert calls == ["contrastive_ce_forward", "contrastive_ce_backward"]
+
+
+def test_explanation_covers_every_name_of_the_api() -> None:
+    assert set(backends.explain(*tensors()).reasons) >= {"cuda", "triton", "cpu", "reference"}
+    assert "reference" in backends.available()

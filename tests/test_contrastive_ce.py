@@ -1,0 +1,456 @@
+"""The contrastive cross-entropy op against eager float64 autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ckd
+from ckd.backends import reference
+from tests import oracle
+from tests.oracle import GRADIENTS, Case, make_case, relative_error
+
+# One row, one bank row, primes, powers of two and their neighbours, more rows than columns and
+# the reverse: each edge of a tile is met from either side, for the batch, the bank and both widths.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 10, 8, 4),
+    (7, 1, 5, 3),
+    (2, 3, 17, 16),
+    (64, 10, 64, 32),
+    (63, 65, 33, 31),
+    (65, 127, 128, 64),
+    (128, 1000, 96, 48),
+    (13, 517, 7, 129),
+    (5, 300, 24, None),
+    (33, 31, 64, None),
+]
+
+
+def run(case: Case, backend: str, **options: object) -> torch.Tensor:
+    return ckd.contrastive_cross_entropy(*case.arguments, backend=backend, **options)
+
+
+def eager_error(case: Case, name: str, truth: torch.Tensor, **options: object) -> float:
+    """What eager torch itself reaches in the case's dtype."""
+    case = case.requiring(*GRADIENTS)
+    loss, _ = oracle.loss_and_lse(case, **options)
+    value = loss if name == "loss" else oracle.gradients(case, loss)[name]
+    return relative_error(value, truth)
+
+
+def check_against_float64(case: Case, backend: str, slack: float = 2.0, **options: object) -> None:
+    """Loss and all gradients are as close to float64 as eager's, times `slack`, plus rounding."""
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    true_loss, _ = oracle.loss_and_lse(exact, **options)
+    truth = {"loss": true_loss, **oracle.gradients(exact, true_loss)}
+
+    case = case.requiring(*GRADIENTS)
+    loss = run(case, backend, **options)
+    result = {"loss": loss, **oracle.gradients(case, loss)}
+    assert result.keys() == truth.keys()
+    for name, true_value in truth.items():
+        error = relative_error(result[name], true_value)
+        size = torch.linalg.vector_norm(true_value).item()
+        if size < 1e-30:  # K = 1 and zero gradients: nothing to be relative to
+            assert torch.linalg.vector_norm(result[name].double()).item() < 1e-6, name
+            continue
+        limit = slack * eager_error(case, name, true_value, **options) + 1e-6
+        # A gradient orthogonal to its row carries the rounding of a sum that cancels: the loss's
+        # own rounding at this scale is the floor.
+        assert error <= limit or error <= 3e-6 * case.logit_scale.item(), (name, error, limit)
+
+
+@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
+@pytest.mark.parametrize("learned", [0.0, 0.5, 100.0], ids=["uniform", "half", "peaked"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradients_match_float64(
+    shape: tuple[int, ...], learned: float, tau: float, backend: str
+) -> None:
+    case = make_case(*shape, tau=tau, learned=learned)
+    if learned == 100.0 and shape[1] > 1:
+        check_peaked(case, backend)
+    else:
+        check_against_float64(case, backend)
+
+
+def check_peaked(case: Case, backend: str) -> None:
+    """Near-zero losses: eager float32 has no digit left, so the bound is absolute here.
+
+    logits of size tau carry rounding of about 6e-8 tau times a small factor, which is the relative
+    error of exp(l_k - l_y), hence of the loss and of every gradient.
+    """
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    true_loss, _ = oracle.loss_and_lse(exact)
+    true_loss = (torch.logaddexp(torch.zeros(()), _log_odds(exact))).mean()
+    truth = {"loss": true_loss, **oracle.gradients(exact, true_loss)}
+    case = case.requiring(*GRADIENTS)
+    loss = run(case, backend)
+    for name, value in {"loss": loss, **oracle.gradients(case, loss)}.items():
+        limit = 2e-6 * max(case.logit_scale.item(), 5.0)
+        assert relative_error(value, truth[name]) < limit, name
+
+
+def _log_odds(case: Case) -> torch.Tensor:
+    table = oracle.logits(case)
+    own = table.gather(1, case.target.unsqueeze(1)).squeeze(1)
+    others = table.scatter(1, case.target.unsqueeze(1), -math.inf).logsumexp(1)
+    return others - own
+
+
+def test_gradients_hold_at_a_loss_of_1e_minus_10(backend: str) -> None:
+    bank = torch.eye(8, 16).half().float()
+    angle = torch.linspace(0.05, 0.3, 6)
+    student = torch.zeros(6, 16)
+    student[:, 0], student[:, 1] = angle.cos(), angle.sin()
+    target = torch.zeros(6, dtype=torch.int64)
+    for tau in (23.0, 30.0, 60.0, 100.0):
+        case = Case(student, bank, target, None, None, torch.tensor(tau))
+        exact = case.cast(torch.float64).requiring("student", "logit_scale")
+        true_loss = torch.logaddexp(torch.zeros(()), _log_odds(exact)).mean()
+        case = case.requiring("student", "logit_scale")
+        loss = run(case, backend)
+        assert relative_error(loss, true_loss) < 2e-5
+        truth = oracle.gradients(exact, true_loss)
+        for name, value in oracle.gradients(case, loss).items():
+            assert relative_error(value, truth[name]) < 2e-5, (tau, name)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 2, 7, 64])
+def test_result_does_not_depend_on_the_tile(
+    tile_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", 0)
+    monkeypatch.setattr(reference, "MIN_TILE_ROWS", tile_rows)
+    for shape in [(5, 64, 12, 9), (5, 65, 12, 9), (3, 13, 12, None), (4, 1, 12, 9)]:
+        case = make_case(*shape)
+        case.target[0] = 0
+        case.target[-1] = shape[1] - 1
+        check_against_float64(case, "reference", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_options_match_float64(reduction: str, label_smoothing: float, backend: str) -> None:
+    case = make_case(12, 40, 24, 16)
+    case.target[3] = case.target[7] = -1
+    options = {"label_smoothing": label_smoothing, "ignore_index": -1, "reduction": reduction}
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    truth, _ = oracle.loss_and_lse(exact, **options)
+    case = case.requiring(*GRADIENTS)
+    loss = run(case, backend, **options)
+    torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=2e-6)
+    # A different weight for every row: a gradient that forgets its row's factor cannot pass.
+    factor = torch.linspace(-1, 2, 12, dtype=torch.float64) if reduction == "none" else 1.0
+    true_gradients = oracle.gradients(exact, (truth * factor).sum())
+    for name, value in oracle.gradients(case, (loss * factor).sum()).items():
+        # 2e-5, since with factors of both signs the sum behind d_logit_scale cancels.
+        assert relative_error(value, true_gradients[name]) < 2e-5, name
+
+
+def test_ignore_index_inside_the_bank_ignores_that_row(backend: str) -> None:
+    case = make_case(20, 4, 8, 8)
+    loss = run(case, backend, ignore_index=2, reduction="none")
+    assert (loss[case.target == 2] == 0).all()
+    assert (loss[case.target != 2] > 0).all()
+
+
+def test_lse_has_a_gradient_and_covers_ignored_rows(backend: str) -> None:
+    case = make_case(9, 30, 12, 10)
+    case.target[4] = -100
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    case = case.requiring(*GRADIENTS)
+    factor = torch.linspace(-2, 1, 9, dtype=torch.float64)
+    true_loss, true_lse = oracle.loss_and_lse(exact)
+    loss, lse = run(case, backend, return_lse=True)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-6, atol=1e-6)
+    for mix in (0.0, 1.0):  # the lse alone, then together with the loss
+        truth = oracle.gradients(exact, (factor * true_lse).sum() + mix * true_loss)
+        result = oracle.gradients(case, (factor * lse).sum() + mix * loss)
+        for name, value in result.items():
+            assert relative_error(value, truth[name]) < 5e-6, (mix, name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows_and_all_rows_ignored_give_zero(reduction: str, backend: str) -> None:
+    empty = make_case(3, 5, 8, 4)
+    empty = replace(empty, student=empty.student[:0], target=empty.target[:0])
+    ignored = make_case(3, 5, 8, 4)
+    ignored.target[:] = -100
+    for case in (empty, ignored):
+        case = case.requiring(*GRADIENTS)
+        loss = run(case, backend, reduction=reduction)
+        assert loss.shape == (case.student.shape[:1] if reduction == "none" else ())
+        assert (loss == 0).all()
+        for name, value in oracle.gradients(case, loss.sum()).items():
+            assert (value == 0).all(), name
+
+
+def test_one_bank_row_has_loss_zero_and_no_gradient(backend: str) -> None:
+    case = make_case(4, 1, 6, 5, tau=100.0).requiring(*GRADIENTS)
+    loss = run(case, backend)
+    assert loss.item() == 0.0
+    assert all((v == 0).all() for v in oracle.gradients(case, loss).values())
+
+
+def test_rows_of_norm_zero_have_zero_logits_and_zero_gradient(backend: str) -> None:
+    case = make_case(6, 9, 12, None)
+    case.student[2] = 0
+    case.student[3] = 1e-8
+    case.bank[5] = 0
+    case.target[0], case.target[1] = 5, 4
+    exact = case.cast(torch.float64).requiring("student", "logit_scale")
+    truth, _ = oracle.loss_and_lse(exact)
+    case = case.requiring("student", "logit_scale")
+    loss = run(case, backend)
+    assert relative_error(loss, truth) < 1e-6
+    true_gradients = oracle.gradients(exact, truth)
+    for name, value in oracle.gradients(case, loss).items():
+        assert relative_error(value, true_gradients[name]) < 3e-6
+    assert (torch.autograd.grad(loss, case.student)[0][2:4] == 0).all()
+
+
+def test_projected_row_of_norm_zero_moves_nothing(backend: str) -> None:
+    case = make_case(6, 9, 12, 8, bias=False)
+    case.bank[5] = 0
+    case.target[0] = 5
+    check_against_float64(case, backend)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38])
+def test_non_finite_student_row_has_nan_loss_and_others_do_not(bad: float, backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    case.student[1, 2:4] = bad  # 3e38: finite, but its norm is not
+    loss, lse = run(case, backend, reduction="none", return_lse=True)
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert lse.isnan().tolist() == [False, True, False, False]
+    assert run(case, backend).isnan()
+
+
+@pytest.mark.parametrize("bank_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
+    dtype: torch.dtype, bank_dtype: torch.dtype, backend: str
+) -> None:
+    case = make_case(16, 50, 24, 12).cast(dtype, bank_dtype)
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    truth, _ = oracle.loss_and_lse(exact)
+    case = case.requiring(*GRADIENTS)
+    loss = run(case, backend)
+    assert loss.dtype == torch.float32
+    assert relative_error(loss, truth) < 1e-3
+    eps = torch.finfo(dtype).eps
+    true_gradients = oracle.gradients(exact, truth)
+    for name, value in oracle.gradients(case, loss).items():
+        assert value.dtype == dtype
+        assert relative_error(value, true_gradients[name]) < max(2 * eps, 1e-5), name
+
+
+def test_mixed_parameter_dtypes_keep_their_own(backend: str) -> None:
+    case = make_case(8, 20, 16, 8)
+    case = replace(case, student=case.student.bfloat16(), bank=case.bank.half())
+    case = case.requiring(*GRADIENTS)
+    grads = oracle.gradients(case, run(case, backend))
+    assert {n: g.dtype for n, g in grads.items()} == {
+        "student": torch.bfloat16,
+        "weight": torch.float32,
+        "bias": torch.float32,
+        "logit_scale": torch.float32,
+    }
+
+
+def test_autocast_keeps_loss_and_parameter_gradients_float32(backend: str) -> None:
+    case = make_case(16, 50, 24, 12).requiring(*GRADIENTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, lse = run(case, backend, return_lse=True)
+    assert loss.dtype == lse.dtype == torch.float32
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    truth, _ = oracle.loss_and_lse(exact)
+    assert relative_error(loss, truth) < 5e-3
+    true_gradients = oracle.gradients(exact, truth)
+    for name, value in oracle.gradients(case, loss).items():
+        assert value.dtype == torch.float32
+        assert relative_error(value, true_gradients[name]) < 2e-2, name
+
+
+def test_reference_is_exact_under_autocast() -> None:
+    case = make_case(16, 50, 24, 12).requiring(*GRADIENTS)
+    plain = run(case, "reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = run(case, "reference")
+        cast_gradients = oracle.gradients(case, cast)
+    assert torch.equal(plain, cast)
+    for name, value in oracle.gradients(case, plain).items():
+        assert torch.equal(value, cast_gradients[name]), name
+
+
+def test_non_contiguous_inputs_give_the_same_result(backend: str) -> None:
+    case = make_case(8, 20, 16, 12)
+    strided = Case(
+        student=case.student.T.contiguous().T,
+        bank=torch.stack([case.bank, case.bank], dim=1)[:, 0],
+        target=torch.stack([case.target, case.target], dim=1)[:, 0],
+        weight=case.weight.T.contiguous().T,
+        bias=torch.stack([case.bias, case.bias], dim=1)[:, 0],
+        logit_scale=case.logit_scale,
+    )
+    assert not any(t.is_contiguous() for t in strided.arguments[:5])
+    a, b = case.requiring(*GRADIENTS), strided
+    for name in GRADIENTS:
+        getattr(b, name).requires_grad_()
+    loss_a, loss_b = run(a, backend), run(b, backend)
+    torch.testing.assert_close(loss_a, loss_b, rtol=1e-6, atol=0)
+    grads_b = oracle.gradients(b, loss_b)
+    for name, value in oracle.gradients(a, loss_a).items():
+        torch.testing.assert_close(value, grads_b[name], rtol=1e-5, atol=1e-7)
+
+
+def test_expanded_gradient_and_second_backward(backend: str) -> None:
+    case = make_case(8, 20, 16, 12).requiring(*GRADIENTS)
+    loss = run(case, backend, reduction="none")
+    loss.sum().backward(retain_graph=True)  # the incoming gradient is an expanded scalar
+    first = case.student.grad.clone()
+    loss.sum().backward()
+    torch.testing.assert_close(case.student.grad, 2 * first)
+
+
+@pytest.mark.parametrize("wanted", [(n,) for n in GRADIENTS] + [("weight", "bias"), ()])
+def test_only_the_gradients_asked_for_are_computed(
+    wanted: tuple[str, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ckd.backends.ORDER[backend]
+    backward, seen = module.contrastive_ce_backward, []
+
+    def spy(*args: object) -> object:
+        gradients = backward(*args)
+        seen.append({n: g.numel() > 0 for n, g in gradients._asdict().items()})
+        return gradients
+
+    monkeypatch.setattr(module, "contrastive_ce_backward", spy)
+    case = make_case(8, 20, 16, 12)
+    full = case.requiring(*GRADIENTS)
+    every = oracle.gradients(full, run(full, backend))
+    case, seen[:] = case.requiring(*wanted), []
+    loss = run(case, backend)
+    if not wanted:
+        assert not loss.requires_grad
+        return
+    for name, value in oracle.gradients(case, loss).items():
+        torch.testing.assert_close(value, every[name])
+    assert seen == [{n: n in wanted for n in GRADIENTS}]
+
+
+def test_frozen_projection_backward_reads_no_bank(backend: str) -> None:
+    case = make_case(8, 20, 16, 12).requiring("student", "logit_scale")
+    loss = run(case, backend)
+    case.bank.data.fill_(math.nan)  # after the forward: only a second read would see it
+    assert all(g.isfinite().all() for g in oracle.gradients(case, loss).values())
+
+
+def test_no_intermediate_is_larger_than_a_tile() -> None:
+    """K = 50,000 rows of width 64: logits would be 3.2 M elements, the projected bank as many."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, torch.Tensor) and t.untyped_storage() is not None:
+                    largest = max(largest, t.untyped_storage().nbytes() if t is not bank else 0)
+            return out
+
+    case = make_case(64, 50_000, 64, 64)
+    bank = case.bank.half()
+    options = reference.Options(0.1, -100, False)
+    tensors = (case.student, bank, case.target, case.weight, case.bias, case.logit_scale)
+    own = bank.untyped_storage().nbytes()
+    with Watch():
+        saved = reference.contrastive_ce_forward(
+            *tensors, options, save_residual=True, save_attention=True
+        )
+        forward_largest = largest
+        reference.contrastive_ce_backward(
+            torch.ones(64), None, *tensors, saved, reference.Needs(True, True, True, True), options
+        )
+    tile = 4 * reference.TILE_ELEMENTS
+    assert own < tile, "views of the bank are seen too and must not hide a larger array"
+    assert 0 < forward_largest <= tile
+    assert largest <= tile
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_gradcheck_in_float64(projection: bool) -> None:
+    case = make_case(4, 7, 6, 5 if projection else None).cast(torch.float64)
+    case.target[1] = -100
+    names = [n for n in GRADIENTS if case.has(n)]
+    case = case.requiring(*names)
+
+    def loss_and_lse(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moved = replace(case, **dict(zip(names, inputs)))
+        return ckd.contrastive_cross_entropy(
+            *moved.arguments, label_smoothing=0.1, reduction="none", return_lse=True
+        )
+
+    assert torch.autograd.gradcheck(loss_and_lse, [getattr(case, n) for n in names])
+
+
+def test_opcheck(backend: str) -> None:
+    for projection in (True, False):
+        case = make_case(6, 11, 9, 5 if projection else None)
+        case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
+        for save in (True, False):
+            args = (*case.arguments, save, save, 0.1, -100, False, backend)
+            # save=False means that student and scale need no gradient.
+            if not save:
+                args = (case.student.detach(), *args[1:5], case.logit_scale.detach(), *args[6:])
+            torch.library.opcheck(torch.ops.ckd.contrastive_ce.default, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic: bool, backend: str) -> None:
+    def loss_of(*arguments: torch.Tensor) -> torch.Tensor:
+        loss, lse = ckd.contrastive_cross_entropy(
+            *arguments, label_smoothing=0.1, return_lse=True, backend=backend
+        )
+        return loss + 1e-2 * lse.mean()
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (8, 9):
+        case = make_case(batch, 20, 16, 12).requiring(*GRADIENTS)
+        expected, result = loss_of(*case.arguments), compiled(*case.arguments)
+        torch.testing.assert_close(result, expected)
+        truth = oracle.gradients(case, expected)
+        for name, value in oracle.gradients(case, result, retain_graph=False).items():
+            torch.testing.assert_close(value, truth[name])
+
+
+def test_matches_the_eager_lines_it_replaces(backend: str) -> None:
+    case = make_case(32, 100, 48, 24)
+    z = F.linear(case.bank, case.weight, case.bias)
+    table = case.logit_scale * F.normalize(case.student, dim=1) @ F.normalize(z, dim=1).T
+    torch.testing.assert_close(run(case, backend), F.cross_entropy(table, case.target))
+
+
+def test_empty_results_are_not_aliases_of_inputs(backend: str) -> None:
+    case = make_case(3, 4, 5, 5)
+    outputs = torch.ops.ckd.contrastive_ce(*case.arguments, False, False, 0.0, -100, False, backend)
+    pointers = {t.data_ptr() for t in case.arguments if t is not None}
+    assert all(o.numel() == 0 or o.data_ptr() not in pointers for o in outputs)
+
+
+def test_a_million_row_target_is_found(backend: str) -> None:
+    bank = torch.zeros(300_000, 4, dtype=torch.float16)
+    bank[:, 0] = 1
+    bank[299_999] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    student = torch.tensor([[0.0, 2.0, 0.0, 0.0]])
+    loss = ckd.contrastive_cross_entropy(
+        student, bank, torch.tensor([299_999]), logit_scale=20.0, backend=backend
+    )
+    assert loss.item() == pytest.approx(math.log1p(299_999 * math.exp(-20.0)), rel=1e-5)

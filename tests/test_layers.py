@@ -1,0 +1,77 @@
+"""Imports point down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ckd"
+
+# Each layer may import itself and the layers it names; the longest matching prefix counts.
+LAYERS: dict[str, set[str]] = {
+    "ckd._hints": set(),
+    "ckd._files": set(),
+    "ckd.backends": {"ckd._hints", "ckd._C", "ckd._triton"},
+    "ckd.ops": {"ckd._hints", "ckd.backends"},
+    "ckd.losses": {"ckd.ops"},
+    "ckd.bank": {"ckd._files", "ckd._hints"},
+    "ckd.data": {"ckd._files", "ckd._hints"},
+    "ckd.models": {"ckd._files", "ckd._hints"},
+    # Programs, at the top.
+    "ckd.bank.build": {"ckd"},
+    "ckd.bank.__main__": {"ckd"},
+    "ckd.train": {"ckd"},
+    "ckd.compare": {"ckd"},
+    "ckd.info": {"ckd"},
+}
+# The package itself exports the library and none of the programs.
+LAYERS["ckd"] = {"ckd.backends", "ckd.bank", "ckd.losses", "ckd.ops"}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = ["ckd", *path.relative_to(PACKAGE).with_suffix("").parts]
+        found.append((".".join(parts).removesuffix(".__init__"), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything of ckd that the file imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in names if name == "ckd" or name.startswith("ckd.")}
+
+
+def layer_of(name: str) -> str:
+    return max((p for p in LAYERS if name == p or name.startswith(p + ".")), key=len)
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda v: v if isinstance(v, str) else "")
+def test_module_imports_only_what_lies_below(name: str, path: Path) -> None:
+    own = layer_of(name)
+    if "ckd" in LAYERS[own]:
+        return  # a program may use everything
+    allowed = LAYERS[own] | {own}
+    for imported in imports(path):
+        target = layer_of(imported)
+        # `from ckd import backends` names a layer, `from ckd import __version__` the package.
+        assert target in allowed, f"{name} imports {imported}, which is not below it"
+
+
+def test_importing_the_package_loads_no_program_and_no_extra() -> None:
+    heavy = ["ckd.train", "ckd.compare", "ckd.data", "ckd.models", "tyro", "pyarrow", "matplotlib"]
+    heavy += ["timm", "transformers", "PIL", "tensorboard", "torchvision", "triton.language"]
+    code = "import torch, sys; before = set(sys.modules); import ckd; "
+    code += f"print([m for m in {heavy} if m in sys.modules and m not in before])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

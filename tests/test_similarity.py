@@ -1,0 +1,79 @@
+"""The normalised similarity op against eager float64 autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ckd
+from tests import oracle
+from tests.oracle import GRADIENTS, make_case, relative_error
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (7, 65, 33, 16), (64, 63, 12, None), (3, 40_000, 16, 64)], ids=str
+)
+def test_similarity_and_gradients_match_float64(shape: tuple[int, ...], backend: str) -> None:
+    case = make_case(*shape)
+    exact = case.cast(torch.float64).requiring(*GRADIENTS)
+    case = case.requiring(*GRADIENTS)
+    truth = oracle.logits(exact)
+    result = ckd.normalized_similarity(
+        case.student, case.bank, case.weight, case.bias, case.logit_scale, backend=backend
+    )
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-5)
+    factor = torch.randn(truth.shape, dtype=torch.float64)
+    true_gradients = oracle.gradients(exact, (factor * truth).sum())
+    for name, value in oracle.gradients(case, (factor * result).sum()).items():
+        size = torch.linalg.vector_norm(true_gradients[name])
+        assert relative_error(value, true_gradients[name]) < 1e-5 or size < 1e-6, name
+
+
+def test_similarity_softmax_is_the_loss(backend: str) -> None:
+    case = make_case(16, 30, 24, 12)
+    table = ckd.normalized_similarity(
+        case.student, case.bank, case.weight, case.bias, case.logit_scale, backend=backend
+    )
+    loss = ckd.contrastive_cross_entropy(*case.arguments, backend=backend)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(table, case.target), loss)
+
+
+def test_gradcheck_opcheck_and_compile(backend: str) -> None:
+    case = make_case(3, 5, 6, 4).cast(torch.float64).requiring(*GRADIENTS)
+    names = ("student", "weight", "bias", "logit_scale")
+
+    def similarity(*inputs: torch.Tensor) -> torch.Tensor:
+        moved = replace(case, **dict(zip(names, inputs)))
+        return ckd.normalized_similarity(
+            moved.student, moved.bank, moved.weight, moved.bias, moved.logit_scale
+        )
+
+    assert torch.autograd.gradcheck(similarity, [getattr(case, n) for n in names])
+    single = make_case(3, 5, 6, 4).requiring(*GRADIENTS)
+    args = (single.student, single.bank, single.weight, single.bias, single.logit_scale)
+    torch.library.opcheck(torch.ops.ckd.similarity.default, (*args, False, backend))
+    compiled = torch.compile(ckd.normalized_similarity, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(*args, backend=backend), ckd.normalized_similarity(*args, backend=backend)
+    )
+
+
+def test_zero_rows_have_zero_similarity(backend: str) -> None:
+    case = make_case(3, 4, 6, None)
+    case.student[1] = 0
+    case.bank[2] = 0
+    table = ckd.normalized_similarity(case.student, case.bank, backend=backend)
+    assert (table[1] == 0).all()
+    assert (table[:, 2] == 0).all()
+    assert (table[0, [0, 1, 3]] != 0).all()
+
+
+def test_non_finite_student_row_gives_nan(backend: str) -> None:
+    case = make_case(3, 4, 6, None)
+    case.student[1, 0] = math.inf
+    table = ckd.normalized_similarity(case.student, case.bank, backend=backend)
+    assert table.isnan().any(1).tolist() == [False, True, False]
