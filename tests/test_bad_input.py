@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import Case, op
+from tests.bad_input import Case, data, models, op
 
 CASES = [
     pytest.param(case, id=f"{part.__name__.rpartition('.')[2]}: {case.name}")
-    for part in (op,)
+    for part in (op, data, models)
     for case in part.CASES
 ]
 
@@ -24,3 +24,6 @@ def test_bad_input_is_refused_in_words(case: Case, tmp_path: Path) -> None:
     assert not missing, f"{missing} not in: {message}"
 
 
+def test_the_table_is_as_large_as_promised() -> None:
+    assert len(CASES) >= 60
+    assert len({param.id for param in CASES}) == len(CASES)

@@ -12,15 +12,18 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ckd"
 
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
+BASE = {"ckd._files", "ckd._hints", "ckd._lock", "ckd._version"}
 LAYERS: dict[str, set[str]] = {
     "ckd._hints": set(),
     "ckd._files": set(),
+    "ckd._lock": set(),
+    "ckd._version": set(),
     "ckd.backends": {"ckd._hints", "ckd._C", "ckd._triton"},
     "ckd.ops": {"ckd._hints", "ckd.backends"},
     "ckd.losses": {"ckd.ops"},
-    "ckd.bank": {"ckd._files", "ckd._hints"},
-    "ckd.data": {"ckd._files", "ckd._hints"},
-    "ckd.models": {"ckd._files", "ckd._hints"},
+    "ckd.bank": BASE,
+    "ckd.data": BASE,
+    "ckd.models": BASE,
     # Programs, at the top.
     "ckd.bank.build": {"ckd"},
     "ckd.bank.__main__": {"ckd"},
@@ -29,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.info": {"ckd"},
 }
 # The package itself exports the library and none of the programs.
-LAYERS["ckd"] = {"ckd.backends", "ckd.bank", "ckd.losses", "ckd.ops"}
+LAYERS["ckd"] = {"ckd._version", "ckd.backends", "ckd.bank", "ckd.losses", "ckd.ops"}
 
 
 def modules() -> list[tuple[str, Path]]:

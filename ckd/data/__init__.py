@@ -1,0 +1,19 @@
+"""Labelled images: in memory or decoded on demand, with stable ids and stateless randomness."""
+
+from ckd.data.augment import Augment
+from ckd.data.dataset import Batch, DataError, Dataset, MemoryImages
+from ckd.data.load import load
+from ckd.data.order import epoch_order, step_generator
+from ckd.data.stream import FileImages
+
+__all__ = [
+    "Augment",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "FileImages",
+    "MemoryImages",
+    "epoch_order",
+    "load",
+    "step_generator",
+]

@@ -1,0 +1,141 @@
+"""Images that are stored as arrays: .npz files, and the digits that come with the package."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ckd.data import splits
+from ckd.data.dataset import DataError, MemoryImages, check_rows
+from ckd.data.decode import fit
+
+_DIGITS_TRAIN = 1437
+
+
+def load_digits(split: str, image_size: int | None) -> MemoryImages:
+    """UCI handwritten digits (see DIGITS_LICENSE), 1 x 8 x 8: 1,437 for training, 360 for test."""
+    with np.load(Path(__file__).with_name("digits.npz")) as stored:
+        pixels, labels = stored["images"], stored["labels"]
+    rows = slice(_DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
+    # 0..16 to 0..255, rounded
+    images = ((pixels[rows].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
+    return MemoryImages(
+        _resized(torch.from_numpy(images)[:, None], image_size),
+        torch.from_numpy(labels[rows].astype(np.int64)),
+        class_names=[str(digit) for digit in range(10)],
+        name="digits",
+        split=split,
+    )
+
+
+def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> MemoryImages:
+    """Images and labels from an .npz file.
+
+    Arrays: `images` and `labels`, divided by `splits.holdout_positions`; or one pair per split,
+    such as `train_images` and `train_labels`, `x_test` and `y_test`. Images are uint8
+    [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, labels integers [N] or [N, 1].
+    `class_names` (optional) is an array of strings. Sample ids are row numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as an .npz file ({error})") from error
+    image_key, label_key, divided = _keys(path, arrays, split)
+    images = _channels_first(path, image_key, arrays[image_key])
+    labels = _labels(path, label_key, arrays[label_key])
+    class_names = _class_names(path, arrays, label_key)
+    ids = torch.arange(len(images))
+    check_rows(labels, ids, class_names, len(images), f"{path} ({image_key}, {label_key})")
+    if not divided:
+        rows = splits.holdout_positions(ids, split, holdout)
+        images, labels, ids = images[rows], labels[rows], ids[rows]
+    return MemoryImages(
+        _resized(images, image_size),
+        labels,
+        class_names=class_names,
+        sample_ids=ids,
+        name=path.stem,
+        split=split,
+    )
+
+
+def _keys(path: Path, arrays: dict[str, np.ndarray], split: str) -> tuple[str, str, bool]:
+    """Names of the image and label arrays, and whether the file has splits of its own."""
+    divided = False
+    for candidate in (*splits.NAMES_ON_DISK["train"], *splits.NAMES_ON_DISK["test"]):
+        for pair in ((f"{candidate}_images", f"{candidate}_labels"), _x_y(candidate)):
+            divided |= set(pair) <= set(arrays)
+    for candidate in splits.NAMES_ON_DISK[split]:
+        for pair in ((f"{candidate}_images", f"{candidate}_labels"), _x_y(candidate)):
+            if set(pair) <= set(arrays):
+                return *pair, True
+    if not divided and {"images", "labels"} <= set(arrays):
+        return "images", "labels", False
+    raise DataError(
+        f"{path} has no images of the {split} split: expected arrays images and labels, or "
+        f"{split}_images and {split}_labels, or x_{split} and y_{split}; "
+        f"found {', '.join(arrays) or 'none'}"
+    )
+
+
+def _x_y(name: str) -> tuple[str, str]:
+    return f"x_{name}", f"y_{name}"
+
+
+def _channels_first(path: Path, key: str, images: np.ndarray) -> Tensor:
+    if images.dtype != np.uint8:
+        raise DataError(
+            f"{path}: {key} must be uint8 with values 0 to 255, got {images.dtype}; convert it"
+        )
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    elif images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DataError(
+            f"{path}: {key} must be [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, "
+            f"got shape {images.shape}"
+        )
+    return torch.from_numpy(np.ascontiguousarray(images))
+
+
+def _labels(path: Path, key: str, labels: np.ndarray) -> Tensor:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: {key} must be integer class indices of shape [N], "
+            f"got {labels.dtype} of shape {labels.shape}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _class_names(path: Path, arrays: dict[str, np.ndarray], label_key: str) -> tuple[str, ...]:
+    if "class_names" in arrays:
+        return tuple(str(name) for name in arrays["class_names"].ravel())
+    # Any split may lack the last class: look at the labels of all.
+    labels = [
+        values
+        for key, values in arrays.items()
+        if key.endswith("labels") or key.startswith("y_")
+        if values.dtype.kind in "iu"
+    ]
+    largest = max(int(values.max(initial=-1)) for values in labels)
+    return tuple(str(label) for label in range(largest + 1))
+
+
+def _resized(images: Tensor, image_size: int | None) -> Tensor:
+    """uint8 [N, C, H, W] brought to [N, C, image_size, image_size] as decoded images are."""
+    if image_size is None or tuple(images.shape[2:]) == (image_size, image_size):
+        return images
+    out = torch.empty((*images.shape[:2], image_size, image_size), dtype=torch.uint8)
+    for source, target in zip(images.flatten(0, 1), out.flatten(0, 1)):
+        target.copy_(torch.from_numpy(np.array(fit(Image.fromarray(source.numpy()), image_size))))
+    return out

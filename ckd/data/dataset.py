@@ -1,0 +1,182 @@
+"""What a data set is to the rest of the library, and the one that lies in memory."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked; the message names the file, row or argument."""
+
+
+class Batch(NamedTuple):
+    """`images` uint8 [B, C, H, W], `labels` int64 [B], `sample_ids` int64 [B], on one device."""
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+
+
+class Dataset(ABC):
+    """Labelled uint8 images that are read by position.
+
+    `labels` and `sample_ids` are int64 [N] on the CPU, labels within 0..len(class_names)-1, sample
+    ids unique and stable: the same image has the same id in every session. `fingerprint` is a
+    hash of the content: the same data gives the same, other data another.
+    """
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    labels: Tensor
+    sample_ids: Tensor
+    image_shape: tuple[int, int, int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(
+        self,
+        order: Tensor,
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        workers: int = 0,
+    ) -> Iterator[Batch]:
+        """Batches in the order of the positions `order` (int64 [n]); the last may be shorter.
+
+        `workers` processes read ahead where images are decoded on demand; the batches do not
+        depend on it. A position outside 0..N-1 raises IndexError.
+        """
+        if batch_size < 1:
+            raise DataError(f"batch_size must be at least 1, got {batch_size}")
+        if workers < 0:
+            raise DataError(f"workers must be 0 or more, got {workers}")
+        if order.dtype != torch.int64 or order.dim() != 1:
+            raise DataError(
+                f"order must be a one-dimensional int64 tensor of positions, "
+                f"got {order.dtype} of shape {tuple(order.shape)}"
+            )
+        order = order.cpu()
+        lowest, highest = order.aminmax() if len(order) else (0, 0)
+        if lowest < 0 or highest >= len(self):
+            raise IndexError(
+                f"order holds positions {int(lowest)}..{int(highest)}, "
+                f"but {self.name} ({self.split}) has rows 0..{len(self) - 1}"
+            )
+        groups = order.split(batch_size) if len(order) else ()
+        return self._batches(groups, torch.device(device), workers)
+
+    @abstractmethod
+    def _batches(
+        self, groups: Sequence[Tensor], device: torch.device, workers: int
+    ) -> Iterator[Batch]:
+        """One batch for each group of valid positions."""
+
+    @abstractmethod
+    def to(self, device: str | torch.device) -> Dataset:
+        """This data set with its images on `device`, where they are kept in memory at all."""
+
+
+class MemoryImages(Dataset):
+    """All images as one uint8 tensor [N, C, H, W], on whichever device it lies.
+
+    Sample ids are the row numbers unless given. Raises DataError for a wrong dtype or shape, a
+    label out of range, or a sample id that occurs twice.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        class_names: Sequence[str],
+        sample_ids: Tensor | None = None,
+        name: str = "memory",
+        split: str = "train",
+        fingerprint: str | None = None,
+    ) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DataError(
+                f"images must be a uint8 tensor [N, C, H, W], "
+                f"got {images.dtype} of shape {tuple(images.shape)}"
+            )
+        if sample_ids is None:
+            sample_ids = torch.arange(len(images))
+        self.name, self.split, self.class_names = name, split, tuple(class_names)
+        self.labels, self.sample_ids = labels.cpu(), sample_ids.cpu()
+        check_rows(self.labels, self.sample_ids, self.class_names, len(images), name)
+        self.image_shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.images = images
+        self.fingerprint = fingerprint or _fingerprint_of_pixels(self)
+
+    def _batches(
+        self, groups: Sequence[Tensor], device: torch.device, workers: int
+    ) -> Iterator[Batch]:
+        home = self.images.device
+        columns = (self.images, self.labels.to(home), self.sample_ids.to(home))
+        for positions in groups:
+            here = positions.to(home)
+            yield Batch(*(column.index_select(0, here).to(device) for column in columns))
+
+    def to(self, device: str | torch.device) -> MemoryImages:
+        return MemoryImages(
+            self.images.to(device),
+            self.labels,
+            class_names=self.class_names,
+            sample_ids=self.sample_ids,
+            name=self.name,
+            split=self.split,
+            fingerprint=self.fingerprint,
+        )
+
+
+def check_rows(
+    labels: Tensor, sample_ids: Tensor, class_names: Sequence[str], n: int, where: object
+) -> None:
+    """DataError unless labels and sample ids are int64 [n], in range, and unique."""
+    if n == 0:
+        raise DataError(f"{where} holds no images")
+    for name, tensor in (("labels", labels), ("sample_ids", sample_ids)):
+        if tensor.dtype != torch.int64 or tensor.shape != (n,):
+            raise DataError(
+                f"{where}: {name} must be int64 of shape ({n},), one per image, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    wrong = torch.nonzero((labels < 0) | (labels >= len(class_names))).flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{where}: label {int(labels[row])} of row {row} is outside 0..{len(class_names) - 1} "
+            f"({len(class_names)} classes; {len(wrong)} such rows); "
+            "labels must be class indices, and rows without a label must be left out"
+        )
+    ids, counts = torch.unique(sample_ids, return_counts=True)
+    if len(ids) < n:
+        twice = ids[counts > 1]
+        raise DataError(f"{where}: sample id {int(twice[0])} occurs more than once")
+
+
+def fingerprint_of(
+    labels: Tensor, sample_ids: Tensor, class_names: Sequence[str]
+) -> xxhash.xxh3_128:
+    """A hash that has taken in everything but the images."""
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps(list(class_names)).encode())
+    digest.update(labels.numpy().astype("<i8").tobytes())
+    digest.update(sample_ids.numpy().astype("<i8").tobytes())
+    return digest
+
+
+def _fingerprint_of_pixels(data: MemoryImages) -> str:
+    digest = fingerprint_of(data.labels, data.sample_ids, data.class_names)
+    digest.update(json.dumps(data.image_shape).encode())
+    digest.update(data.images.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

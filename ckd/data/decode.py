@@ -1,0 +1,152 @@
+"""Encoded images (PNG, JPEG, WebP, ...) to uint8 arrays, many at a time."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ckd.data.dataset import DataError, fingerprint_of
+
+# What Pillow's decoders raise on damaged files, besides OSError and its subclasses.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# Named, since Pillow otherwise tries dozens of readers in turn: half the time of a small image.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_CHUNK = 256  # images per task of the thread pool: enough to hide the cost of a task
+FINGERPRINT_BYTES = 2 << 30  # read in seconds
+
+
+class EncodedImages(ABC):
+    """Images still encoded, with their labels; one subclass per way of storing them."""
+
+    labels: Tensor
+    sample_ids: Tensor
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, position: int) -> bytes | memoryview:
+        """The encoded bytes of one image; safe to call from several threads and processes."""
+
+    @abstractmethod
+    def where(self, position: int) -> str:
+        """The file (and row) of one image, for messages."""
+
+    @abstractmethod
+    def sizes_bytes(self) -> list[int]:
+        """Sizes of the images, or of groups of them, as known without reading any."""
+
+    def fingerprint(self) -> str:
+        """Hash of labels, sample ids, class names, and the encoded images.
+
+        Taken before decoding, so that neither the image size nor the place where the pixels are
+        kept changes it. Of more than 2 GiB encoded only the sizes are hashed, not the bytes.
+        """
+        digest = fingerprint_of(self.labels, self.sample_ids, self.class_names)
+        sizes = self.sizes_bytes()
+        if sum(sizes) <= FINGERPRINT_BYTES:
+            for position in range(len(self)):
+                digest.update(xxhash.xxh3_128_digest(self.read(position)))
+        else:
+            digest.update(np.array(sizes, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+def decode(source: EncodedImages, position: int, image_size: int | None) -> np.ndarray:
+    """One image as uint8 [3, H, W] (a view), upright, at its own size or [image_size]^2.
+
+    Raises DataError that names the image if it cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(source.read(position)), formats=_FORMATS) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{source.where(position)}: pixels of mode {opened.mode!r} do not fit 8 bits; "
+                    "convert the image to 8 bits per channel"
+                )
+            ImageOps.exif_transpose(opened, in_place=True)
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")
+            pixels = np.asarray(image if image_size is None else fit(image, image_size))
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(
+            f"{source.where(position)}: cannot be read as an image "
+            f"({type(error).__name__}: {error}); replace or remove it"
+        ) from error
+    return pixels.transpose(2, 0, 1)
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side scaled to `size` (bicubic, antialiased), then the centre square."""
+    width, height = image.size
+    if min(width, height) != size:
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def decode_many(
+    source: EncodedImages,
+    positions: Tensor,
+    image_size: int | None,
+    shape: tuple[int, int, int],
+    *,
+    threads: int | None = None,
+) -> Tensor:
+    """Images at `positions` as uint8 [n, C, H, W], decoded on `threads` threads (default: cores).
+
+    Raises DataError for an unreadable image, or one of another size than `shape`; of several,
+    always the first in order.
+    """
+    out = torch.empty((len(positions), *shape), dtype=torch.uint8)
+    rows, array = positions.tolist(), out.numpy()
+
+    def work(start: int) -> None:
+        for i in range(start, min(start + _CHUNK, len(rows))):
+            pixels = decode(source, rows[i], image_size)
+            if pixels.shape != shape:
+                raise DataError(
+                    f"{source.where(rows[i])} is {pixels.shape[1]} x {pixels.shape[2]} pixels "
+                    f"(height x width), others are {shape[1]} x {shape[2]}; "
+                    "pass image_size (--image-size) to bring all to one size"
+                )
+            array[i] = pixels
+
+    starts = range(0, len(rows), _CHUNK)
+    threads = min(threads or os.cpu_count() or 1, len(starts))
+    if threads <= 1:
+        for start in starts:
+            work(start)
+        return out
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the GIL
+        futures = [pool.submit(work, start) for start in starts]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+    return out

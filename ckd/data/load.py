@@ -1,0 +1,93 @@
+"""From the name or place of a data set to the data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ckd._hints import unknown
+from ckd.data import arrays, folder, parquet, splits
+from ckd.data.dataset import DataError, Dataset, MemoryImages, check_rows
+from ckd.data.decode import EncodedImages, decode, decode_many
+from ckd.data.stream import FileImages
+
+
+def load(
+    spec: str | Path,
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    holdout: float = 0.1,
+    memory_limit: int = 2 << 30,
+) -> Dataset:
+    """The `split` ("train" or "test") of a data set.
+
+    `spec` is "digits" (comes with the package), an image folder, a folder of Hugging Face parquet
+    files or a single one, or an .npz file. Validation data on disk serve as "test" where nothing
+    is named test. Data without splits are divided by a stable hash of the sample id, the fraction
+    `holdout` going to "test".
+
+    `image_size` scales the shorter side to it and cuts out the centre square; without it images
+    keep their size, and must all have the same. Encoded images become RGB; arrays keep their
+    channels. Encoded images that would take more than `memory_limit` bytes decoded are decoded on
+    demand (FileImages) instead of once (MemoryImages).
+
+    Raises DataError for anything that is not found or not as described, naming the file.
+    """
+    if split not in splits.NAMES_ON_DISK:
+        raise DataError(unknown("split", split, splits.NAMES_ON_DISK))
+    if image_size is not None and image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}")
+    if not 0.0 <= holdout < 1.0:
+        raise DataError(f"holdout must be at least 0 and below 1, got {holdout}")
+    if spec == "digits":
+        return arrays.load_digits(split, image_size)
+    path = Path(spec)
+    try:
+        if path.suffix == ".npz" and path.is_file():
+            return arrays.load_npz(path, split, image_size, holdout)
+        source = _open(path, split, holdout)
+    except PermissionError as error:
+        raise DataError(f"{error.filename or path}: permission denied") from error
+    # resolve(): the name of "." is that of the folder it stands for.
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    return _from_encoded(source, name, split, image_size, memory_limit)
+
+
+def _open(path: Path, split: str, holdout: float) -> EncodedImages:
+    if not path.exists():
+        raise DataError(
+            f"{unknown('data set', str(path), ['digits'])}; or the path of an image folder, of "
+            "parquet files, or of an .npz file (no file or folder has this name)"
+        )
+    if path.is_dir():
+        holds_parquet = any(True for depth in ("*", "*/*") for _ in path.glob(f"{depth}.parquet"))
+        source = parquet if holds_parquet else folder
+        return source.open_split(path, split, holdout)
+    if path.suffix == ".parquet":
+        return parquet.open_split(path, split, holdout)
+    raise DataError(
+        f"{path} is neither a .parquet nor an .npz file; pass one, or a folder of images"
+    )
+
+
+def _from_encoded(
+    source: EncodedImages, name: str, split: str, image_size: int | None, memory_limit: int
+) -> Dataset:
+    check_rows(
+        source.labels, source.sample_ids, source.class_names, len(source), f"{name} ({split})"
+    )
+    channels, height, width = decode(source, 0, image_size).shape
+    if len(source) * channels * height * width > memory_limit:
+        return FileImages(source, name=name, split=split, image_size=image_size)
+    everything = torch.arange(len(source))
+    return MemoryImages(
+        decode_many(source, everything, image_size, (channels, height, width)),
+        source.labels,
+        class_names=source.class_names,
+        sample_ids=source.sample_ids,
+        name=name,
+        split=split,
+        fingerprint=source.fingerprint(),
+    )

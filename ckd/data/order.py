@@ -1,0 +1,27 @@
+"""Randomness without state: every epoch and every step has its own stream, found from the seed.
+
+A run that is stopped and resumed at any step therefore draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+from torch import Tensor
+
+
+def epoch_order(n: int, *, seed: int, epoch: int) -> Tensor:
+    """The permutation of 0..n-1 (int64 [n], CPU) in which `epoch` visits the data."""
+    return torch.randperm(n, generator=_generator("epoch", seed, epoch, "cpu"))
+
+
+def step_generator(seed: int, step: int, device: str | torch.device) -> torch.Generator:
+    """A generator on `device` for the random draws of one training step."""
+    return _generator("step", seed, step, device)
+
+
+def _generator(kind: str, seed: int, index: int, device: str | torch.device) -> torch.Generator:
+    # Seeds that are close together give correlated first draws in some generators: hash them.
+    # The kind keeps epoch e and step e apart.
+    mixed = xxhash.xxh3_64_intdigest(f"{kind} {seed} {index}".encode())
+    return torch.Generator(device).manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)

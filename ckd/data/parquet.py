@@ -1,0 +1,226 @@
+"""Images in Hugging Face parquet files: an image column of {bytes, path} and a label column."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ckd._hints import require
+from ckd.data import splits
+from ckd.data.dataset import DataError
+from ckd.data.decode import EncodedImages
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+_CACHE_BYTES = 256 << 20  # encoded row groups that each process keeps
+
+
+def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
+    """The rows of `split` in a parquet file or a folder of them.
+
+    Files that carry a split's name (train-00000-of-00004.parquet, test/0000.parquet) belong to
+    it; where none does, the rows are divided by `splits.holdout_positions`. Sample ids are row
+    numbers through the files, in the order of their names.
+    """
+    names: dict[str | None, list[Path]] = {}
+    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        relative = file.name if path.is_file() else file.relative_to(path).as_posix()
+        names.setdefault(splits.name_in(relative), []).append(file)
+    if set(names) != {None}:
+        names.pop(None, None)  # beside files of splits: something else
+    every = [_ParquetFile(file) for files in names.values() for file in files]
+    if None in names:
+        whole = ParquetImages(every, _class_names(every))
+        return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
+    chosen = splits.choose([name for name in names if name], split)
+    if chosen is None:
+        found = ", ".join(sorted(name for name in names if name))
+        raise DataError(
+            f"{path} has no {split} split (found: {found}); "
+            + ("pass the folder that holds all splits" if path.is_file() else "add its files")
+        )
+    files = [file for file in every if file.path in names[chosen]]
+    return ParquetImages(files, _class_names(every))
+
+
+class ParquetImages(EncodedImages):
+    """Rows of parquet files, numbered through the files in order.
+
+    Row groups are read when a row of them is, and the latest are kept, so a shuffled order over
+    files much larger than the cache reads whole row groups for single rows; a folder of images
+    serves that case better.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[_ParquetFile],
+        class_names: tuple[str, ...],
+        rows: Tensor | None = None,
+    ) -> None:
+        self.class_names = class_names
+        labels = torch.from_numpy(np.concatenate([file.labels for file in files]))
+        self.sample_ids = torch.arange(len(labels)) if rows is None else rows
+        self.labels = labels[self.sample_ids]
+        self._files = files
+        groups = [(file, group) for file in files for group in range(len(file.group_rows))]
+        self._groups = groups
+        self._group_ends = np.cumsum([file.group_rows[group] for file, group in groups])
+        self._cache = _Cache()
+
+    def select(self, positions: Tensor) -> ParquetImages:
+        return ParquetImages(self._files, self.class_names, self.sample_ids[positions])
+
+    def read(self, position: int) -> memoryview:
+        group, row = self._locate(position)
+        value = self._column(group)[row]
+        if not value.is_valid:
+            raise DataError(
+                f"{self.where(position)}: the image has no bytes; "
+                "save the data set with its images embedded"
+            )
+        return memoryview(value.as_buffer())
+
+    def where(self, position: int) -> str:
+        row = int(self.sample_ids[position])
+        for file in self._files:
+            if row < len(file.labels):
+                return f"{file.path}, row {row}"
+            row -= len(file.labels)
+        raise IndexError(position)
+
+    def sizes_bytes(self) -> list[int]:
+        return [file.group_bytes[group] for file, group in self._groups]
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        row = int(self.sample_ids[position])
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        return group, row - int(self._group_ends[group - 1] if group else 0)
+
+    def _column(self, group: int) -> Any:
+        file, index = self._groups[group]
+        return self._cache.get(group, lambda: file.read_images(index))
+
+
+class _ParquetFile:
+    """One file: its labels, its class names, and where its images are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        parquet = require("pyarrow.parquet", extra="parquet", purpose="reading parquet files")
+        try:
+            file = parquet.ParquetFile(path)
+            schema = file.schema_arrow
+            self._image = self._find(schema, IMAGE_COLUMNS, "image")
+            label = self._find(schema, LABEL_COLUMNS, "label")
+            self.labels = self._read_labels(file, label)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow's errors are both
+            raise DataError(f"{path}: cannot be read as a parquet file ({error})") from error
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        self.group_rows = [group.num_rows for group in groups]
+        self.group_bytes = [group.total_byte_size for group in groups]
+        self.class_names = _hugging_face_names(schema.metadata or {}, label)
+
+    def read_images(self, group: int) -> Any:
+        """The encoded images of a row group as one pyarrow binary array."""
+        arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
+        parquet = require("pyarrow.parquet", extra="parquet", purpose="reading parquet files")
+        try:
+            # Opened anew each time: an open file would not survive the way into a worker process.
+            table = parquet.ParquetFile(self.path).read_row_group(
+                group, columns=[self._image], use_threads=False
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path}: row group {group} is damaged ({error})") from error
+        images = table.column(self._image).combine_chunks()
+        if arrow.types.is_struct(images.type):
+            names = [field.name for field in images.type]
+            if "bytes" not in names:
+                raise DataError(
+                    f"{self.path}: column {self._image!r} has fields {names}, not 'bytes'"
+                )
+            # flatten(), unlike field(), takes over the struct's own nulls.
+            images = images.flatten()[names.index("bytes")]
+        if not (arrow.types.is_binary(images.type) or arrow.types.is_large_binary(images.type)):
+            raise DataError(
+                f"{self.path}: column {self._image!r} must hold encoded images (binary, or a "
+                f"struct with 'bytes'), got {images.type}"
+            )
+        return images
+
+    def _find(self, schema: Any, known: tuple[str, ...], what: str) -> str:
+        for name in known:
+            if name in schema.names:
+                return name
+        raise DataError(
+            f"{self.path} has no {what} column: expected one of {', '.join(known)}, "
+            f"found {', '.join(schema.names)}; rename the column"
+        )
+
+    def _read_labels(self, file: Any, column: str) -> np.ndarray:
+        arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
+        labels = file.read(columns=[column]).column(column)
+        if not arrow.types.is_integer(labels.type):
+            raise DataError(
+                f"{self.path}: column {column!r} must hold integer class indices, got {labels.type}"
+            )
+        if labels.null_count:
+            raise DataError(
+                f"{self.path}: column {column!r} has {labels.null_count} rows without a label"
+            )
+        return labels.to_numpy().astype(np.int64)
+
+
+def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
+    """Class names from the ClassLabel feature that Hugging Face datasets writes, or ()."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(str(name) for name in features[label]["names"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return ()
+
+
+def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
+    """The names all files agree on; without any, the numbers up to the largest label."""
+    stored = {file.class_names: file.path for file in files}
+    if len(stored) > 1:
+        first, second = list(stored.values())[:2]
+        raise DataError(f"{first} and {second} have different class names; they must be the same")
+    names = next(iter(stored), ())
+    largest = max((int(file.labels.max(initial=-1)) for file in files), default=-1)
+    return names or tuple(str(label) for label in range(largest + 1))
+
+
+class _Cache:
+    """The row groups read last, up to a number of bytes; empty again in every new process."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._groups, self._lock = OrderedDict(), threading.Lock()
+
+    def get(self, key: int, read: Any) -> Any:
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = read()
+                while len(self._groups) > 1 and self._bytes() > _CACHE_BYTES:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
+            return self._groups[key]
+
+    def _bytes(self) -> int:
+        return sum(group.nbytes for group in self._groups.values())

@@ -1,0 +1,109 @@
+"""From a model's name to the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ckd._hints import unknown
+from ckd.models import hf_models, timm_models
+from ckd.models.base import Model
+from ckd.models.resnet import ResNet
+from ckd.models.spec import ModelError, Spec, parse
+from ckd.models.vit import ViT
+
+_KNOWN = (
+    "vit",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "timm:NAME",
+    "hf:NAME",
+)
+# Libraries bring shapes and weights of their own.
+_LIBRARIES = {"timm": timm_models, "hf": hf_models}
+
+
+def known() -> tuple[str, ...]:
+    """The names to choose from."""
+    return _KNOWN
+
+
+def create(
+    spec: str,
+    *,
+    num_classes: int | None,
+    image_size: int | None,
+    in_channels: int | None = 3,
+    pretrained: bool = False,
+) -> Model:
+    """A new model, in training mode, initialised from torch's default generator.
+
+    `spec` is NAME[:key=value,...]:
+
+        vit                                      patch=4, width=256, layers=6, heads=8
+        resnet20, resnet56, any 6n + 2           width=16
+        timm:NAME, hf:NAME                       `pretrained` loads their weights; `image_size`
+                                                 and `in_channels` may be None: the model's own
+
+    `num_classes` None leaves out the classifier (logits are None), except that a pretrained
+    model keeps its own. Raises ModelError for an unknown name or option and for sizes that do not
+    fit, ImportError where the extra that it needs is missing.
+    """
+    parsed = parse(spec)
+    for name, value in (
+        ("num_classes", num_classes),
+        ("image_size", image_size),
+        ("in_channels", in_channels),
+    ):
+        if value is not None and value < 1:
+            raise ModelError(f"{name} must be at least 1, got {value}")
+    if parsed.family in _LIBRARIES:
+        return _LIBRARIES[parsed.family].create(
+            parsed,
+            num_classes=num_classes,
+            image_size=image_size,
+            in_channels=in_channels,
+            pretrained=pretrained,
+        )
+    network = _built_in(parsed)
+    if pretrained:
+        raise ModelError(
+            f"{spec!r} has no weights to download; use load({spec!r}, weights=FILE) instead"
+        )
+    if image_size is None or in_channels is None:
+        raise ModelError(f"{spec!r} has no image_size or in_channels of its own: pass both")
+    return network(parsed, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
+
+
+def is_spec(text: str) -> bool:
+    """Whether `text` begins with the name of a model, rather than being a path."""
+    family = text.partition(":")[0]
+    return family in (*_LIBRARIES, "vit") or re.fullmatch(r"resnet\d+", family) is not None
+
+
+def is_library(spec: str) -> bool:
+    """Whether the model's weights come from a library."""
+    return spec.partition(":")[0] in _LIBRARIES
+
+
+def shape_from_weights(spec: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """num_classes, image_size and in_channels of the built-in model that has these weights.
+
+    Raises KeyError for an entry that such a model has and the weights lack.
+    """
+    parsed = parse(spec)
+    return _built_in(parsed).shape_from_weights(parsed, weights)
+
+
+def _built_in(spec: Spec) -> type[ViT] | type[ResNet]:
+    if re.fullmatch(r"resnet\d+", spec.family):
+        return ResNet
+    if spec.family == "vit":
+        return ViT
+    raise ModelError(unknown("model", spec.family, known()))

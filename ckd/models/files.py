@@ -1,0 +1,219 @@
+"""Models on disk: safetensors with a description of the model in the header."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ckd._files import atomic_write
+from ckd._hints import unknown
+from ckd._version import __version__
+from ckd.models import catalog
+from ckd.models.base import Model, first_line
+from ckd.models.spec import ModelError
+
+STUDENT_FILE = "student.safetensors"  # in a run folder
+# One entry only: safetensors writes several in no fixed order, and equal models shall have equal
+# files.
+_HEADER = "ckd_model"
+# What the readers of safetensors and of torch.load raise on damaged or foreign files.
+_DAMAGE = (
+    safetensors.SafetensorError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+
+
+def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> None:
+    """Write weights and description to `path` (.safetensors), atomically.
+
+    Equal weights and description give equal bytes. Raises ModelError if `class_names` are given
+    but are not one for each class, OSError as the system gives it.
+    """
+    # A compiled model holds the original one.
+    model = getattr(model, "_orig_mod", model)
+    if class_names and len(class_names) != model.num_classes:
+        raise ModelError(
+            f"{len(class_names)} class names for {model.spec} with {model.num_classes} classes"
+        )
+    description = {
+        "spec": model.spec,
+        "num_classes": model.num_classes,
+        "image_size": model.image_size,
+        "in_channels": model.in_channels,
+        "class_names": list(class_names),
+        "ckd_version": __version__,
+    }
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
+    header = {_HEADER: json.dumps(description, sort_keys=True)}
+    atomic_write(path, safetensors.torch.save(tensors, metadata=header))
+
+
+def load(
+    source: str | Path,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    in_channels: int | None = None,
+) -> Model:
+    """A trained model in eval mode, on the CPU, whose parameters do not require gradients.
+
+    `source` is the path of a file written by `save` or of a run folder that holds
+    student.safetensors; or a name as for `create`, with `weights` (safetensors, or a state dict
+    that torch.load reads with weights_only=True), or for timm: and hf: without, which gets their
+    pretrained weights. What the source tells about itself need not be given, and must agree where
+    it is. Raises ModelError that names the file and what is missing, unexpected or misshapen.
+    """
+    asked = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
+    text = str(source)
+    if isinstance(source, Path) or not catalog.is_spec(text):
+        if weights is not None:
+            raise ModelError(f"{text} is not a model's name, so it cannot take weights={weights}")
+        path = _file_of(source)
+        model = _from_file(path, asked)
+    elif weights is not None:
+        model = _from_weights(text, Path(weights), asked)
+    elif catalog.is_library(text):
+        model = catalog.create(
+            text,
+            num_classes=None,
+            image_size=image_size,
+            in_channels=in_channels,
+            pretrained=True,
+        )
+        _agree(text, asked, {"num_classes": model.num_classes})
+    else:
+        raise ModelError(f"{text!r} alone has no weights; pass weights=FILE (--teacher-weights)")
+    return model.eval().requires_grad_(False)
+
+
+def class_names(path: str | Path) -> tuple[str, ...]:
+    """The class names stored in a file written by `save`, or in that of a run folder."""
+    file = _file_of(path)
+    return tuple(_describe(file)["class_names"])
+
+
+def _file_of(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        if (path / STUDENT_FILE).is_file():
+            return path / STUDENT_FILE
+        raise ModelError(f"{path} holds no {STUDENT_FILE}; pass a finished run's folder")
+    if path.is_file():
+        return path
+    message = unknown("model", str(source), catalog.known())
+    raise ModelError(f"{message}; nor is there a file or run folder of that name")
+
+
+def _from_file(path: Path, asked: Mapping[str, int | None]) -> Model:
+    description = _describe(path)
+    shape = {name: description[name] for name in asked}
+    _agree(path, asked, shape)
+    model = catalog.create(description["spec"], **shape)
+    _fill(model, _read_tensors(path), path)
+    return model
+
+
+def _from_weights(spec: str, path: Path, asked: Mapping[str, int | None]) -> Model:
+    tensors = _read_tensors(path)
+    shape: dict[str, Any] = dict(asked)
+    if not catalog.is_library(spec):
+        try:
+            stored = catalog.shape_from_weights(spec, tensors)
+        except KeyError as error:
+            raise ModelError(
+                f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
+                f"it has {', '.join(list(tensors)[:5])}, ..."
+            ) from error
+        shape = {name: stored[name] if asked[name] is None else asked[name] for name in asked}
+    model = catalog.create(spec, **shape)
+    _fill(model, tensors, path)
+    return model
+
+
+def _agree(where: object, asked: Mapping[str, int | None], stored: Mapping[str, Any]) -> None:
+    for name, value in stored.items():
+        if asked[name] is not None and asked[name] != value:
+            raise ModelError(
+                f"{where} has {name} {value}, {asked[name]} was asked for; "
+                f"leave {name} out, or choose another model"
+            )
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = (file.metadata() or {}).get(_HEADER)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read as safetensors ({error})") from error
+    if header is None:
+        raise ModelError(
+            f"{path} does not say which model it holds (it was not written by ckd.models.save); "
+            f"pass a model's name and weights={str(path)!r}"
+        )
+    try:
+        description = json.loads(header)
+        for name in ("spec", "num_classes", "image_size", "in_channels", "class_names"):
+            description[name]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: its header's {_HEADER} is damaged ({error!r})") from error
+    return description
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE as error:
+        raise ModelError(f"{path} cannot be read as weights ({first_line(error)})") from error
+    for key in ("state_dict", "model"):  # usual ways of wrapping it in a training checkpoint
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ModelError(f"{path} does not hold a state dict (names to tensors)")
+    for prefix in ("_orig_mod.", "module."):  # torch.compile, DataParallel
+        if content and all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
+    return content
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    # A counter that only batch norms without momentum use; many published weights lack it.
+    missing = [
+        name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")
+    ]
+    misshapen = [
+        f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": sorted(missing),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": misshapen,
+    }
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise ModelError(f"{path} does not fit {model.spec!r}: {'; '.join(told)}")
+    model.load_state_dict(tensors, strict=False)

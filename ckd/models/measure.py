@@ -1,0 +1,43 @@
+"""What a model is and costs: parameters, arithmetic, and a hash of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ckd.models.base import Model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameter elements, each shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops_per_image(model: Model) -> int:
+    """Floating-point operations of the forward of one image (a multiply-add counts as two)."""
+    shape = (1, model.in_channels, model.image_size, model.image_size)
+    images = torch.zeros(shape, device=model.channel_mean.device, dtype=model.channel_mean.dtype)
+    was_training = model.training
+    # Attention written out: the fused kernels are not counted on every device.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model.eval()(images)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 (hex) over name, dtype, shape and bytes of every entry of the state dict, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

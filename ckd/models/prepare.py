@@ -1,0 +1,36 @@
+"""From the pixels of a data set to what a model expects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ckd.models.base import Model, ModelError
+
+
+def prepare(model: Model, images: Tensor) -> Tensor:
+    """Resized, given the model's channels, and normalised: float32 for `model.forward`.
+
+    `images` are uint8 [B, C, H, W] on the model's device; the result is
+    [B, in_channels, image_size, image_size]. Resizing is bicubic with antialiasing and does not
+    keep the aspect ratio; gray images serve a model of several channels by repetition. Raises
+    ModelError where the channels cannot be made to fit.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise ModelError(
+            f"images must be uint8 of shape [B, C, H, W], "
+            f"got {images.dtype} of shape {list(images.shape)}"
+        )
+    size, channels = (model.image_size, model.image_size), images.shape[1]
+    if channels not in (1, model.in_channels):
+        raise ModelError(
+            f"{model.spec} takes {model.in_channels} channels, the images have {channels}; "
+            "make the model with in_channels to fit the data, or convert the data"
+        )
+    x = images.float()
+    if images.shape[2:] != size:
+        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
+        x = x.clamp_(0, 255)  # bicubic overshoots at edges
+    # Broadcasting over the channels is also what turns gray into colour.
+    return x.div_(255).sub(model.channel_mean).div_(model.channel_std)

@@ -1,0 +1,51 @@
+"""The grammar of model names: NAME[:key=value,...], timm:NAME, hf:NAME."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckd._hints import unknown
+
+
+class ModelError(ValueError):
+    """A model or its weights that cannot be had as asked; the message names what does not fit."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`family` is "vit", "resnet56", "timm" or "hf"; `name` what follows for the last two."""
+
+    text: str
+    family: str
+    name: str = ""
+    options: Mapping[str, int] | None = None
+
+    def integers(self, defaults: Mapping[str, int]) -> dict[str, int]:
+        """The options over their defaults; ModelError for one that is not among the defaults."""
+        given = self.options or {}
+        for key in given:
+            if key not in defaults:
+                raise ModelError(f"{self.text!r}: {unknown('option', key, defaults)}")
+        return {**defaults, **given}
+
+
+def parse(text: str) -> Spec:
+    """Raises ModelError where an option is not key=POSITIVE INTEGER."""
+    family, _, rest = text.partition(":")
+    if family in ("timm", "hf"):
+        if not rest:
+            raise ModelError(f"{text!r}: a model's name must follow, such as {family}:NAME")
+        return Spec(text, family, name=rest)
+    options: dict[str, int] = {}
+    for item in rest.split(",") if rest else ():
+        key, equals, value = item.partition("=")
+        if not equals or not value.isascii() or not value.isdigit() or int(value) < 1:
+            raise ModelError(
+                f"{text!r}: {item!r} is not key=value with a positive whole number, "
+                "such as vit:patch=2,width=64"
+            )
+        if key in options:
+            raise ModelError(f"{text!r}: {key} is given twice")
+        options[key] = int(value)
+    return Spec(text, family, options=options)

@@ -1,0 +1,180 @@
+"""Data that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckd.data import Augment, DataError, MemoryImages, load, step_generator
+from tests.bad_input import Case
+from tests.image_files import encoded, pixels, write_images, write_parquet
+
+
+def _folder(change: Callable[[Path], object], **options: Any) -> Callable[[Path], object]:
+    """Loading an image folder of two classes after `change` was done to it."""
+
+    def call(tmp_path: Path) -> object:
+        for name in ("cat", "dog"):
+            write_images(tmp_path / "pets" / name, pixels(3))
+        change(tmp_path / "pets")
+        return load(tmp_path / "pets", **{"holdout": 0.0, **options})
+
+    return call
+
+
+def _parquet(images: list[bytes | None], labels: list[int] | None, **options: Any) -> Any:
+    def call(tmp_path: Path) -> object:
+        write_parquet(tmp_path / "train.parquet", images, labels, **options)
+        return load(tmp_path)
+
+    return call
+
+
+def _npz(**arrays: np.ndarray) -> Callable[[Path], object]:
+    def call(tmp_path: Path) -> object:
+        np.savez(tmp_path / "set.npz", **arrays)
+        return load(tmp_path / "set.npz")
+
+    return call
+
+
+def _damaged_parquet(tmp_path: Path) -> object:
+    path = write_parquet(tmp_path / "train.parquet", _PNGS, [0, 1, 0])
+    path.write_bytes(path.read_bytes()[:-20])
+    return load(tmp_path)
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def _two_class_lists(tmp_path: Path) -> object:
+    write_parquet(tmp_path / "train-0.parquet", _PNGS, [0, 1, 0], class_names=["a", "b"])
+    write_parquet(tmp_path / "train-1.parquet", _PNGS, [0, 1, 0], class_names=["a", "c"])
+    return load(tmp_path)
+
+
+def _extra_test_class(tmp_path: Path) -> object:
+    write_images(tmp_path / "train" / "cat", pixels(1))
+    write_images(tmp_path / "test" / "dog", pixels(1))
+    return load(tmp_path, "test")
+
+
+def _train_only(tmp_path: Path) -> object:
+    write_images(tmp_path / "train" / "cat", pixels(1))
+    return load(tmp_path, "test")
+
+
+def _digits(**options: Any) -> Callable[[Path], object]:
+    return lambda _: load("digits", **options)
+
+
+def _memory(**changed: Any) -> Callable[[Path], object]:
+    parts = {
+        "images": torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
+        "labels": torch.tensor([0, 1, 1]),
+        "class_names": ["a", "b"],
+    } | changed
+
+    return lambda _: MemoryImages(parts["images"], parts["labels"], **{
+        key: value for key, value in parts.items() if key not in ("images", "labels")
+    })  # fmt: skip
+
+
+def _text_file(tmp_path: Path) -> object:
+    (tmp_path / "set.csv").write_text("a,b")
+    return load(tmp_path / "set.csv")
+
+
+def _empty_folder(tmp_path: Path) -> object:
+    (tmp_path / "empty").mkdir()
+    return load(tmp_path / "empty")
+
+
+_PNGS: list[bytes | None] = [encoded(image) for image in pixels(3)]
+_LABELS = np.array([0, 1, 0])
+
+CASES = [
+    Case("unknown data set", lambda _: load("digit"), DataError,
+         ("unknown data set 'digit'", "nearest first: digits", "no file or folder")),
+    Case("unknown split", _digits(split="tset"), DataError, ("split 'tset'", "first: test")),
+    Case("image size zero", _digits(image_size=0), DataError, ("image_size", "at least 1", "0")),
+    Case("holdout of one", _digits(holdout=1.0), DataError, ("holdout", "below 1", "1.0")),
+    Case("file of another kind", _text_file, DataError, ("set.csv", ".parquet nor an .npz")),
+    Case("empty folder", _empty_folder, DataError, ("empty", "no class folders", "cat")),
+    Case("class folder without images", _folder(lambda f: (f / "emu").mkdir()), DataError,
+         ("emu", "holds no images", ".png", "remove the class folder")),
+    Case("damaged image file", _folder(lambda f: (f / "cat/2.png").write_bytes(b"junk")),
+         DataError, ("cat/2.png", "cannot be read as an image")),
+    Case("truncated image file", _folder(_truncated), DataError, ("dog/1.png", "cannot be read")),
+    Case("empty image file", _folder(lambda f: (f / "cat/0.png").write_bytes(b"")), DataError,
+         ("cat/0.png", "cannot be read as an image")),
+    Case("images of two sizes",
+         _folder(lambda f: (f / "dog/0.png").write_bytes(encoded(pixels(1, size=9)[0]))),
+         DataError, ("dog/0.png is 9 x 9", "others are 8 x 8", "--image-size")),
+    Case("images of 16 bits",
+         _folder(lambda f: (f / "cat/0.png").write_bytes(encoded(np.ones((8, 8), np.uint16)))),
+         DataError, ("cat/0.png", "'I;16'", "8 bits")),
+    Case("nothing held out", _folder(lambda f: None, split="test"), DataError,
+         ("holdout 0.0", "none of the 6 images", "test split")),
+    Case("training folder without a test folder", _train_only, DataError,
+         ("'train'", "none for the test split", "held out")),
+    Case("class of the test folder unknown", _extra_test_class, DataError,
+         ("class folders", "has not: dog")),
+    Case("parquet without an image column",
+         _parquet(_PNGS, [0, 1, 0], image_column="picture"), DataError,
+         ("train.parquet", "no image column", "img, image", "found picture, label")),
+    Case("parquet without a label column",
+         _parquet(_PNGS, [0, 1, 0], label_column="klass"), DataError,
+         ("train.parquet", "no label column", "found img, klass")),
+    Case("parquet with a damaged image", _parquet([*_PNGS[:2], b"junk"], [0, 1, 0]), DataError,
+         ("train.parquet, row 2", "cannot be read as an image")),
+    Case("parquet with a missing image", _parquet([_PNGS[0], None], [0, 1]), DataError,
+         ("train.parquet, row 1", "no bytes")),
+    Case("parquet with a negative label", _parquet(_PNGS, [0, -1, 0]), DataError,
+         ("label -1 of row 1", "outside 0..0")),
+    Case("parquet with a label beyond the class names",
+         _parquet(_PNGS, [0, 1, 7], class_names=["a", "b"]), DataError,
+         ("label 7 of row 2", "outside 0..1")),
+    Case("parquet with text labels", _parquet(_PNGS, ["a", "b", "a"]), DataError,
+         ("'label'", "integer class indices", "string")),
+    Case("parquet that is cut short", _damaged_parquet, DataError,
+         ("train.parquet", "cannot be read as a parquet file")),
+    Case("parquet shards with different classes", _two_class_lists, DataError,
+         ("train-0.parquet", "train-1.parquet", "different class names")),
+    Case("npz with floating-point images", _npz(images=pixels(3) / 255, labels=_LABELS),
+         DataError, ("set.npz", "uint8", "float64")),
+    Case("npz with other arrays", _npz(pictures=pixels(3), labels=_LABELS), DataError,
+         ("set.npz", "images and labels", "found pictures, labels")),
+    Case("npz with too few labels", _npz(images=pixels(3), labels=_LABELS[:2]), DataError,
+         ("set.npz", "shape (3,)", "(2,)")),
+    Case("npz with five channels",
+         _npz(images=np.zeros((3, 8, 8, 5), np.uint8), labels=_LABELS), DataError,
+         ("set.npz", "1 or 3 channels", "(3, 8, 8, 5)")),
+    Case("npz that needs pickle", _npz(images=pixels(3), labels=np.array([{}, {}, {}])),
+         DataError, ("set.npz", "cannot be read", "allow_pickle")),
+    Case("memory images of floats", _memory(images=torch.zeros(3, 1, 2, 2)), DataError,
+         ("images", "uint8", "torch.float32")),
+    Case("label out of range", _memory(labels=torch.tensor([0, 2, 1])), DataError,
+         ("label 2 of row 1", "outside 0..1")),
+    Case("labels of floats", _memory(labels=torch.zeros(3)), DataError,
+         ("labels", "int64", "torch.float32")),
+    Case("sample id twice", _memory(sample_ids=torch.tensor([5, 6, 5])), DataError,
+         ("sample id 5", "more than once")),
+    Case("batch size zero", lambda _: load("digits").batches(torch.arange(3), 0), DataError,
+         ("batch_size", "at least 1")),
+    Case("order beyond the data",
+         lambda _: load("digits", "test").batches(torch.tensor([0, 360]), 4), IndexError,
+         ("0..360", "rows 0..359")),
+    Case("order of floats", lambda _: load("digits").batches(torch.zeros(3), 4), DataError,
+         ("order", "int64", "torch.float32")),
+    Case("negative crop padding", lambda _: Augment(-1), DataError, ("crop_padding", "-1")),
+    Case("augmenting floats",
+         lambda _: Augment()(torch.zeros(2, 3, 4, 4), step_generator(0, 0, "cpu")), DataError,
+         ("images", "uint8", "float32")),
+]  # fmt: skip

@@ -1,0 +1,137 @@
+"""Models and weights that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckd.models import ModelError, class_names, create, load, prepare, save
+from tests.bad_input import Case
+
+_VIT = "vit:patch=4,width=16,layers=1,heads=2"
+
+
+def _create(spec: str, **options: Any) -> Callable[[Path], object]:
+    return lambda _: create(spec, **{"num_classes": 2, "image_size": 8, **options})
+
+
+def _weights(
+    change: Callable[[dict[str, torch.Tensor]], object], spec: str = _VIT
+) -> Callable[[Path], object]:
+    """Loading a ViT's weights, by name, after `change` was done to them."""
+
+    def call(tmp_path: Path) -> object:
+        tensors = dict(create(_VIT, num_classes=2, image_size=8).state_dict())
+        change(tensors)
+        save_file(tensors, tmp_path / "w.safetensors")
+        return load(spec, weights=tmp_path / "w.safetensors")
+
+    return call
+
+
+def _saved(tmp_path: Path) -> Path:
+    save(create(_VIT, num_classes=2, image_size=8), tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def _truncated(tmp_path: Path) -> object:
+    path = _saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    return load(path)
+
+
+def _header_damaged(tmp_path: Path) -> object:
+    path = _saved(tmp_path)
+    save_file(load_file(path), path, metadata={"ckd_model": '{"spec": "vit"}'})
+    return load(path)
+
+
+def _other_format(tmp_path: Path) -> object:
+    (tmp_path / "w.pth").write_bytes(b"not a pickle")
+    return load("resnet20", weights=tmp_path / "w.pth")
+
+
+def _not_tensors(tmp_path: Path) -> object:
+    torch.save([1, 2, 3], tmp_path / "w.pth")
+    return load("resnet20", weights=tmp_path / "w.pth")
+
+
+def _foreign(tmp_path: Path) -> Path:
+    save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def _run_folder_without_student(tmp_path: Path) -> object:
+    (tmp_path / "run").mkdir()
+    return load(tmp_path / "run")
+
+
+def _images(images: torch.Tensor, in_channels: int = 3) -> Callable[[Path], object]:
+    return lambda _: prepare(
+        create(_VIT, num_classes=2, image_size=8, in_channels=in_channels), images
+    )
+
+
+CASES = [
+    Case("unknown model", _create("vitt"), ModelError, ("unknown model 'vitt'", "first: vit,")),
+    Case("ResNet of another depth", _create("resnet18"), ModelError,
+         ("6n + 2", "timm:resnet18")),
+    Case("unknown option", _create("vit:pach=2"), ModelError, ("option 'pach'", "first: patch")),
+    Case("option without a value", _create("vit:patch"), ModelError, ("'patch'", "key=value")),
+    Case("option that is no number", _create("vit:patch=two"), ModelError, ("'patch=two'",)),
+    Case("option given twice", _create("vit:patch=2,patch=4"), ModelError, ("patch", "twice")),
+    Case("image size that patches do not fill", _create("vit:patch=3"), ModelError,
+         ("image_size 8", "patch size 3", "vit:patch=2")),
+    Case("width that heads do not divide", _create("vit:width=30,heads=4"), ModelError,
+         ("width 30", "heads 4")),
+    Case("no classes", _create("vit", num_classes=0), ModelError, ("num_classes", "at least 1")),
+    Case("name missing", _create("timm:"), ModelError, ("timm:NAME",)),
+    Case("pretrained student", _create("resnet20", pretrained=True), ModelError,
+         ("no weights to download", "weights=FILE")),
+    Case("no such Hugging Face folder", _create("hf:./no/such/folder"), ModelError,
+         ("hf:./no/such/folder", "transformers could not make the model")),
+    Case("teacher without weights", lambda _: load("resnet20"), ModelError,
+         ("'resnet20'", "--teacher-weights")),
+    Case("no such file or name", lambda _: load("resnt20"), ModelError,
+         ("unknown model 'resnt20'", "first: resnet20", "nor is there a file")),
+    Case("weights file missing", lambda p: load("resnet20", weights=p / "no.safetensors"),
+         ModelError, ("no.safetensors", "cannot be read")),
+    Case("weights of another kind of model", _weights(lambda t: None, "resnet20"), ModelError,
+         ("w.safetensors", "no 'conv1.weight'", "'resnet20'")),
+    Case("weights of another width", _weights(lambda t: None, _VIT.replace("16", "32")),
+         ModelError, ("w.safetensors", "of another shape", "[64] for [128]")),
+    Case("weights with one missing", _weights(lambda t: t.pop("norm.bias")), ModelError,
+         ("w.safetensors", "1 missing (norm.bias)")),
+    Case("weights with one too many", _weights(lambda t: t.update(x=torch.zeros(1))), ModelError,
+         ("w.safetensors", "1 unexpected (x)")),
+    Case("weights that are not a state dict", _not_tensors, ModelError, ("w.pth", "state dict")),
+    Case("weights of another format", _other_format, ModelError, ("w.pth", "cannot be read")),
+    Case("model file cut short", _truncated, ModelError, ("m.safetensors", "cannot be read")),
+    Case("model file with a damaged header", _header_damaged, ModelError,
+         ("m.safetensors", "damaged", "num_classes")),
+    Case("file that does not say its model", lambda p: load(_foreign(p)), ModelError,
+         ("w.safetensors", "does not say which model", "weights=")),
+    Case("class names of such a file", lambda p: class_names(_foreign(p)), ModelError,
+         ("does not say which model",)),
+    Case("run folder without a student", _run_folder_without_student, ModelError,
+         ("run", "no student.safetensors")),
+    Case("other number of classes than stored", lambda p: load(_saved(p), num_classes=3),
+         ModelError, ("m.safetensors", "num_classes 2", "3 was asked for")),
+    Case("weights for a path", lambda p: load(_saved(p), weights="w.pth"), ModelError,
+         ("m.safetensors", "weights=w.pth")),
+    Case("class names of another number",
+         lambda p: save(create(_VIT, num_classes=2, image_size=8), p / "m", class_names=["a"]),
+         ModelError, ("1 class names", "2 classes")),
+    Case("images of floats to prepare", _images(torch.zeros(1, 3, 8, 8)), ModelError,
+         ("uint8", "float32")),
+    Case("images of other channels",
+         _images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), in_channels=1), ModelError,
+         ("takes 1 channels", "images have 3")),
+    Case("images of another size to the model",
+         lambda _: create(_VIT, num_classes=2, image_size=8)(torch.zeros(1, 3, 12, 12)),
+         ModelError, ("3, 8, 8", "[1, 3, 12, 12]", "prepare")),
+]  # fmt: skip

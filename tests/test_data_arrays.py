@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckd.data import MemoryImages, load
+from tests.image_files import pixels
+
+
+def test_digits_are_complete_and_scaled() -> None:
+    train, test = load("digits"), load("digits", "test")
+    assert isinstance(train, MemoryImages)
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.image_shape == (1, 8, 8)
+    assert train.class_names == tuple("0123456789")
+    assert int(train.images.max()) == 255
+    assert int(train.images.min()) == 0
+    assert test.sample_ids.tolist() == list(range(360))
+    assert train.fingerprint != test.fingerprint
+
+
+def test_digits_equal_scikit_learns() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    original = datasets.load_digits()
+    ours = [load("digits", split) for split in ("train", "test")]
+    images = torch.cat([data.images[:, 0] for data in ours]).double()
+    expected = torch.from_numpy(original.images) * 255 / 16
+    assert (images - expected).abs().max() <= 0.5
+    assert torch.cat([d.labels for d in ours]).tolist() == original.target.tolist()
+
+
+def test_digits_at_another_size() -> None:
+    data = load("digits", image_size=16)
+    assert data.image_shape == (1, 16, 16)
+    coarse = load("digits").images.float()
+    smoothed = torch.nn.functional.avg_pool2d(data.images.float(), 2)
+    assert (smoothed - coarse).abs().mean() < 12
+
+
+@pytest.mark.parametrize("layout", ["NHW", "NHWC", "NCHW"])
+def test_npz_layouts(tmp_path: Path, layout: str) -> None:
+    images = pixels(40)
+    stored = {"NHW": images[..., 0], "NHWC": images, "NCHW": images.transpose(0, 3, 1, 2)}[layout]
+    np.savez(tmp_path / "a.npz", images=stored, labels=np.arange(40) % 4)
+    data = load(tmp_path / "a.npz", holdout=0)
+    expected = images[..., :1] if layout == "NHW" else images
+    got = next(data.batches(torch.arange(40), 40)).images
+    np.testing.assert_array_equal(got.permute(0, 2, 3, 1).numpy(), expected)
+    assert data.name == "a"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("train_images", "train_labels", "val_images", "val_labels"),
+        ("x_train", "y_train", "x_test", "y_test"),
+    ],
+)
+def test_npz_with_splits(tmp_path: Path, keys: tuple[str, str, str, str]) -> None:
+    arrays = (pixels(6), np.arange(6)[:, None], pixels(2, seed=1), np.array([[1], [2]]))
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, arrays)))
+    train, test = load(tmp_path / "a.npz"), load(tmp_path / "a.npz", "test")
+    assert (len(train), len(test)) == (6, 2)
+    assert test.labels.tolist() == [1, 2]
+    assert test.class_names == train.class_names == tuple("012345")
+
+
+def test_npz_without_splits_is_divided(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz",
+        images=pixels(60),
+        labels=np.arange(60) % 2,
+        class_names=np.array(["even", "odd"]),
+    )
+    train, test = (load(tmp_path / "a.npz", split, holdout=0.25) for split in ("train", "test"))
+    assert sorted(train.sample_ids.tolist() + test.sample_ids.tolist()) == list(range(60))
+    assert train.class_names == ("even", "odd")
+    assert test.labels.tolist() == [i % 2 for i in test.sample_ids.tolist()]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ckd.data import MemoryImages, load
+from tests.image_files import encoded, pixels, write_images
+
+
+def whole(data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (batch,) = data.batches(torch.arange(len(data)), len(data))
+    return batch
+
+
+@pytest.fixture
+def flowers(tmp_path: Path) -> Path:
+    """Class folders without splits: 30 roses and 30 tulips."""
+    for seed, name in enumerate(("rose", "tulip")):
+        write_images(tmp_path / "flowers" / name, pixels(30, seed=seed))
+    return tmp_path / "flowers"
+
+
+def test_split_folders_give_pixels_labels_and_names(tmp_path: Path) -> None:
+    cats, dogs, test_dogs = pixels(3, seed=1), pixels(2, seed=2), pixels(1, seed=3)
+    write_images(tmp_path / "train" / "cat", cats)
+    write_images(tmp_path / "train" / "dog", dogs)
+    write_images(tmp_path / "val" / "dog", test_dogs)
+    train, test = load(tmp_path, "train"), load(str(tmp_path), "test")
+    assert train.class_names == test.class_names == ("cat", "dog")
+    assert train.image_shape == (3, 8, 8)
+    assert train.name == tmp_path.name
+    assert train.labels.tolist() == [0, 0, 0, 1, 1]
+    expected = torch.from_numpy(np.concatenate([cats, dogs])).permute(0, 3, 1, 2)
+    torch.testing.assert_close(whole(train)[0], expected, rtol=0, atol=0)
+    # The label is the training folder's, although this folder has no cats.
+    assert test.labels.tolist() == [1]
+    torch.testing.assert_close(
+        whole(test)[0], torch.from_numpy(test_dogs).permute(0, 3, 1, 2), rtol=0, atol=0
+    )
+
+
+def test_test_split_is_preferred_to_validation(tmp_path: Path) -> None:
+    for name, n in (("train", 1), ("validation", 2), ("test", 3)):
+        write_images(tmp_path / name / "cat", pixels(n))
+    assert len(load(tmp_path, "test")) == 3
+
+
+def test_holdout_divides_a_folder_and_never_moves_an_image(flowers: Path) -> None:
+    train, test = load(flowers, "train", holdout=0.3), load(flowers, "test", holdout=0.3)
+    assert len(train) + len(test) == 60
+    assert 5 <= len(test) <= 30
+    assert not set(train.sample_ids.tolist()) & set(test.sample_ids.tolist())
+    # With a new image and without another, all others stay where they were.
+    (flowers / "rose" / "new.png").write_bytes(encoded(pixels(1, seed=9)[0]))
+    (flowers / "rose" / "0.png").unlink()
+    ids = set(train.sample_ids.tolist()), set(test.sample_ids.tolist())
+    later = load(flowers, "train", holdout=0.3), load(flowers, "test", holdout=0.3)
+    assert not set(later[0].sample_ids.tolist()) & ids[1]
+    assert not set(later[1].sample_ids.tolist()) & ids[0]
+
+
+def test_sample_ids_do_not_depend_on_where_the_folder_lies(flowers: Path, tmp_path: Path) -> None:
+    before = load(flowers)
+    flowers.rename(tmp_path / "elsewhere")
+    after = load(tmp_path / "elsewhere")
+    assert after.sample_ids.tolist() == before.sample_ids.tolist()
+    assert after.fingerprint == before.fingerprint
+    assert len(set(before.sample_ids.tolist())) == len(before)
+    assert int(before.sample_ids.min()) >= 0
+
+
+def test_nested_hidden_and_other_files(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cat" / "indoors", pixels(2))
+    write_images(tmp_path / "train" / ".cache", pixels(1))
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "cat" / "._1.png").write_bytes(b"not an image either")
+    data = load(tmp_path)
+    assert len(data) == 2
+    assert data.class_names == ("cat",)
+
+
+def test_fingerprint_follows_content_not_size_or_storage(flowers: Path) -> None:
+    first = load(flowers).fingerprint
+    assert load(flowers).fingerprint == first
+    assert load(flowers, image_size=4).fingerprint == first
+    assert load(flowers, memory_limit=0).fingerprint == first
+    assert load(flowers, "test").fingerprint != first
+    victim = load(flowers).sample_ids  # any image of the training split
+    assert len(victim)
+    paths = sorted(flowers.rglob("*.png"))
+    content = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.write_bytes(encoded(255 - pixels(1, seed=77)[0]))
+        if load(flowers).fingerprint != first:
+            break
+        path.write_bytes(content[path])
+    else:
+        pytest.fail("no changed image changed the fingerprint")
+
+
+def test_renaming_a_class_changes_the_fingerprint(flowers: Path) -> None:
+    first = load(flowers).fingerprint
+    (flowers / "tulip").rename(flowers / "tulipa")
+    assert load(flowers).fingerprint != first
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 20), (20, 40), (16, 16), (33, 17)])
+def test_image_size_scales_the_shorter_side_and_cuts_the_centre(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    # Colour runs along the longer side, so the centre square has the middle values.
+    ramp = np.linspace(0, 255, max(width, height))
+    image = np.broadcast_to(ramp[:, None] if height > width else ramp, (height, width))
+    image = np.repeat(image[..., None], 3, axis=2).astype(np.uint8)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.png").write_bytes(encoded(image))
+    data = load(tmp_path, image_size=8, holdout=0)
+    assert data.image_shape == (3, 8, 8)
+    got = whole(data)[0][0, 0].float()
+    assert got.mean() == pytest.approx(127.5, abs=4)
+    step = 255 / (max(width, height) - 1) * min(width, height) / 8
+    along = 0 if height > width else 1
+    ends = got.select(along, -1).mean() - got.select(along, 0).mean()
+    assert ends == pytest.approx(7 * step, abs=12)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "a").mkdir()
+    suffix = "jpg" if mode == "CMYK" else "png"
+    Image.new(mode, (8, 8)).save(tmp_path / "a" / f"1.{suffix}")
+    assert load(tmp_path, holdout=0).image_shape == (3, 8, 8)
+
+
+def test_photographs_are_turned_upright(tmp_path: Path) -> None:
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4] = 255  # stored: left half white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: upper half white
+    (tmp_path / "a").mkdir()
+    Image.fromarray(image).save(tmp_path / "a" / "1.png", exif=exif)
+    upright = whole(load(tmp_path, holdout=0))[0][0, 0]
+    assert upright[:4].min() == 255
+    assert upright[4:].max() == 0
+
+
+def test_small_data_lie_in_memory(flowers: Path) -> None:
+    data = load(flowers)
+    assert isinstance(data, MemoryImages)
+    assert data.images.dtype == torch.uint8
+
+
+def test_fingerprint_of_very_large_data_reads_only_sizes(
+    flowers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckd.data.decode.FINGERPRINT_BYTES", 100)
+    first = load(flowers).fingerprint
+    assert load(flowers).fingerprint == first
+    for path in flowers.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"\0")
+    assert load(flowers).fingerprint != first

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckd.data import DataError, load
+from ckd.data.parquet import open_split
+from tests.image_files import encoded, pixels, write_parquet
+
+pytest.importorskip("pyarrow")
+
+
+def all_images(data) -> torch.Tensor:
+    (batch,) = data.batches(torch.arange(len(data)), len(data))
+    return batch.images.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("image_column", "label_column"), [("img", "label"), ("image", "fine_label")]
+)
+def test_rows_come_in_order_through_shards_and_row_groups(
+    tmp_path: Path, kind: str, image_column: str, label_column: str
+) -> None:
+    images, labels = pixels(23), [i % 3 for i in range(23)]
+    rows = [encoded(image, kind) if kind == "PNG" else _lossless_webp(image) for image in images]
+    # Two shards, the first of three row groups with a ragged last one.
+    options = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "class_names": ["a", "b", "c"],
+        "row_group_size": 5,
+    }
+    folder = tmp_path / "set" / "data"
+    write_parquet(folder / "train-00001-of-00002.parquet", rows[13:], labels[13:], **options)
+    write_parquet(folder / "train-00000-of-00002.parquet", rows[:13], labels[:13], **options)
+    write_parquet(folder / "test-00000-of-00001.parquet", rows[:2], labels[:2], **options)
+    data = load(tmp_path / "set")
+    assert (data.name, data.class_names) == ("set", ("a", "b", "c"))
+    assert data.labels.tolist() == labels
+    assert data.sample_ids.tolist() == list(range(23))
+    np.testing.assert_array_equal(all_images(data).numpy(), images)
+    assert len(load(tmp_path / "set", "test")) == 2
+
+
+def _lossless_webp(image: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=True, exact=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "names", [("train.parquet", "val.parquet"), ("train/0.parquet", "validation/0.parquet")]
+)
+def test_split_names_in_files_and_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    rows = [encoded(image) for image in pixels(5)]
+    write_parquet(tmp_path / names[0], rows[:3], [0, 1, 2])
+    write_parquet(tmp_path / names[1], rows[3:], [0, 1])
+    test = load(tmp_path, "test")
+    assert (len(load(tmp_path)), len(test)) == (3, 2)
+    # Without stored names the classes are numbered, up to the largest label of any split.
+    assert test.class_names == ("0", "1", "2")
+
+
+def test_single_file_without_a_split_name_is_divided(tmp_path: Path) -> None:
+    rows = [encoded(image) for image in pixels(50)]
+    file = write_parquet(tmp_path / "birds.parquet", rows, [i % 2 for i in range(50)])
+    train, test = load(file, holdout=0.2), load(file, "test", holdout=0.2)
+    assert sorted(train.sample_ids.tolist() + test.sample_ids.tolist()) == list(range(50))
+    assert 0 < len(test) < 25
+    np.testing.assert_array_equal(all_images(test).numpy(), pixels(50)[test.sample_ids.numpy()])
+
+
+def test_single_file_of_one_split_does_not_serve_the_other(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "train.parquet", [encoded(pixels(1)[0])], [0])
+    assert len(load(file)) == 1
+    with pytest.raises(DataError, match=r"no test split \(found: train\)"):
+        load(file, "test")
+
+
+def test_files_beside_those_of_splits_are_passed_over(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [encoded(pixels(1)[0])], [0])
+    write_parquet(tmp_path / "metadata.parquet", [], [], image_column="notes")
+    assert len(load(tmp_path)) == 1
+
+
+def test_plain_binary_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [encoded(image) for image in pixels(3)], "label": [0, 1, 0]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    np.testing.assert_array_equal(all_images(load(tmp_path)).numpy(), pixels(3))
+
+
+def test_source_survives_the_way_into_another_process(tmp_path: Path) -> None:
+    rows = [encoded(image) for image in pixels(4)]
+    write_parquet(tmp_path / "train.parquet", rows, [0, 1, 0, 1], row_group_size=2)
+    source = open_split(tmp_path, "train", 0.1)
+    assert bytes(source.read(3)) == rows[3]
+    copy = pickle.loads(pickle.dumps(source))
+    assert [bytes(copy.read(i)) for i in range(4)] == rows
+    assert copy.where(3) == f"{tmp_path / 'train.parquet'}, row 3"
+
+
+def test_fingerprint_sees_a_changed_pixel_and_a_changed_label(tmp_path: Path) -> None:
+    images = pixels(4)
+    labels = [0, 1, 0, 1]
+
+    def fingerprint() -> str:
+        write_parquet(tmp_path / "train.parquet", [encoded(i) for i in images], labels)
+        return load(tmp_path).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    images[2, 0, 0, 0] ^= 1
+    second = fingerprint()
+    labels[3] = 0
+    assert len({first, second, fingerprint()}) == 3

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckd.models import Model, ModelError, create, load, prepare, save, weights_hash
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+
+
+def store(network, folder: Path, preprocessor: bool = True) -> str:
+    """The network as a local folder in the hub's format; returns its model name."""
+    network.save_pretrained(folder)
+    if preprocessor:
+        settings = {"image_mean": MEAN, "image_std": STD, "size": {"height": 16, "width": 16}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return f"hf:{folder}"
+
+
+def pixels(model: Model) -> torch.Tensor:
+    shape = (2, model.in_channels, model.image_size, model.image_size)
+    return prepare(model, torch.randint(0, 256, shape, dtype=torch.uint8))
+
+
+@pytest.fixture
+def classifier():
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**TINY, num_labels=5))
+
+
+def test_classifier_gives_its_logits_and_the_class_token(classifier, tmp_path: Path) -> None:
+    model = load(store(classifier, tmp_path))
+    assert (model.embedding_dim, model.num_classes, model.image_size) == (16, 5, 16)
+    assert (model.mean, model.std) == (tuple(MEAN), tuple(STD))
+    assert not model.training
+    x = pixels(model)
+    embedding, logits = model(x)
+    expected = classifier.eval()(x, output_hidden_states=True)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(embedding, classifier.vit(x).last_hidden_state[:, 0])
+
+
+def test_convolutional_classifier(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    network = transformers.ResNetForImageClassification(config).eval()
+    model = load(store(network, tmp_path), image_size=32)
+    assert (model.embedding_dim, model.num_classes) == (12, 3)
+    x = pixels(model)
+    embedding, logits = model(x)
+    assert embedding.shape == (2, 12)
+    torch.testing.assert_close(logits, network(x).logits)
+
+
+def test_vision_transformer_without_classifier_gives_the_class_token(tmp_path: Path) -> None:
+    # Not the output of its pooler, which published weights often lack.
+    network = transformers.ViTModel(transformers.ViTConfig(**TINY)).eval()
+    model = load(store(network, tmp_path))
+    x = pixels(model)
+    embedding, logits = model(x)
+    assert logits is None
+    torch.testing.assert_close(embedding, network(x).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "CLIPVisionModelWithProjection", "CLIPVisionModel"])
+def test_clip_gives_image_embeddings_without_logits(kind: str, tmp_path: Path) -> None:
+    vision = transformers.CLIPVisionConfig(**TINY, projection_dim=12)
+    if kind == "CLIPModel":
+        text = transformers.CLIPTextConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=50, projection_dim=12, eos_token_id=2, bos_token_id=1,
+        )  # fmt: skip
+        config = transformers.CLIPConfig(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=12
+        )
+    else:
+        config = vision
+    network = getattr(transformers, kind)(config).eval()
+    model = load(store(network, tmp_path))
+    x = pixels(model)
+    embedding, logits = model(x)
+    assert logits is None
+    assert model.num_classes is None
+    if kind == "CLIPVisionModel":
+        expected = network(x).pooler_output
+    else:
+        vision_model = network.vision_model
+        expected = network.visual_projection(vision_model(x).pooler_output)
+    assert model.embedding_dim == expected.shape[1]
+    torch.testing.assert_close(embedding, expected)
+
+
+def test_position_embeddings_are_interpolated_to_another_size(classifier, tmp_path: Path) -> None:
+    model = load(store(classifier, tmp_path), image_size=24)
+    x = pixels(model)
+    assert x.shape[-1] == 24
+    expected = classifier.eval()(x, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(model(x).logits, expected)
+
+
+def test_untrained_student_from_a_configuration(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path / "source")
+    model = create(spec, num_classes=7, image_size=8, in_channels=1)
+    assert model(pixels(model)).logits.shape == (2, 7)
+    assert model.mean == (pytest.approx(0.5),)
+    save(model, tmp_path / "m.safetensors", class_names=list("abcdefg"))
+    assert weights_hash(load(tmp_path / "m.safetensors")) == weights_hash(model)
+
+
+def test_pretrained_student_gets_a_new_classifier(classifier, tmp_path: Path) -> None:
+    model = create(store(classifier, tmp_path), num_classes=3, image_size=16, pretrained=True)
+    assert model.training
+    x = pixels(model)
+    assert model.eval()(x).logits.shape == (2, 3)
+    torch.testing.assert_close(model(x).embedding, classifier.vit.eval()(x).last_hidden_state[:, 0])
+
+
+def test_half_precision_weights_are_computed_in_single(classifier, tmp_path: Path) -> None:
+    model = load(store(classifier.half(), tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_missing_preprocessor_is_told(classifier, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="normalised with mean 0.5"):
+        model = load(store(classifier, tmp_path, preprocessor=False))
+    assert model.mean == (0.5, 0.5, 0.5)
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    network = transformers.ViTModel(transformers.ViTConfig(**TINY))
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.warns(UserWarning, match="preprocessor"),
+        pytest.raises(ModelError, match=r"stored weights lack 16 of .*layers?\.2\."),
+    ):
+        load(f"hf:{tmp_path}")
+
+
+def test_other_channels_and_classes_than_the_weights_have(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path)
+    with pytest.raises(ModelError, match="takes 3 channels, 1 were asked for"):
+        load(spec, in_channels=1)
+    with pytest.raises(ModelError, match="num_classes 5, 7 was asked for"):
+        load(spec, num_classes=7)
