@@ -2,10 +2,14 @@
 
 from ckd import backends
 from ckd._version import __version__
+from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.losses import EmbeddingDistillationLoss
 from ckd.ops import contrastive_cross_entropy, normalized_similarity
 
 __all__ = [
+    "BankError",
+    "BankWriter",
+    "EmbeddingBank",
     "EmbeddingDistillationLoss",
     "__version__",
     "backends",

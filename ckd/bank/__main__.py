@@ -1,0 +1,184 @@
+"""`python -m ckd.bank build|info|verify`: make a bank, say what it is, check every byte of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from ckd import data, models
+from ckd.bank import BankError, EmbeddingBank
+from ckd.bank.build import build_bank
+from ckd.bank.npy import import_npy
+from ckd.bank.picture import draw_bank
+from ckd.bank.summary import describe, human_bytes, summarize
+
+
+@dataclass(frozen=True)
+class Build:
+    """Run a teacher over a data set (--teacher, --data), or import embeddings (--from-npy).
+
+    Safe to kill: the same command goes on from the last full shard.
+    """
+
+    out: Path
+    """The folder of the bank."""
+    teacher: str | None = None
+    """A model spec (resnet56, timm:NAME, hf:NAME), run folder or .safetensors file."""
+    teacher_weights: Path | None = None
+    """Weights for a --teacher that is a spec; default for timm: and hf:, the published ones."""
+    teacher_image_size: int | None = None
+    """The teacher's input size, to which images are resized; default: what it was made for."""
+    data: str | None = None
+    """The data set: digits, an image folder, parquet file(s) or .npz."""
+    split: str = "train"
+    """train or test."""
+    image_size: int | None = None
+    """Resize and centre-crop the images, as in training; default: their own size."""
+
+    from_npy: Path | None = None
+    """Import embeddings instead: a .npy file, floating point [N, D]."""
+    labels: Path | None = None
+    """--from-npy: a .npy file of class labels, integers [N]."""
+    ids: Path | None = None
+    """--from-npy: a .npy file of sample ids, integers [N]; default: the row numbers."""
+    class_names: Path | None = None
+    """--from-npy: a text file with a class name a line."""
+    teacher_name: str | None = None
+    """--from-npy: what made the embeddings, for the record."""
+
+    normalize: bool = False
+    """Store the embeddings scaled to length 1."""
+    rows_per_shard: int = 8192
+    """A kill loses at most the work of one shard."""
+    batch_size: int = 256
+    """Images per forward pass of the teacher."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    workers: int = 0
+    """Processes that decode images; sets that fit in memory need none."""
+
+    def run(self) -> None:
+        bank = self._import() if self.from_npy is not None else self._build()
+        print(
+            f"wrote {bank.path}: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
+            f"see python -m ckd.bank info {bank.path}"
+        )
+
+    def _import(self) -> EmbeddingBank:
+        for flag in ("teacher", "teacher_weights", "data"):
+            if getattr(self, flag) is not None:
+                raise BankError(f"--{flag.replace('_', '-')} and --from-npy exclude each other")
+        assert self.from_npy is not None
+        return import_npy(
+            self.from_npy,
+            self.out,
+            labels=self.labels,
+            ids=self.ids,
+            class_names=self.class_names,
+            teacher=self.teacher_name,
+            normalize=self.normalize,
+            rows_per_shard=self.rows_per_shard,
+        )
+
+    def _build(self) -> EmbeddingBank:
+        if self.teacher is None or self.data is None:
+            raise BankError("build needs --teacher and --data, or --from-npy")
+        for flag in ("labels", "ids", "class_names", "teacher_name"):
+            if getattr(self, flag) is not None:
+                raise BankError(f"--{flag.replace('_', '-')} goes with --from-npy only")
+        dataset = data.load(self.data, self.split, image_size=self.image_size)
+        return build_bank(
+            dataset,
+            models.load(
+                self.teacher, weights=self.teacher_weights, image_size=self.teacher_image_size
+            ),
+            self.out,
+            batch_size=self.batch_size,
+            device=_device(self.device),
+            workers=self.workers,
+            normalize=self.normalize,
+            rows_per_shard=self.rows_per_shard,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """Say what a bank is, and what it saves against running the teacher."""
+
+    bank: tyro.conf.Positional[Path]
+    """The folder of the bank."""
+    json: bool = False
+    """As JSON."""
+    plot: Path | None = None
+    """Also draw its rows and class centroids into this image file (.png, .pdf, .svg)."""
+    method: str = "pca"
+    """--plot: pca, or tsne (needs scikit-learn)."""
+    per_class: int | None = None
+    """--plot: centroids of the first so many rows of each class; default: of all."""
+
+    def run(self) -> None:
+        bank = EmbeddingBank.open(self.bank)
+        print(json.dumps(summarize(bank), indent=2) if self.json else describe(bank))
+        if self.plot is not None:
+            draw_bank(bank, self.plot, method=self.method, per_class=self.per_class)
+            # Not to stdout, which may be JSON for another program.
+            print(f"wrote {self.plot}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare every byte of a bank with the hashes in its manifest (xxh3; --full: sha256 too)."""
+
+    bank: tyro.conf.Positional[Path]
+    """The folder of the bank."""
+    full: bool = False
+    """Compare the sha256 of every shard too."""
+
+    def run(self) -> None:
+        bank = EmbeddingBank.open(self.bank, verify="full" if self.full else "fast")
+        hashes = "xxh3 and sha256 match" if self.full else "xxh3 matches"
+        print(
+            f"{bank.path} is whole: {len(bank):,} rows in {len(bank.meta['shards'])} shards, "
+            f"{human_bytes(bank.nbytes)}, {hashes}"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code. Expected errors are one line on stderr, and code 2."""
+    command: Build | Info | Verify = tyro.cli(
+        Build | Info | Verify,
+        prog="python -m ckd.bank",
+        description=__doc__,
+        args=arguments,
+    )
+    try:
+        command.run()
+    except (BankError, data.DataError, models.ModelError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last full shard", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise BankError(f"--device {name} cannot be used here: {reason}; try auto") from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

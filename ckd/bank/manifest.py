@@ -1,0 +1,237 @@
+"""The manifest of a bank: what its folder holds, what made it, and how every byte is checked.
+
+`manifest.json` is canonical JSON (sorted keys, two spaces) that carries the xxh3 of itself, so that
+a file which was altered in any way is noticed before anything in it is believed. A shard exists if
+and only if the manifest lists it.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+DTYPE = "float16"
+
+#: What a build is told; a resumed build must be told the same.
+SETTINGS = (
+    "dim",
+    "rows_per_shard",
+    "normalized",
+    "teacher",
+    "preprocessing",
+    "dataset",
+    "fingerprint",
+    "class_names",
+)
+
+
+class BankError(ValueError):
+    """A bank that is damaged, incomplete or does not fit; says which file and rows, or what."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard file: its rows, its size and its hashes."""
+
+    file: str
+    first_row: int
+    rows: int
+    bytes: int
+    xxh3: str
+    sha256: str
+
+    @property
+    def span(self) -> str:
+        """The rows in words, for messages: `rows 8192 to 16383`."""
+        return f"rows {self.first_row} to {self.first_row + self.rows - 1}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`; `dtype`, `rows`, `schema_version` and `checksum` follow."""
+
+    dim: int
+    rows_per_shard: int
+    normalized: bool = False
+    teacher: dict[str, Any] | None = None
+    preprocessing: dict[str, Any] | None = None
+    dataset: str | None = None
+    fingerprint: str | None = None
+    class_names: list[str] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    shards: tuple[ShardRecord, ...] = ()
+    complete: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows in the shards that are listed."""
+        return sum(shard.rows for shard in self.shards)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The manifest as plain JSON values, all but its checksum."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["shards"] = [vars(shard).copy() for shard in self.shards]
+        return values | {"schema_version": SCHEMA_VERSION, "dtype": DTYPE, "rows": self.rows}
+
+
+def shard_name(index: int) -> str:
+    """The file name of the shard with this number."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`: the same manifest always gives the same bytes."""
+    return _canonical(manifest.as_dict())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest: version, checksum, types, ranges, and that rows add up.
+
+    Raises BankError that names the file and what is wrong with it.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BankError(
+            f"{folder} is not a bank: it has no {MANIFEST_NAME}; "
+            f"make one with: python -m ckd.bank build --out {folder}"
+        ) from None
+    except OSError as error:
+        raise BankError(f"{path} cannot be read: {error.strerror}") from error
+    return decode(data, path)
+
+
+def decode(data: bytes, path: Path) -> Manifest:
+    """The manifest that these bytes of `path` hold. Raises BankError as `read_manifest` does."""
+    try:
+        values = json.loads(data)
+    # RecursionError: deeply nested garbage; ValueError covers bad JSON, bad UTF-8 and huge numbers.
+    except (ValueError, RecursionError) as error:
+        raise BankError(f"{path} is damaged (all rows unknown): not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise BankError(f"{path} is damaged (all rows unknown): expected a JSON object")
+    # Before the checksum, which another version may define otherwise.
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise BankError(
+            f"{path} has schema version {version!r}, this ckd reads version {SCHEMA_VERSION}; "
+            "read it with the ckd that wrote it, or build the bank again"
+        )
+    checksum = values.pop("checksum", None)
+    try:
+        intact = _canonical(values) == data
+    except (ValueError, RecursionError):
+        intact = False
+    if not intact:
+        raise BankError(
+            f"{path} is damaged (all rows unknown): its content does not match its own checksum "
+            f"{checksum!r}; restore it from a copy, or delete the folder and build the bank again"
+        )
+    return _validated(values, path)
+
+
+def settings_that_differ(old: Manifest, new: Manifest) -> list[str]:
+    """`field: old value, now new value` for each setting in which two manifests differ."""
+    return [
+        f"{name}: {brief(getattr(old, name))}, now {brief(getattr(new, name))}"
+        for name in SETTINGS
+        if getattr(old, name) != getattr(new, name)
+    ]
+
+
+def brief(value: Any, limit: int = 120) -> str:
+    """`repr(value)`, cut in the middle where it is too long for a message."""
+    text = repr(value)
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    """Canonical JSON of `values` with the xxh3 of the rest added as `checksum`."""
+    options: dict[str, Any] = {"indent": 2, "sort_keys": True, "allow_nan": False}
+    checksum = xxhash.xxh3_64_hexdigest(json.dumps(values, **options).encode())
+    return json.dumps(values | {"checksum": checksum}, **options).encode() + b"\n"
+
+
+def _validated(values: dict[str, Any], path: Path) -> Manifest:
+    """A Manifest from JSON values whose types and ranges are checked one by one."""
+    expected = {f.name for f in fields(Manifest)} | {"schema_version", "dtype", "rows"}
+    if values.keys() != expected:
+        odd = sorted(expected ^ values.keys())
+        raise BankError(f"{path} is damaged: missing or unexpected fields {odd}")
+    dim = _integer(values, "dim", path, least=1)
+    rows_per_shard = _integer(values, "rows_per_shard", path, least=1)
+    rows = _integer(values, "rows", path, least=0)
+    _check(values["dtype"] == DTYPE, path, "dtype", repr(DTYPE), values["dtype"])
+    for name in ("normalized", "complete"):
+        _check(isinstance(values[name], bool), path, name, "true or false", values[name])
+    for name, kind in (
+        ("teacher", dict),
+        ("preprocessing", dict),
+        ("dataset", str),
+        ("fingerprint", str),
+        ("class_names", list),
+    ):
+        good = values[name] is None or isinstance(values[name], kind)
+        _check(good, path, name, f"a {kind.__name__} or null", values[name])
+    names = values["class_names"] or []
+    _check(all(isinstance(n, str) for n in names), path, "class_names", "strings", names)
+    _check(isinstance(values["versions"], dict), path, "versions", "a dict", values["versions"])
+    _check(isinstance(values["shards"], list), path, "shards", "a list", values["shards"])
+
+    shards: list[ShardRecord] = []
+    for index, entry in enumerate(values["shards"]):
+        shards.append(_shard(index, entry, rows_per_shard, path))
+    for shard in shards if not values["complete"] else shards[:-1]:
+        where = f"shards[{shard.file}].rows"
+        _check(shard.rows == rows_per_shard, path, where, f"{rows_per_shard}", shard.rows)
+    _check(rows == sum(s.rows for s in shards), path, "rows", "the sum over the shards", rows)
+    _check(rows > 0 or not values["complete"], path, "rows", "at least 1 in a whole bank", rows)
+
+    plain = {f.name: values[f.name] for f in fields(Manifest)}
+    return Manifest(**(plain | {"dim": dim, "shards": tuple(shards)}))
+
+
+def _shard(index: int, entry: Any, rows_per_shard: int, path: Path) -> ShardRecord:
+    """One entry of `shards`, which must follow on the ones before it."""
+    where = f"shards[{index}]"
+    names = {f.name for f in fields(ShardRecord)}
+    good = isinstance(entry, dict) and entry.keys() == names
+    _check(good, path, where, f"an object with {sorted(names)}", entry)
+    # Names are ours alone, so nothing outside the folder can ever be named.
+    _check(entry["file"] == shard_name(index), path, where, shard_name(index), entry["file"])
+    start = _integer(entry, "first_row", path, least=0, where=where)
+    first_row = index * rows_per_shard  # every shard but the last is full
+    _check(start == first_row, path, f"{where}.first_row", f"{first_row}", start)
+    rows = _integer(entry, "rows", path, least=1, where=where)
+    _check(rows <= rows_per_shard, path, f"{where}.rows", f"at most {rows_per_shard}", rows)
+    _integer(entry, "bytes", path, least=1, where=where)
+    for name, digits in (("xxh3", 16), ("sha256", 64)):
+        value = entry[name]
+        good = isinstance(value, str) and len(value) == digits and set(value) <= _HEX_DIGITS
+        _check(good, path, f"{where}.{name}", f"{digits} lower-case hex digits", value)
+    return ShardRecord(**entry)
+
+
+_HEX_DIGITS = set(string.hexdigits.lower())
+
+
+def _integer(values: dict[str, Any], name: str, path: Path, least: int, where: str = "") -> int:
+    value = values[name]
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    label = f"{where}.{name}" if where else name
+    _check(good, path, label, f"an integer of at least {least}", value)
+    return value
+
+
+def _check(good: bool, path: Path, name: str, expected: str, came: Any) -> None:
+    if not good:
+        raise BankError(f"{path} is damaged: {name} must be {expected}, got {brief(came)}")

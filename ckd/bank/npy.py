@@ -1,0 +1,87 @@
+"""A bank of embeddings that exist already, in .npy files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ckd.bank.manifest import BankError
+from ckd.bank.reader import EmbeddingBank
+from ckd.bank.writer import BankWriter
+
+_CHUNK_ROWS = 8192
+
+
+def import_npy(
+    embeddings: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    labels: str | os.PathLike[str] | None = None,
+    ids: str | os.PathLike[str] | None = None,
+    class_names: str | os.PathLike[str] | None = None,
+    teacher: str | None = None,
+    normalize: bool = False,
+    rows_per_shard: int = 8192,
+) -> EmbeddingBank:
+    """Make the bank `path` of the file `embeddings`, floating point [N, D].
+
+    labels, ids: .npy files of integers [N]; without them rows have no class, and the row number is
+    the sample id. class_names: a UTF-8 text file with a name a line. teacher: its name, for the
+    record. The files are memory-mapped, never unpickled. Safe to kill, like any other build.
+    Raises BankError that names the file that is not as it should be; OSError if one cannot be read.
+    """
+    rows = _map(embeddings)
+    if rows.ndim != 2:
+        raise BankError(f"{embeddings} must hold shape [N, D], got {list(rows.shape)}")
+    row_ids = np.arange(len(rows)) if ids is None else _map(ids)
+    row_labels = np.full(len(rows), -1) if labels is None else _map(labels)
+    for name, values in ((ids, row_ids), (labels, row_labels)):
+        if values.shape != rows.shape[:1]:
+            raise BankError(
+                f"{name} must have an entry for each row of {embeddings}, shape [{len(rows)}], "
+                f"got {list(values.shape)}"
+            )
+    source = {
+        "imported_from": Path(embeddings).name,
+        # So that a resume from files that have changed is refused.
+        "xxh3": [_xxh3(values) for values in (rows, row_labels, row_ids)],
+    }
+    writer = BankWriter(
+        path,
+        rows.shape[1],
+        teacher=teacher,
+        preprocessing=source,
+        class_names=None if class_names is None else _lines(class_names),
+        normalize=normalize,
+        rows_per_shard=rows_per_shard,
+    )
+    with writer:
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            chunk = slice(start, start + _CHUNK_ROWS)
+            writer.write(row_ids[chunk], rows[chunk], row_labels[chunk])
+    return EmbeddingBank.open(path)
+
+
+def _map(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise BankError(f"{path} is not a usable .npy file: {error}") from error
+
+
+def _xxh3(values: np.ndarray[Any, Any]) -> str:
+    digest = xxhash.xxh3_64()
+    for start in range(0, len(values), _CHUNK_ROWS):
+        digest.update(np.ascontiguousarray(values[start : start + _CHUNK_ROWS]).data)
+    return digest.hexdigest()
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BankError(f"{path} is not UTF-8 text: {error}") from error

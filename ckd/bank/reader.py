@@ -1,0 +1,257 @@
+"""Reading a bank: memory-mapped rows, looked up by sample id, and class centroids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckd._hints import unknown
+from ckd.bank import arrays
+from ckd.bank.manifest import BankError, Manifest, brief, read_manifest
+from ckd.bank.shards import Shard, map_shard
+
+VERIFY_MODES = ("fast", "full", "off")
+
+
+class EmbeddingBank:
+    """A complete bank, opened for reading; make one with `EmbeddingBank.open`.
+
+    labels: int64 [N], -1 for a row without a class. sample_ids: int64 [N], unique.
+    class_names: the class of label 0, 1, ..., empty where the bank names none.
+    meta: the manifest, read-only: teacher, preprocessing, dataset, fingerprint, normalized, ...
+    path: its folder; nbytes: the size of its shards on disk; dim: D.
+
+    Embeddings stay on disk and are paged in as they are touched. Replacing or deleting files of an
+    open bank is harmless, shortening one in place is not (the system ends a process that reads
+    beyond the end of a mapped file).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
+        self.path = path
+        self.dim = manifest.dim
+        self.class_names = tuple(manifest.class_names or ())
+        self.meta: Mapping[str, Any] = MappingProxyType(manifest.as_dict())
+        self.nbytes = sum(shard.record.bytes for shard in shards)
+        self.labels = torch.cat([shard.label for shard in shards])
+        self.sample_ids = torch.cat([shard.sample_id for shard in shards])
+        self._shards = tuple(shards)
+        self._rows_per_shard = manifest.rows_per_shard
+        self._check_labels()
+        # Ids 0..N-1 in order are their own positions; others are found by binary search.
+        in_order = torch.equal(self.sample_ids, torch.arange(len(self)))
+        self._sorted = None if in_order else self.sample_ids.sort(stable=True)
+        self._check_unique()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: str = "fast") -> EmbeddingBank:
+        """Open the bank in the folder `path`.
+
+        verify: "fast" compares every shard with its xxh3, "full" with its sha256 also, "off"
+        trusts the contents and looks at the manifest, file sizes, headers, ids and labels only.
+        Raises BankError, naming file and rows, for any damage, and for an incomplete bank.
+        """
+        if verify not in VERIFY_MODES:
+            raise BankError(unknown("verify mode", verify, VERIFY_MODES))
+        path = Path(path)
+        manifest = read_manifest(path)
+        if not manifest.complete:
+            raise BankError(
+                f"{path} is incomplete: {manifest.rows} rows are stored so far; "
+                "run the command that began it once more, and it will go on from there"
+            )
+        return cls(
+            path, manifest, [map_shard(path, r, manifest.dim, verify) for r in manifest.shards]
+        )
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __repr__(self) -> str:
+        return f"EmbeddingBank({str(self.path)!r}, rows={len(self)}, dim={self.dim})"
+
+    def positions(self, sample_ids: Any) -> Tensor:
+        """Row numbers int64 [n] of these sample ids [n]. BankError names the first unknown id."""
+        ids = arrays.integers("sample_ids", sample_ids)
+        if self._sorted is None:
+            found, known = ids.clone(), (ids >= 0) & (ids < len(self))
+        else:
+            values, order = self._sorted
+            place = torch.searchsorted(values, ids).clamp_(max=len(self) - 1)
+            found, known = order[place], values[place] == ids
+        if not bool(known.all()):
+            raise BankError(
+                f"sample_id {int(ids[~known][0])} is not in the bank {self.path} "
+                f"({len(self)} rows); it was built from other data, or from a part of it"
+            )
+        return found
+
+    def rows(self, sample_ids: Any) -> Tensor:
+        """Embeddings float16 [n, D] of these sample ids [n], in this order. Errors as above."""
+        positions = self.positions(sample_ids)
+        if len(self._shards) == 1:
+            return self._shards[0].embedding[positions]
+        # Every shard but the last has the same number of rows.
+        shard_of = positions // self._rows_per_shard
+        out = torch.empty(len(positions), self.dim, dtype=torch.float16)
+        for index in shard_of.unique().tolist():
+            wanted = shard_of == index
+            within = positions[wanted] - index * self._rows_per_shard
+            out[wanted] = self._shards[index].embedding[within]
+        return out
+
+    def embeddings(self) -> Tensor:
+        """All embeddings float16 [N, D], in bank order.
+
+        With one shard this is the mapped file itself (nothing is read or copied), otherwise a copy
+        in memory; `shards` goes through any bank without copying. Writes never reach the file.
+        """
+        if len(self._shards) == 1:
+            return self._shards[0].embedding
+        return torch.cat([shard.embedding for shard in self._shards])
+
+    def shards(self) -> Iterator[tuple[int, Tensor]]:
+        """(number of its first row, embeddings float16 [n, D] memory-mapped) of each shard."""
+        for shard in self._shards:
+            yield shard.record.first_row, shard.embedding
+
+    def class_counts(self) -> list[tuple[str, int]]:
+        """(name, rows) of each class, in label order; rows labelled -1 have none.
+
+        Without class names, of the labels that occur, named by their numbers.
+        """
+        labelled = self.labels[self.labels >= 0]
+        if self.class_names:
+            counts = labelled.bincount(minlength=len(self.class_names))
+            return list(zip(self.class_names, counts.tolist()))
+        labels, counts = labelled.unique(return_counts=True)
+        return list(zip(map(str, labels.tolist()), counts.tolist()))
+
+    def centroids(self, per_class: int | None = None, *, seed: int | None = None) -> Tensor:
+        """The mean embedding of each class, float32 [C, D], streamed shard by shard.
+
+        per_class: use at most that many rows of each class: the first in bank order, or, with a
+        `seed`, as many drawn at random (the same for the same seed). None: all rows.
+        C is the number of class names, else the largest label + 1. Rows labelled -1 are passed
+        over. Sums are float64, so shard sizes do not show in the result.
+        Raises BankError that names a class without rows.
+        """
+        classes = len(self.class_names) or int(self.labels.max()) + 1
+        present = self.labels[self.labels >= 0].unique()
+        if len(present) < classes or classes == 0:
+            raise BankError(self._without_rows(present))
+        chosen = self.labels >= 0
+        if per_class is not None:
+            chosen &= self._first_of_each_class(per_class, seed)
+        sums = torch.zeros(classes, self.dim, dtype=torch.float64)
+        for first, embedding in self.shards():
+            kept = chosen[first : first + len(embedding)].nonzero().squeeze(1)
+            sums.index_add_(0, self.labels[first + kept], embedding[kept].double())
+        counts = torch.bincount(self.labels[chosen], minlength=classes)
+        return (sums / counts[:, None]).float()
+
+    def check(
+        self,
+        *,
+        dim: int | None = None,
+        class_names: Sequence[str] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Refuse a bank that does not fit: BankError with both values and the remedy.
+
+        dim: the width that the loss expects. class_names, fingerprint: those of the data set that
+        is trained on. What is None here, or was never recorded in the bank (embeddings that were
+        imported without it), is not compared; but labels must always be among `class_names`.
+        """
+        if dim is not None and dim != self.dim:
+            raise BankError(
+                f"the bank {self.path} has embeddings of width {self.dim}, expected {dim}; "
+                f"set teacher_dim={self.dim}, or build a bank with the other teacher"
+            )
+        if class_names is not None:
+            self._check_class_names(tuple(class_names))
+        recorded = self.meta["fingerprint"]
+        if fingerprint is not None and recorded is not None and fingerprint != recorded:
+            raise BankError(
+                f"the bank {self.path} was built from data with fingerprint {recorded} "
+                f"({self.meta['dataset'] or 'unnamed'}), this data has {fingerprint}; "
+                "use the data it was built from, or build a bank of this data"
+            )
+
+    def _check_class_names(self, names: tuple[str, ...]) -> None:
+        mine, remedy = self.class_names, "use the data it was built from, or build a bank of this"
+        if not mine:
+            largest = int(self.labels.max())
+            if largest >= len(names):
+                raise BankError(
+                    f"the bank {self.path} has labels up to {largest}, "
+                    f"the data has {len(names)} classes; {remedy}"
+                )
+        elif len(mine) != len(names):
+            raise BankError(
+                f"the bank {self.path} has {len(mine)} class names ({brief(list(mine))}), "
+                f"the data has {len(names)} ({brief(list(names))}); {remedy}"
+            )
+        for label, (ours, theirs) in enumerate(zip(mine, names)):
+            if ours != theirs:
+                raise BankError(
+                    f"class {label} is {ours!r} in the bank {self.path} "
+                    f"and {theirs!r} in the data; {remedy}"
+                )
+
+    def _first_of_each_class(self, per_class: int, seed: int | None) -> Tensor:
+        """A mask [N] of the first `per_class` rows of each label, in bank or in seeded order."""
+        if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
+            raise BankError(f"per_class must be an integer of at least 1, got {per_class!r}")
+        order = torch.arange(len(self))
+        if seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        # A stable sort keeps that order within each class; the rank is the distance to its start.
+        labels, by_label = self.labels[order].sort(stable=True)
+        starts = torch.searchsorted(labels, labels)
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[order[by_label[torch.arange(len(self)) - starts < per_class]]] = True
+        return mask
+
+    def _without_rows(self, present: Tensor) -> str:
+        if not self.class_names and not len(present):
+            return f"the bank {self.path} has no labels, so no centroids; build it with labels"
+        known = set(present.tolist())
+        label = next(c for c in range(len(known) + 1) if c not in known)
+        name = f" ({self.class_names[label]!r})" if self.class_names else ""
+        return (
+            f"class {label}{name} has no row in the bank {self.path}, so it has no centroid; "
+            "build the bank from data that has every class"
+        )
+
+    def _check_labels(self) -> None:
+        bad = self.labels < -1
+        if self.class_names:
+            bad |= self.labels >= len(self.class_names)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            known = f"-1 to {len(self.class_names) - 1}" if self.class_names else "-1 or more"
+            raise BankError(
+                f"{self._file_of(row)} is damaged: row {row} has label {int(self.labels[row])}, "
+                f"expected {known}"
+            )
+
+    def _check_unique(self) -> None:
+        if self._sorted is None:
+            return
+        values, order = self._sorted
+        same = (values[1:] == values[:-1]).nonzero().squeeze(1)
+        if len(same):
+            first, second = sorted(order[int(same[0]) : int(same[0]) + 2].tolist())
+            raise BankError(
+                f"{self._file_of(second)} is damaged: duplicate sample_id "
+                f"{int(self.sample_ids[first])} in rows {first} and {second}"
+            )
+
+    def _file_of(self, row: int) -> Path:
+        return self.path / self._shards[row // self._rows_per_shard].record.file

@@ -1,0 +1,71 @@
+"""The settings of a new bank, checked: what the first build says, and every resume must repeat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from ckd._version import __version__
+from ckd.bank.manifest import BankError, Manifest, brief
+
+_PACKAGES = ("torch", "numpy", "safetensors")
+
+
+def new_manifest(
+    *,
+    dim: int,
+    rows_per_shard: int,
+    normalize: bool,
+    teacher: str | Mapping[str, Any] | None,
+    preprocessing: Mapping[str, Any] | None,
+    dataset: str | None,
+    fingerprint: str | None,
+    class_names: Sequence[str] | None,
+) -> Manifest:
+    """The manifest of a bank without rows. BankError names the argument that is not valid."""
+    return Manifest(
+        dim=_positive("dim", dim),
+        rows_per_shard=_positive("rows_per_shard", rows_per_shard),
+        normalized=bool(normalize),
+        teacher=_mapping("teacher", {"name": teacher} if isinstance(teacher, str) else teacher),
+        preprocessing=_mapping("preprocessing", preprocessing),
+        dataset=_text("dataset", dataset),
+        fingerprint=_text("fingerprint", fingerprint),
+        class_names=_names(class_names),
+        versions={"ckd": __version__} | {name: metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise BankError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The mapping as JSON gives it back, so that a resume compares like with like."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise BankError(f"{name} must be a mapping, got {type(value).__name__}")
+    try:
+        return json.loads(json.dumps(dict(value), allow_nan=False, sort_keys=True))
+    except (TypeError, ValueError) as error:
+        raise BankError(f"{name} must hold plain JSON values: {error}") from error
+
+
+def _text(name: str, value: str | None) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise BankError(f"{name} must be a string or None, got {type(value).__name__}")
+    return value
+
+
+def _names(value: Sequence[str] | None) -> list[str] | None:
+    """The class names as a list; none at all is the same as not naming them."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise BankError(f"class_names must be a sequence of strings, got {brief(value)}")
+    return list(value) or None

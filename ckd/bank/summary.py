@@ -1,0 +1,144 @@
+"""What a bank is, in a dictionary and in words, and what it saves against running the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckd.bank.manifest import SCHEMA_VERSION
+from ckd.bank.reader import EmbeddingBank
+
+# With more classes than this, rows per class are told by their extremes.
+_CLASSES_LISTED = 20
+
+
+def summarize(bank: EmbeddingBank) -> dict[str, Any]:
+    """The bank in plain JSON values; `saves` is None where the teacher's cost was not recorded."""
+    meta = bank.meta
+    counts = bank.class_counts()
+    return {
+        "path": str(bank.path),
+        "schema_version": SCHEMA_VERSION,
+        "rows": len(bank),
+        "dim": bank.dim,
+        "dtype": meta["dtype"],
+        "normalized": meta["normalized"],
+        "shards": len(meta["shards"]),
+        "bytes": bank.nbytes,
+        "teacher": meta["teacher"],
+        "preprocessing": meta["preprocessing"],
+        "dataset": meta["dataset"],
+        "fingerprint": meta["fingerprint"],
+        "versions": meta["versions"],
+        "classes": [{"name": name, "rows": count} for name, count in counts],
+        "rows_without_label": int((bank.labels < 0).sum()),
+        "saves": _savings(bank, len(counts)),
+    }
+
+
+def describe(bank: EmbeddingBank) -> str:
+    """The summary as a few aligned lines."""
+    facts = summarize(bank)
+    normalized = "scaled to length 1" if facts["normalized"] else "as the teacher gave them"
+    shards = "1 shard" if facts["shards"] == 1 else f"{facts['shards']} shards"
+    lines = [
+        ("bank", facts["path"]),
+        ("rows", f"{facts['rows']:,} x {facts['dim']} float16, {normalized}"),
+        ("on disk", f"{human_bytes(facts['bytes'])} in {shards}"),
+        ("teacher", _teacher_line(facts["teacher"])),
+        ("data", _data_line(facts["dataset"], facts["fingerprint"])),
+        *_class_lines(facts["classes"], facts["rows_without_label"]),
+        *_saving_lines(facts["saves"], facts["rows"]),
+    ]
+    return "\n".join(f"{head:<9}{text}" for head, text in lines)
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, three significant digits: 7.20 MB."""
+    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {units[-1]}"
+
+
+def _flops(count: float) -> str:
+    return _scaled(count, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs", "EFLOPs"))
+
+
+def _savings(bank: EmbeddingBank, classes: int) -> dict[str, int] | None:
+    """Per image: what the teacher would compute and hold, and what the bank reads and holds."""
+    teacher = bank.meta["teacher"] or {}
+    flops, weights = teacher.get("flops_per_image"), teacher.get("weights_bytes")
+    if not isinstance(flops, int) or not isinstance(weights, int):
+        return None
+    return {
+        "teacher_flops_per_image": flops,
+        "teacher_flops_per_epoch": flops * len(bank),
+        "teacher_weights_bytes": weights,
+        "bank_bytes_read_per_image": 2 * bank.dim,
+        "bank_bytes_held_as_centroids": 2 * bank.dim * classes,
+        "bank_bytes_held_as_samples": 2 * bank.dim * len(bank),
+    }
+
+
+def _teacher_line(teacher: dict[str, Any] | None) -> str:
+    if not teacher:
+        return "not recorded"
+    text = str(teacher.get("name", "unnamed"))
+    if isinstance(teacher.get("parameters"), int):
+        text += f", {teacher['parameters']:,} parameters"
+    if "weights_sha256" in teacher:
+        text += f", weights {str(teacher['weights_sha256'])[:12]}"
+    return text
+
+
+def _data_line(dataset: str | None, fingerprint: str | None) -> str:
+    return f"{dataset or 'not named'}, fingerprint {fingerprint or 'not recorded'}"
+
+
+def _class_lines(classes: list[dict[str, Any]], unlabelled: int) -> list[tuple[str, str]]:
+    lines = []
+    counts = sorted(entry["rows"] for entry in classes)
+    if not classes:
+        lines.append(("classes", "none"))
+    elif counts[0] == counts[-1]:
+        lines.append(("classes", f"{len(classes)} of {counts[0]:,} rows each"))
+    elif len(classes) > _CLASSES_LISTED:
+        middle = counts[len(counts) // 2]
+        spread = f"{counts[0]:,} to {counts[-1]:,} rows, median {middle:,}"
+        lines.append(("classes", f"{len(classes)} of {spread}"))
+    else:
+        lines.append(("classes", f"{len(classes)}"))
+        width = max(len(entry["name"]) for entry in classes)
+        lines += [("", f"  {entry['name']:<{width}}  {entry['rows']:>9,}") for entry in classes]
+    if unlabelled:
+        lines.append(("", f"and {unlabelled:,} rows without a label"))
+    return lines
+
+
+def _saving_lines(saves: dict[str, int] | None, rows: int) -> list[tuple[str, str]]:
+    if saves is None:
+        return [("saves", "unknown: the cost of the teacher was not recorded")]
+    return [
+        ("saves", "against running the teacher while the student trains:"),
+        (
+            "",
+            f"  compute  {_flops(saves['teacher_flops_per_image'])} an image, "
+            f"{_flops(saves['teacher_flops_per_epoch'])} an epoch of {rows:,} images; now none",
+        ),
+        (
+            "",
+            f"  memory   {human_bytes(saves['teacher_weights_bytes'])} of weights; "
+            f"now {human_bytes(saves['bank_bytes_held_as_centroids'])} of centroids, or "
+            f"{human_bytes(saves['bank_bytes_held_as_samples'])} with every sample's own row",
+        ),
+        (
+            "",
+            f"  reading  {human_bytes(saves['bank_bytes_read_per_image'])} an image "
+            "with every sample's own row; nothing with centroids",
+        ),
+    ]

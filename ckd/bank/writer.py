@@ -1,0 +1,283 @@
+"""Writing a bank so that it may be killed at any moment and resumed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckd._files import TEMPORARY_PREFIX, atomic_write, fsync_folder
+from ckd._lock import locked_folder
+from ckd.bank import arrays
+from ckd.bank.manifest import (
+    MANIFEST_NAME,
+    BankError,
+    brief,
+    encode,
+    read_manifest,
+    settings_that_differ,
+)
+from ckd.bank.settings import new_manifest
+from ckd.bank.shards import describe, encode_shard, map_shard
+
+_OURS = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?(manifest\.json|shard-\d{{5,}}\.safetensors)")
+
+
+class BankWriter:
+    """Writes a bank, shard by shard; a context manager.
+
+        with BankWriter("banks/mine", dim=512, teacher="my-clip") as writer:
+            for sample_ids, embeddings, labels in batches:
+                writer.write(sample_ids, embeddings, labels)
+
+    A full shard is durable, and listed in the manifest, before the next one begins. Leaving the
+    block cleanly writes the last, shorter shard and completes the bank; leaving it by an exception
+    (or by SIGKILL) keeps the shards so far, and running the same script again goes on from there:
+    rows that are stored already are passed over by `write`, by their sample id.
+
+    path: a folder that does not exist, is empty, or holds an incomplete bank with these settings.
+    dim: D, the width of the embeddings.
+    teacher: its name, or a mapping of what is known of it; `preprocessing`, `fingerprint`,
+        `dataset`: what it saw. All of it goes to the manifest and must be the same on a resume.
+    class_names: the class of label 0, 1, ...; with them, labels outside are refused.
+    normalize: store rows scaled to length 1 (computed in float64).
+
+    One writer at a time has a bank (flock on the folder). Raises BankError for settings that are
+    invalid or differ from those of the bank found at `path`, a complete bank, a foreign folder, or
+    a shard that is damaged; OSError as the system gave it (disk full, permission denied).
+    """
+
+    rows_done: int
+    """Rows that were durable when the writer opened, in bank order; 0 for a new bank."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        dim: int,
+        *,
+        teacher: str | Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+        dataset: str | None = None,
+        class_names: Sequence[str] | None = None,
+        normalize: bool = False,
+        rows_per_shard: int = 8192,
+    ) -> None:
+        self.path = Path(path)
+        self.rows_done = 0
+        self._manifest = new_manifest(
+            dim=dim,
+            rows_per_shard=rows_per_shard,
+            normalize=normalize,
+            teacher=teacher,
+            preprocessing=preprocessing,
+            dataset=dataset,
+            fingerprint=fingerprint,
+            class_names=class_names,
+        )
+        self._lock: ExitStack | None = None
+        self._stored: set[int] = set()  # sample ids that were durable when the writer opened
+        self._offered: set[int] = set()  # sample ids offered since
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # embedding, label, sample_id
+        self._pending_rows = 0
+
+    def __enter__(self) -> BankWriter:
+        """Take the lock, make or resume the bank, and clear what a killed writer left behind."""
+        self._lock = _lock(self.path)
+        self._offered, self._pending, self._pending_rows = set(), [], 0
+        try:
+            if (self.path / MANIFEST_NAME).exists():
+                self._resume()
+            else:
+                self._begin()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Complete the bank, unless an exception ends the block. BankError if it has no rows."""
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._release()
+
+    def write(self, sample_ids: Any, embeddings: Any, labels: Any = None) -> None:
+        """Add rows; those whose sample id was stored before this writer opened are passed over.
+
+        sample_ids: integers [n], unique in the bank. embeddings: floating point [n, D], any device;
+        stored as float16. labels: integers [n], -1 for a row without one (the default for all).
+        Tensors or arrays. Raises BankError, having taken nothing of the batch, for wrong shapes or
+        dtypes, ids that came before, labels that are no class, and rows that float16 cannot hold
+        (NaN, inf, beyond 65504), named by their place in the batch and their sample id. After an
+        OSError the writer is closed; the bank resumes when it is opened again.
+        """
+        if self._lock is None:
+            raise BankError(
+                f"the writer of {self.path} is not open; use it as `with BankWriter(...) as writer`"
+            )
+        ids = arrays.integers("sample_ids", sample_ids)
+        rows = arrays.embeddings("embeddings", embeddings, self._manifest.dim)
+        if labels is None:
+            labels = torch.full((len(ids),), -1)
+        classes = arrays.integers("labels", labels)
+        if not len(ids) == len(rows) == len(classes):
+            raise BankError(
+                "sample_ids, embeddings and labels must have one entry a row, "
+                f"got {len(ids)}, {len(rows)} and {len(classes)}"
+            )
+        self._check_labels(classes)
+        self._check_duplicates(ids)
+        half = arrays.to_float16(rows, ids, normalize=self._manifest.normalized)
+
+        self._offered.update(ids.tolist())
+        new = torch.tensor([i not in self._stored for i in ids.tolist()], dtype=torch.bool)
+        # Indexing copies, so the caller may use its buffers again for the next batch.
+        half, classes, ids = half[new], classes[new], ids[new]
+        for start, stop in self._pieces(len(ids)):
+            self._pending.append((half[start:stop], classes[start:stop], ids[start:stop]))
+            self._pending_rows += stop - start
+            if self._pending_rows == self._manifest.rows_per_shard:
+                self._write_shard(complete=False)
+
+    def _begin(self) -> None:
+        """A new bank: its manifest comes first, so that a resume knows the settings."""
+        foreign = set(os.listdir(self.path)) - {TEMPORARY_PREFIX + MANIFEST_NAME}
+        if foreign:
+            raise BankError(
+                f"{self.path} is not a bank and not empty (it holds {brief(sorted(foreign)[0])}); "
+                "choose another path"
+            )
+        self._remove_leftovers()
+        _write(self.path / MANIFEST_NAME, encode(self._manifest))
+        fsync_folder(self.path.absolute().parent)
+
+    def _resume(self) -> None:
+        """An incomplete bank: same settings, whole shards, whose ids need not be written again."""
+        found = read_manifest(self.path)
+        if found.complete:
+            raise BankError(
+                f"{self.path} already holds a complete bank of {found.rows} rows; "
+                "choose another path, or delete it first"
+            )
+        differ = settings_that_differ(found, self._manifest)
+        if differ:
+            raise BankError(
+                f"{self.path} holds an incomplete bank made with other settings: "
+                f"{'; '.join(differ)}. Use the same settings, or another path"
+            )
+        self._manifest = found
+        self._remove_leftovers()
+        for record in found.shards:
+            shard = map_shard(self.path, record, found.dim, verify="fast")
+            self._stored.update(shard.sample_id.tolist())
+        self.rows_done = found.rows
+
+    def _remove_leftovers(self) -> None:
+        """Delete temporary files, and shards that a killed writer did not come to list."""
+        listed = {MANIFEST_NAME, *(shard.file for shard in self._manifest.shards)}
+        leftovers = [n for n in os.listdir(self.path) if _OURS.fullmatch(n) and n not in listed]
+        for name in leftovers:
+            (self.path / name).unlink()
+        if leftovers:
+            fsync_folder(self.path)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        names = self._manifest.class_names
+        bad = labels < -1
+        if names is not None:
+            bad |= labels >= len(names)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            known = "0 or more" if names is None else f"0 to {len(names) - 1}"
+            raise BankError(
+                f"labels must be {known}, or -1 for none, got {int(labels[row])} in row {row}"
+            )
+
+    def _check_duplicates(self, ids: Tensor) -> None:
+        seen: set[int] = set()
+        for row, sample_id in enumerate(ids.tolist()):
+            if sample_id in seen or sample_id in self._offered:
+                raise BankError(
+                    f"duplicate sample_id {sample_id} (row {row} of the batch): "
+                    "each row of a bank needs an id of its own"
+                )
+            seen.add(sample_id)
+
+    def _pieces(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Cut a batch of `rows` rows so that each piece ends at the latest where a shard does."""
+        start = 0
+        while start < rows:
+            stop = min(rows, start + self._manifest.rows_per_shard - self._pending_rows)
+            yield start, stop
+            start = stop
+
+    def _write_shard(self, *, complete: bool) -> None:
+        """Make the pending rows durable as a shard, then the manifest that lists it."""
+        manifest = self._manifest
+        embedding, label, sample_id = (torch.cat(parts) for parts in zip(*self._pending))
+        data = encode_shard(embedding, label, sample_id)
+        record = describe(len(manifest.shards), manifest.rows, len(label), data)
+        manifest = replace(manifest, shards=(*manifest.shards, record), complete=complete)
+        try:
+            _write(self.path / record.file, data)
+            _write(self.path / MANIFEST_NAME, encode(manifest))
+        except BaseException:
+            # What is on disk may be ahead of what this object knows: only a resume sorts it out.
+            self._release()
+            raise
+        self._manifest = manifest
+        self._pending, self._pending_rows = [], 0
+
+    def _finish(self) -> None:
+        if self._lock is None:
+            raise BankError(f"the writer of {self.path} failed before; open it again to go on")
+        if self._pending_rows:
+            self._write_shard(complete=True)
+        elif self._manifest.rows:
+            complete = replace(self._manifest, complete=True)
+            _write(self.path / MANIFEST_NAME, encode(complete))
+        else:
+            raise BankError(f"{self.path}: the bank is empty, no row was written to it")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _lock(path: Path) -> ExitStack:
+    """Make the folder if need be and hold its lock, until the result is closed."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise BankError(f"{path} is a file; a bank is a folder, choose another path") from None
+    lock = ExitStack()
+    try:
+        lock.enter_context(locked_folder(path))
+    except BlockingIOError:
+        raise BankError(f"{path} is being written by another process; wait for it to end") from None
+    return lock
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        atomic_write(path, data)
+    except OSError as error:
+        # Where writing itself fails (disk full), the system does not say which file it was.
+        error.filename = error.filename or str(path)
+        raise

@@ -1,0 +1,302 @@
+"""Bad input to the bank: what is offered to the writer, what is on disk, what is asked of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckd.bank import BankError, BankWriter, EmbeddingBank
+from ckd.bank.npy import import_npy
+from ckd.bank.picture import draw_bank
+from tests.bad_input import Case
+from tests.bank_tools import CLASSES, DIM, change_manifest, flip_bit, sample, write_bank
+
+IDS, ROWS, LABELS = sample()
+
+
+def offered(*batch: Any, **settings: Any) -> Callable[[Path], Any]:
+    """Write one batch to a new bank."""
+
+    def call(tmp_path: Path) -> None:
+        with BankWriter(tmp_path / "bank", DIM, **settings) as writer:
+            writer.write(*batch)
+
+    return call
+
+
+def asked(question: Callable[[EmbeddingBank], Any], **settings: Any) -> Callable[[Path], Any]:
+    """Ask a good bank."""
+    return lambda tmp_path: question(write_bank(tmp_path / "bank", **settings))
+
+
+def damaged(damage: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Open a bank after damage to its folder."""
+
+    def call(tmp_path: Path) -> None:
+        write_bank(tmp_path / "bank")
+        damage(tmp_path / "bank")
+        EmbeddingBank.open(tmp_path / "bank")
+
+    return call
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "shard-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def append(folder: Path) -> None:
+    file = folder / "shard-00000.safetensors"
+    file.write_bytes(file.read_bytes() + b"garbage")
+
+
+def poisoned(value: float) -> torch.Tensor:
+    rows = ROWS.clone()
+    rows[3, 1] = value
+    return rows
+
+
+def write_failing_with(error: int) -> Callable[[Path], Any]:
+    """The file system refuses at the first fsync; there was no bank before."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    def call(tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr(os, "fsync", fail)
+            offered(IDS, ROWS)(tmp_path)
+
+    return call
+
+
+def resumed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Callable[[Path], Any]:
+    """Begin a bank with some settings, and go on with others."""
+
+    def call(tmp_path: Path) -> None:
+        with pytest.raises(BankError, match="empty"), BankWriter(tmp_path / "bank", DIM, **first):
+            pass
+        offered(IDS, ROWS, LABELS, **second)(tmp_path)
+
+    return call
+
+
+def imported(embeddings: np.ndarray[Any, Any], labels: Sequence[Any] = ()) -> Callable[[Path], Any]:
+    def call(tmp_path: Path) -> None:
+        np.save(tmp_path / "e.npy", embeddings)
+        np.save(tmp_path / "l.npy", np.asarray(labels))
+        labels_file = tmp_path / "l.npy" if len(labels) else None
+        import_npy(tmp_path / "e.npy", tmp_path / "bank", labels=labels_file)
+
+    return call
+
+
+def into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "bank").write_text("a file")
+    offered(IDS, ROWS)(tmp_path)
+
+
+def into_a_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "thesis.tex").write_text("precious")
+    offered(IDS, ROWS)(tmp_path)
+
+
+def onto_a_complete_bank(tmp_path: Path) -> None:
+    write_bank(tmp_path / "bank")
+    offered(IDS, ROWS)(tmp_path)
+
+
+SHARD_1 = ("shard-00001.safetensors", "rows 16 to 31")
+
+CASES = [
+    # Settings of the writer
+    Case("dim zero", lambda p: BankWriter(p / "b", 0), BankError, ("dim", "got 0")),
+    Case("dim float", lambda p: BankWriter(p / "b", 8.0), BankError, ("dim", "8.0")),  # type: ignore[arg-type]
+    Case(
+        "shard size",
+        lambda p: BankWriter(p / "b", 8, rows_per_shard=-1),
+        BankError,
+        ("rows_per_shard", "-1"),
+    ),
+    Case(
+        "teacher not json",
+        lambda p: BankWriter(p / "b", 8, teacher={"weights": torch.zeros(1)}),
+        BankError,
+        ("teacher", "JSON"),
+    ),
+    Case(
+        "class names string",
+        lambda p: BankWriter(p / "b", 8, class_names="abc"),
+        BankError,
+        ("class_names", "'abc'"),
+    ),
+    # What is offered to the writer
+    Case("rank", offered(IDS, ROWS[0]), BankError, ("embeddings", "[n, 8]", "[8]")),
+    Case("width", offered(IDS, ROWS[:, :7]), BankError, ("embeddings", "[50, 7]")),
+    Case("dtype", offered(IDS, ROWS.long()), BankError, ("embeddings", "torch.int64")),
+    Case("no array", offered(IDS, "rows"), BankError, ("embeddings", "array of numbers")),
+    Case("ids dtype", offered(IDS.float(), ROWS), BankError, ("sample_ids", "float32")),
+    Case("ids rank", offered(IDS[:, None], ROWS), BankError, ("sample_ids", "[50, 1]")),
+    Case("lengths", offered(IDS[:-1], ROWS), BankError, ("49", "50")),
+    Case("labels length", offered(IDS, ROWS, LABELS[1:]), BankError, ("labels", "49")),
+    Case("label below", offered(IDS, ROWS, LABELS - 2), BankError, ("labels", "got -2")),
+    Case(
+        "label beyond class names",
+        offered(IDS, ROWS, LABELS, class_names=CLASSES[:2]),
+        BankError,
+        ("labels", "0 to 1", "got 2 in row 2"),
+    ),
+    Case(
+        "nan",
+        offered(IDS, poisoned(float("nan"))),
+        BankError,
+        ("row 3", f"sample_id {int(IDS[3])}", "NaN"),
+    ),
+    Case("inf", offered(IDS, poisoned(float("inf"))), BankError, ("row 3", "inf")),
+    Case("overflow", offered(IDS, poisoned(1e5)), BankError, ("row 3", "65504")),
+    Case(
+        "zero row normalized",
+        offered(IDS, ROWS * (torch.arange(50) != 4)[:, None], normalize=True),
+        BankError,
+        ("row 4", "all zeros"),
+    ),
+    Case(
+        "duplicate ids",
+        offered([1, 2, 1], ROWS[:3]),
+        BankError,
+        ("duplicate sample_id 1", "row 2"),
+    ),
+    Case("empty", offered(IDS[:0], ROWS[:0]), BankError, ("empty",)),
+    # Where it is written
+    Case("path is a file", into_a_file, BankError, ("is a file",)),
+    Case("foreign folder", into_a_foreign_folder, BankError, ("not a bank", "thesis.tex")),
+    Case("complete already", onto_a_complete_bank, BankError, ("complete bank of 50 rows",)),
+    Case(
+        "resumed otherwise",
+        resumed({"teacher": "a", "fingerprint": "f"}, {"teacher": "b", "fingerprint": "f"}),
+        BankError,
+        ("teacher: {'name': 'a'}, now {'name': 'b'}",),
+    ),
+    Case(
+        "disk full",
+        write_failing_with(errno.ENOSPC),
+        OSError,
+        ("No space left", "manifest.json"),
+    ),
+    Case(
+        "no permission",
+        write_failing_with(errno.EACCES),
+        PermissionError,
+        ("denied", "manifest.json"),
+    ),
+    # What is on disk
+    Case("missing", EmbeddingBank.open, BankError, ("not a bank", "manifest.json")),
+    Case(
+        "flipped bit",
+        damaged(lambda b: flip_bit(b / SHARD_1[0], -100, bit=3)),
+        BankError,
+        SHARD_1,
+    ),
+    Case(
+        "truncated shard",
+        damaged(truncate),
+        BankError,
+        ("shard-00003.safetensors", "rows 48 to 49", "truncated"),
+    ),
+    Case(
+        "missing shard",
+        damaged(lambda b: (b / SHARD_1[0]).unlink()),
+        BankError,
+        (*SHARD_1, "missing"),
+    ),
+    Case(
+        "trailing garbage",
+        damaged(append),
+        BankError,
+        ("shard-00000.safetensors", "rows 0 to 15", "too long"),
+    ),
+    Case(
+        "manifest flipped bit",
+        damaged(lambda b: flip_bit(b / "manifest.json", 100)),
+        BankError,
+        ("manifest.json", "damaged"),
+    ),
+    Case(
+        "manifest other version",
+        damaged(lambda b: change_manifest(b, lambda m: m.update(schema_version=7))),
+        BankError,
+        ("manifest.json", "schema version 7", "reads version 1"),
+    ),
+    Case(
+        "manifest path traversal",
+        damaged(lambda b: change_manifest(b, lambda m: m["shards"][0].update(file="../../x"))),
+        BankError,
+        ("manifest.json", "../../x"),
+    ),
+    # What is asked of it
+    Case(
+        "unknown id",
+        asked(lambda bank: bank.rows([int(IDS[0]), 99_999])),
+        BankError,
+        ("sample_id 99999", "not in the bank"),
+    ),
+    Case(
+        "class without rows",
+        asked(lambda bank: bank.centroids(), class_names=(*CLASSES, "dodo")),
+        BankError,
+        ("class 3", "'dodo'", "no row"),
+    ),
+    Case(
+        "per class zero",
+        asked(lambda bank: bank.centroids(0)),
+        BankError,
+        ("per_class", "got 0"),
+    ),
+    Case("other dim", asked(lambda bank: bank.check(dim=512)), BankError, ("8", "512")),
+    Case(
+        "other class names",
+        asked(lambda bank: bank.check(class_names=("ant", "bee", "dog"))),
+        BankError,
+        ("class 2", "'cat'", "'dog'"),
+    ),
+    Case(
+        "other data",
+        asked(lambda bank: bank.check(fingerprint="beef")),
+        BankError,
+        ("f00d", "beef"),
+    ),
+    Case(
+        "verify mode",
+        lambda p: EmbeddingBank.open(p, verify="ful"),
+        BankError,
+        ("'ful'", "full"),
+    ),
+    Case(
+        "plot method",
+        asked(lambda bank: draw_bank(bank, bank.path / "x.png", method="umap")),
+        BankError,
+        ("'umap'", "pca"),
+    ),
+    # Embeddings from files
+    Case(
+        "npy pickled",
+        imported(np.array([[{}]], dtype=object)),
+        BankError,
+        ("e.npy", "not a usable .npy file"),
+    ),
+    Case("npy rank", imported(np.zeros(3)), BankError, ("e.npy", "[N, D]", "[3]")),
+    Case(
+        "npy labels",
+        imported(np.zeros((3, 2)), labels=[0, 1]),
+        BankError,
+        ("l.npy", "[3]", "[2]"),
+    ),
+]

@@ -1,0 +1,180 @@
+"""What `BankWriter` stores, what it refuses, and whom it lets write."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ckd import _lock
+from ckd.bank import BankError, BankWriter, EmbeddingBank
+from tests.bank_tools import CLASSES, DIM, files_of, sample, write_bank
+
+
+# One row; one less than, exactly and one more than a shard (16); several shards and a ragged end.
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 50])
+def test_rows_come_back_in_order_as_float16(tmp_path, rows):
+    ids, embeddings, labels = sample(rows)
+    bank = write_bank(tmp_path / "bank", rows)
+    assert len(bank) == rows
+    assert bank.dim == DIM
+    assert torch.equal(bank.sample_ids, ids)
+    assert torch.equal(bank.labels, labels)
+    assert torch.equal(bank.embeddings(), embeddings.half())
+
+
+def test_batch_size_does_not_show_in_the_files(tmp_path):
+    for batch in (1, 7, 16, 50):
+        write_bank(tmp_path / str(batch), batch=batch)
+    first = files_of(tmp_path / "1")
+    assert sorted(first) == ["manifest.json", *(f"shard-0000{i}.safetensors" for i in range(4))]
+    assert all(files_of(tmp_path / str(batch)) == first for batch in (7, 16, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_float_dtype_is_rounded_to_float16(tmp_path, dtype):
+    ids, embeddings, _ = sample()
+    embeddings = embeddings.to(dtype)
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        writer.write(ids, embeddings)
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert torch.equal(bank.embeddings(), embeddings.half())
+    assert torch.equal(bank.labels, torch.full((50,), -1))
+
+
+def test_numpy_arrays_are_taken_read_only_strided_and_big_endian_too(tmp_path):
+    ids, embeddings, labels = (t.numpy() for t in sample())
+    swapped = embeddings.astype(">f4")
+    swapped.flags.writeable = False
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        writer.write(ids[:25].astype(np.int32), swapped[:25], labels[:25].astype(np.uint8))
+        writer.write(ids[25:].tolist(), np.asfortranarray(embeddings)[25:], labels[25:])
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert np.array_equal(bank.embeddings().numpy(), embeddings.astype(np.float16))
+    assert np.array_equal(bank.labels.numpy(), labels)
+
+
+def test_the_callers_buffers_may_be_reused(tmp_path):
+    ids, embeddings, labels = sample(20)
+    buffer, label_buffer = torch.empty(5, DIM, dtype=torch.float16), torch.empty(5).long()
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        for start in range(0, 20, 5):
+            buffer.copy_(embeddings[start : start + 5])
+            label_buffer.copy_(labels[start : start + 5])
+            writer.write(ids[start : start + 5], buffer, label_buffer)
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert torch.equal(bank.embeddings(), embeddings.half())
+    assert torch.equal(bank.labels, labels)
+
+
+def test_normalized_rows_have_length_one_whatever_their_size(tmp_path):
+    ids, embeddings, labels = sample()
+    scales = torch.logspace(-30, 30, 50)[:, None]
+    bank = write_bank(tmp_path / "bank", normalize=True)
+    with BankWriter(tmp_path / "scaled", DIM, normalize=True) as writer:
+        writer.write(ids, embeddings * scales, labels)
+    expected = (embeddings.double() / embeddings.double().norm(dim=1, keepdim=True)).half()
+    assert torch.equal(bank.embeddings(), expected)
+    scaled = EmbeddingBank.open(tmp_path / "scaled").embeddings()
+    # The scaling itself rounds to float32, so at most a last bit of float16 may differ.
+    assert torch.allclose(scaled.float(), expected.float(), rtol=2**-10, atol=2**-24)
+    assert bank.meta["normalized"] is True
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [(float("nan"), "NaN or inf"), (float("-inf"), "NaN or inf"), (65520.0, "65504")],
+)
+def test_a_row_that_float16_cannot_hold_is_refused_by_name_and_nothing_is_taken(
+    tmp_path, bad, says
+):
+    ids, embeddings, _ = sample(10)
+    poisoned = embeddings.clone()
+    poisoned[3, 5] = bad
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        with pytest.raises(BankError, match=rf"row 3 .*sample_id {int(ids[3])}\b.*{says}"):
+            writer.write(ids, poisoned)
+        writer.write(ids, embeddings)  # the same ids: none of them was taken
+    assert torch.equal(EmbeddingBank.open(tmp_path / "bank").embeddings(), embeddings.half())
+
+
+def test_the_largest_values_that_round_into_float16_are_kept(tmp_path):
+    rows = torch.tensor([[65519.0, -65504.0, 1e-12, 0.0]])
+    with BankWriter(tmp_path / "bank", 4) as writer:
+        writer.write([7], rows)
+    assert torch.equal(EmbeddingBank.open(tmp_path / "bank").rows([7]), rows.half())
+
+
+def test_duplicate_ids_are_refused_within_a_batch_and_across_batches(tmp_path):
+    _, embeddings, _ = sample(4)
+    with BankWriter(tmp_path / "bank", DIM, rows_per_shard=2) as writer:
+        with pytest.raises(BankError, match=r"duplicate sample_id 5 \(row 2"):
+            writer.write([5, 6, 5, 7], embeddings)
+        writer.write([5, 6, 7, 8], embeddings)
+        with pytest.raises(BankError, match="duplicate sample_id 6"):
+            writer.write([9, 6], embeddings[:2])
+    assert EmbeddingBank.open(tmp_path / "bank").sample_ids.tolist() == [5, 6, 7, 8]
+
+
+def test_a_bank_without_rows_is_refused_but_may_be_continued(tmp_path):
+    with pytest.raises(BankError, match="empty"), BankWriter(tmp_path / "bank", DIM):
+        pass
+    ids, embeddings, _ = sample()
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        writer.write(ids[:0], embeddings[:0])
+        writer.write(ids, embeddings)
+    assert len(EmbeddingBank.open(tmp_path / "bank")) == 50
+
+
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lock, "LOCK_PATIENCE_S", 0.0)
+    ids, embeddings, _ = sample()
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        with (
+            pytest.raises(BankError, match="being written by another"),
+            BankWriter(tmp_path / "bank", DIM),
+        ):
+            pass
+        writer.write(ids, embeddings)
+    assert len(EmbeddingBank.open(tmp_path / "bank")) == 50
+
+
+def test_a_lock_that_is_released_soon_is_waited_for(tmp_path):
+    ids, embeddings, _ = sample()
+    with contextlib.suppress(KeyError), BankWriter(tmp_path / "bank", DIM):
+        raise KeyError  # an incomplete bank
+    held = contextlib.ExitStack()
+    held.enter_context(_lock.locked_folder(tmp_path / "bank"))
+    threading.Timer(0.3, held.close).start()
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        writer.write(ids, embeddings)
+    assert len(EmbeddingBank.open(tmp_path / "bank")) == 50
+
+
+def test_a_writer_that_is_not_open_does_not_write(tmp_path):
+    ids, embeddings, _ = sample()
+    writer = BankWriter(tmp_path / "bank", DIM)
+    with pytest.raises(BankError, match="not open"):
+        writer.write(ids, embeddings)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_the_manifest_records_what_made_the_bank(tmp_path):
+    bank = write_bank(
+        tmp_path / "bank",
+        teacher={"name": "t", "parameters": 12},
+        preprocessing={"mean": (0.5, 0.25)},
+        dataset="toys (train)",
+        fingerprint="abcd",
+    )
+    assert bank.meta["teacher"] == {"name": "t", "parameters": 12}
+    assert bank.meta["preprocessing"] == {"mean": [0.5, 0.25]}
+    assert bank.meta["dataset"] == "toys (train)"
+    assert bank.meta["fingerprint"] == "abcd"
+    assert bank.meta["versions"]["torch"] == torch.__version__
+    assert bank.class_names == CLASSES
+    with pytest.raises(TypeError):
+        bank.meta["dataset"] = "other"
