@@ -1,0 +1,154 @@
+"""python -m ckd.compare RUN...: a table of finished runs, and the paper's figure of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ckd.train.errors import TrainError
+from ckd.train.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    VERMILION,
+    new_figure,
+    save_figure,
+)
+from ckd.train.report import markdown
+from ckd.train.run import read_result
+
+METHOD_COLOURS = {
+    "plain": GREY,
+    "logit-kd": ORANGE,
+    "teacher-kd": VERMILION,
+    "embed-kd": BLUE,
+}
+
+
+def memory_mib(result: Mapping[str, Any]) -> float:
+    """What the run took: on CUDA the allocator's peak, on the CPU the peak resident size above
+    that of the process before the run, which is that of PyTorch's libraries."""
+    if "peak_cuda_mib" in result:
+        return result["peak_cuda_mib"]
+    return result["peak_rss_mib"] - result["start_rss_mib"]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table, one row a run, and a line that says where it was measured."""
+    rows = [
+        [
+            result["run"],
+            result["method"],
+            result["student"],
+            f"{result['parameters']:,}",
+            f"{result['test_accuracy']:.2%}",
+            f"{result['time_per_epoch_s']:.2f}",
+            f"{result['images_per_s']:,.0f}",
+            f"{memory_mib(result):,.0f}",
+        ]
+        for result in results
+    ]
+    heads = ["run", "method", "student", "parameters", "test accuracy"]
+    heads += ["s / epoch", "images / s", "peak MiB"]
+    return f"{markdown(heads, rows, text_columns=3)}\n\n{_footnote(results)}"
+
+
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The paper's figure: memory, time per epoch and accuracy of each run, side by side.
+
+    Raises ImportError that names the extra if matplotlib is missing.
+    """
+    figure, axes = new_figure(11.0, 0.9 + 0.5 * len(results), columns=3, sharey=True)
+    places = list(range(len(results)))
+    colours = [METHOD_COLOURS.get(result["method"], GREEN) for result in results]
+    panels = (
+        ("Peak memory of the run (MiB)", [memory_mib(r) for r in results], "{:,.0f}"),
+        ("Training time per epoch (s)", [r["time_per_epoch_s"] for r in results], "{:.2f}"),
+        ("Test accuracy (%)", [100 * r["test_accuracy"] for r in results], "{:.2f}"),
+    )
+    for one, (title, values, form) in zip(axes, panels):
+        accuracy = title.startswith("Test accuracy")
+        if accuracy:  # differences matter here, and zero does not: dots on a range of their own
+            one.scatter(values, places, s=70, color=colours, zorder=3)
+            spread = max(max(values) - min(values), 1.0)
+            one.set_xlim(min(values) - 0.25 * spread, max(values) + 0.45 * spread)
+            one.set_xticks([tick for tick in one.get_xticks()[1:-1] if tick <= 100])
+        else:
+            one.barh(places, values, height=0.62, color=colours)
+            one.set_xlim(0, 1.22 * max(*values, 1e-9))
+        for place, value in zip(places, values):
+            one.annotate(
+                form.format(value),
+                (value, place),
+                xytext=(9 if accuracy else 4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=INK,
+            )
+        one.set_title(title, fontsize=10, loc="left")
+        one.grid(axis="y", visible=False)
+        one.grid(axis="x", color="#DDDDDD", linewidth=0.7)
+        one.tick_params(axis="y", length=0)
+    axes[0].set_yticks(places, [_label(result) for result in results])
+    axes[0].invert_yaxis()
+    save_figure(figure, path)
+
+
+def _label(result: Mapping[str, Any]) -> str:
+    run, method = result["run"], result["method"]
+    return run if method in run else f"{run} ({method})"
+
+
+def _footnote(results: Sequence[Mapping[str, Any]]) -> str:
+    kinds = {"peak_cuda_mib" in result for result in results}
+    memory = " / ".join(
+        "allocated on the GPU" if cuda else "resident memory above the idle process"
+        for cuda in sorted(kinds)
+    )
+    machines = {
+        f"{r['hardware']['device']}, {r['hardware']['threads']} threads, "
+        f"torch {r['hardware']['torch']}"
+        for r in results
+    }
+    where = "; ".join(sorted(machines))
+    warning = " Times of different machines do not compare." if len(machines) > 1 else ""
+    return f"Peak MiB: {memory}. Times: median over the epochs, training only. {where}.{warning}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """Compare finished runs: a table, and with --out a figure."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FIGURE.png")] = None
+    """Draw memory, time per epoch and accuracy of the runs into this file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; the exit status: 0, or 2 for an error."""
+    command = tyro.cli(Command, prog="python -m ckd.compare", args=argv)
+    try:
+        if not command.runs:
+            raise TrainError("name at least one run folder: python -m ckd.compare RUN...")
+        results = [{**read_result(run), "run": run.name} for run in command.runs]
+        print(table(results))
+        if command.out is not None:
+            draw(results, command.out)
+            print(f"\nfigure: {command.out}")
+    except (TrainError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Checkpoints: a folder of tensors and state that is there whole or not at all.
+
+    RUN/checkpoint/step-00001234/tensors.safetensors    every tensor of the run, flat, by name
+                                 state.json             every number of it, and the checksums
+
+A checkpoint is written under a temporary name, made durable, renamed, and only then is the older
+one removed: a kill, or a full disk, at any moment leaves the older or the newer one, intact.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ckd._files import TEMPORARY_PREFIX, atomic_folder, durable_write
+from ckd.train.errors import CheckpointError
+
+FORMAT = 1
+FOLDER, TENSORS, STATE = "checkpoint", "tensors.safetensors", "state.json"
+
+
+class Checkpoint(NamedTuple):
+    """What `load` gives: tensors by name (on the CPU) and the state that was saved with them."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Make RUN/checkpoint/step-<step> durable, then remove the older ones; its path.
+
+    The bytes depend on the arguments alone. Raises CheckpointError when the system refuses (disk
+    full, permission denied); the older checkpoint is then still there.
+    """
+    folder = run / FOLDER
+    path = folder / f"step-{step:08d}"
+    # Clones: safetensors refuses tensors that share memory, such as tied weights.
+    blob = safetensors.torch.save({k: _plain(v) for k, v in tensors.items()})
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "tensors_bytes": len(blob),
+        "tensors_xxh3": xxhash.xxh3_64_hexdigest(blob),
+        "state": dict(state),
+    }
+    content["xxh3"] = _digest(content)
+    older = _existing(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path in older:  # the same step, saved again after a resume: the same content
+            return path
+        with atomic_folder(path) as temporary:
+            durable_write(temporary / TENSORS, blob)
+            durable_write(temporary / STATE, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        kept = f"the checkpoint {older[-1]} is intact" if older else "there is no older one"
+        raise CheckpointError(f"cannot save the checkpoint {path}: {error}; {kept}") from error
+    for leftover in [*older, *folder.glob(TEMPORARY_PREFIX + "*")]:
+        # One that cannot be removed does no harm: `latest` takes the newest.
+        shutil.rmtree(leftover, ignore_errors=True)
+    return path
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    existing = _existing(run)
+    return existing[-1] if existing else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint. Raises CheckpointError naming the damaged file."""
+    try:
+        blob, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"cannot be read: {error}") from error
+    try:
+        content = json.loads(text)
+        stored = content.pop("xxh3")
+        found, state = content["format"], content["state"]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path / STATE, f"is not a checkpoint's state ({error!r})") from error
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{path / STATE} has format {found}, this version of ckd reads {FORMAT}; "
+            "resume with the version that wrote it"
+        )
+    if stored != _digest(content):
+        raise _damaged(path / STATE, "does not match its checksum")
+    if len(blob) != content["tensors_bytes"]:
+        raise _damaged(
+            path / TENSORS, f"has {len(blob)} bytes, {content['tensors_bytes']} were written"
+        )
+    if xxhash.xxh3_64_hexdigest(blob) != content["tensors_xxh3"]:
+        raise _damaged(path / TENSORS, "does not match its checksum")
+    try:
+        tensors = safetensors.torch.load(blob)
+    except safetensors.SafetensorError as error:
+        raise _damaged(path / TENSORS, f"is not a safetensors file ({error})") from error
+    return Checkpoint(path, tensors, state)
+
+
+def pack(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name: `student.…`, `optimizer.student.….exp_avg`."""
+    tensors = {
+        f"{prefix}.{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    for name, parameter in _optimized(modules, optimizer):
+        for key, tensor in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = tensor
+    return tensors
+
+
+def unpack(
+    checkpoint: Checkpoint, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
+    """The inverse of `pack`: copy a checkpoint's tensors into the modules and the optimizer.
+
+    Raises CheckpointError if a name or a shape does not fit.
+    """
+    for prefix, module in modules.items():
+        start = prefix + "."
+        own = {k[len(start) :]: v for k, v in checkpoint.tensors.items() if k.startswith(start)}
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit the {prefix}: {error}"
+            ) from error
+    state = optimizer.state_dict()
+    numbers = _numbers(optimizer, state)
+    for name, parameter in _optimized(modules, optimizer):
+        start = f"optimizer.{name}."
+        own = {
+            # In the layout of the parameter: fused optimizers walk both in memory order.
+            key[len(start) :]: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
+            for key, tensor in checkpoint.tensors.items()
+            if key.startswith(start)
+        }
+        if own:  # none before the first step
+            state["state"][numbers[parameter]] = own
+    optimizer.load_state_dict(state)
+
+
+def _optimized(
+    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> list[tuple[str, nn.Parameter]]:
+    """The optimizer's parameters with their names."""
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [
+        (f"{prefix}.{name}", parameter)
+        for prefix, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if id(parameter) in mine
+    ]
+
+
+def _numbers(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[nn.Parameter, int]:
+    """Under which number the optimizer's state dict files each parameter."""
+    return {
+        parameter: number
+        for group, packed in zip(optimizer.param_groups, state["param_groups"])
+        for parameter, number in zip(group["params"], packed["params"])
+    }
+
+
+def _existing(run: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; the names sort by step."""
+    return sorted((run / FOLDER).glob("step-*"))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} {what}; the checkpoint is damaged: delete its folder and resume from an older "
+        "one, if there is one, or from the start"
+    )

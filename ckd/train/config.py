@@ -1,0 +1,236 @@
+"""What determines a run: one frozen dataclass, the flags of `python -m ckd.train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckd._files import atomic_write
+from ckd._hints import unknown
+from ckd.train.errors import ConfigError
+
+TARGETS = ("centroids", "samples")
+AMP_MODES = ("off", "bf16", "fp16")
+
+# Under `paper_compat`, a field that was left at its default takes the value of the paper's code.
+# Beyond these, the class head's softmax is applied twice and logit-kd is a cross-entropy against
+# the teacher's probabilities (methods.py), the learning rate changes once an epoch and every
+# parameter decays (schedule.py).
+PAPER_SETTINGS: Mapping[str, Any] = {
+    "epochs": 200,
+    "logit_scale": 1.0,
+    "learn_logit_scale": False,
+    "centroids_per_class": 100,
+    "crop_padding": 0,
+}
+
+# A run may be resumed with other values of these: they say where and how fast it runs, not what
+# it computes. (Another device or --compile rounds differently; the run goes on all the same.)
+MAY_DIFFER_ON_RESUME = frozenset(
+    {"out", "device", "workers", "compile", "checkpoint_minutes", "checkpoint_steps", "tensorboard"}
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one training run."""
+
+    method: str = "embed-kd"
+    """plain, logit-kd, teacher-kd or embed-kd: where the teacher's signal comes from."""
+    data: str = "digits"
+    """The data set: digits, an image folder, parquet file(s) or .npz."""
+    image_size: int | None = None
+    """Resize and centre-crop the images to this many pixels; default: their own size."""
+    student: str = "vit"
+    """The student model, NAME[:key=value,...]; vit is the paper's (patch 4, width 256)."""
+    bank: str | None = None
+    """embed-kd: the folder of teacher embeddings, made by `python -m ckd.bank build`."""
+    teacher: str | None = None
+    """logit-kd and teacher-kd: a model spec, a run folder or a .safetensors file."""
+    teacher_weights: str | None = None
+    """Weights for a --teacher, or --eval, that is a spec."""
+    out: str | None = None
+    """The run folder; default: runs/DATA-METHOD-seedSEED."""
+
+    epochs: int = 30
+    """Passes over the training set (200 under --paper-compat)."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimizer step; gradients are averaged over their images."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """On matrices only; on every parameter under --paper-compat."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up before the cosine decay to zero."""
+    clip_norm: float = 0.0
+    """Clip the norm of the gradient to this; 0: off."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy against the labels."""
+    ema: float = 0.0
+    """Decay of an average of the student's weights, which is then evaluated and saved; 0: off."""
+    crop_padding: int | None = None
+    """Random crop after padding by this many pixels; default: an eighth of the image size."""
+    flip: bool = True
+    """Random horizontal flip."""
+
+    distill_weight: float = 0.5
+    """Weight of the distillation term beside the cross-entropy against the labels."""
+    targets: str = "centroids"
+    """embed-kd: contrast with the class `centroids` of the bank, or with all its `samples`."""
+    centroids_per_class: int | None = None
+    """embed-kd: rows per class that a centroid averages, drawn by seed; default: all."""
+    logit_scale: float = 14.2857
+    """teacher-kd and embed-kd: the initial scale of the cosines (1 / temperature)."""
+    learn_logit_scale: bool = True
+    """Whether the logit scale is trained."""
+    temperature: float = 4.0
+    """logit-kd: softens both distributions."""
+    paper_compat: bool = False
+    """As the paper's published code: its defaults, softmax twice, lr per epoch, decay of all."""
+
+    seed: int = 0
+    """Of the initial weights, the data order, augmentation and dropout."""
+    amp: str = "off"
+    """Mixed precision: off, bf16 or fp16."""
+    compile: bool = False
+    """Run the student through torch.compile."""
+    deterministic: bool = False
+    """Deterministic kernels only (on a GPU; the CPU ones always are)."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    workers: int = 0
+    """Processes that decode images; sets that fit in memory need none."""
+    checkpoint_minutes: float = 5.0
+    """A checkpoint at least this often, besides the one at the end of each epoch."""
+    checkpoint_steps: int = 0
+    """Also a checkpoint every so many optimizer steps; 0: off."""
+    tensorboard: bool = True
+    """Write TensorBoard events, if it is installed."""
+
+    def __post_init__(self) -> None:
+        if not self.paper_compat:
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, value in PAPER_SETTINGS.items():
+            if getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        if self.out is not None:
+            return Path(self.out)
+        return Path("runs") / f"{Path(self.data).stem}-{self.method}-seed{self.seed}"
+
+    def check(self) -> None:
+        """Raise ConfigError for the first setting that cannot work.
+
+        What the method needs is checked by `ckd.train.methods.method_class`.
+        """
+        for name, known in (("targets", TARGETS), ("amp", AMP_MODES)):
+            if getattr(self, name) not in known:
+                raise ConfigError(unknown(name, getattr(self, name), known))
+        for name, expected in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not expected.holds(value):
+                raise ConfigError(f"{_flag(name)} must be {expected.words}, got {value}")
+        if self.warmup_epochs > self.epochs:
+            raise ConfigError(
+                f"--warmup-epochs must be at most --epochs ({self.epochs}), "
+                f"got {self.warmup_epochs}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write config.json. Raises OSError."""
+        atomic_write(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], source: Path) -> Config:
+        """The inverse of `to_dict`; ConfigError names `source` and the fields that do not fit."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if settings.keys() != known:
+            misfits = ", ".join(sorted(settings.keys() ^ known))
+            raise ConfigError(f"{source} was written by another version of ckd (fields: {misfits})")
+        return cls(**settings)
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """Read config.json. Raises ConfigError or OSError, both naming the file."""
+        try:
+            settings = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged: {error}") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{path} is damaged: expected the settings of a run as an object")
+        return cls.from_dict(settings, path)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields that bar a resume, with both values; those in MAY_DIFFER_ON_RESUME are left out."""
+    before, after = old.to_dict(), new.to_dict()
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if name not in MAY_DIFFER_ON_RESUME and before[name] != after[name]
+    }
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class _Range:
+    """`low` <= or < a number <= or < `high`, and finite."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    @property
+    def words(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+_RANGES: Mapping[str, _Range] = {
+    "image_size": _Range(1),
+    "epochs": _Range(1),
+    "batch_size": _Range(1),
+    "accumulate": _Range(1),
+    "lr": _Range(0, open_low=True),
+    "weight_decay": _Range(0),
+    "warmup_epochs": _Range(0),
+    "clip_norm": _Range(0),
+    "label_smoothing": _Range(0, 1, open_high=True),
+    "ema": _Range(0, 1, open_high=True),
+    "crop_padding": _Range(0),
+    "distill_weight": _Range(0),
+    "centroids_per_class": _Range(1),
+    "logit_scale": _Range(0, 100, open_low=True),
+    "temperature": _Range(0, open_low=True),
+    "seed": _Range(0),
+    "workers": _Range(0),
+    "checkpoint_minutes": _Range(0, open_low=True),
+    "checkpoint_steps": _Range(0),
+}

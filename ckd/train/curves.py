@@ -1,0 +1,58 @@
+"""curves.png: loss, accuracy and learning rate of a run over its epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckd.train.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, label_ends, new_figure, save_figure
+
+# Terms of the training loss in the order in which they are drawn.
+_TERMS = {
+    "loss": ("total", BLUE),
+    "cross_entropy": ("cross-entropy", ORANGE),
+    "contrastive": ("contrastive", GREEN),
+    "kl": ("KL to the teacher", PURPLE),
+}
+
+
+def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw metrics.jsonl. Raises ImportError naming the extra if matplotlib is missing."""
+    figure, (loss_axes, accuracy_axes, rate_axes) = new_figure(11.0, 3.4, columns=3)
+    epochs = [record["epoch"] for record in records]
+    # A line needs two points to be seen.
+    style = {"linewidth": 1.8, "marker": "o" if len(epochs) == 1 else None, "markersize": 5}
+
+    terms = [name for name in _TERMS if name in records[-1]]
+    if terms == ["loss", "cross_entropy"]:
+        terms = ["loss"]  # the same curve twice
+    lines = [
+        (label, colour, [record[name] for record in records])
+        for name, (label, colour) in _TERMS.items()
+        if name in terms
+    ]
+    lines.append(("test", GREY, [record["test_loss"] for record in records]))
+    for label, colour, values in lines:
+        dashes = "--" if label == "test" else "-"
+        loss_axes.plot(epochs, values, dashes, color=colour, **style)
+    label_ends(loss_axes, [(label, colour, values[-1]) for label, colour, values in lines])
+
+    accuracy = [100 * record["test_accuracy"] for record in records]
+    accuracy_axes.plot(epochs, accuracy, color=BLUE, **style)
+    accuracy_axes.plot(epochs[-1:], accuracy[-1:], "o", color=BLUE, markersize=5)
+    label_ends(accuracy_axes, [(f"{accuracy[-1]:.2f} %", BLUE, accuracy[-1])])
+
+    rate_axes.plot(epochs, [record["lr"] for record in records], color=BLUE, **style)
+    rate_axes.ticklabel_format(axis="y", style="plain")
+    rate_axes.set_ylim(bottom=0)
+
+    titles = ("Loss, mean over the epoch", "Test accuracy (%)", "Learning rate at the end of epoch")
+    for axes, title_of_axes in zip((loss_axes, accuracy_axes, rate_axes), titles):
+        axes.set_title(title_of_axes, fontsize=10, loc="left")
+        axes.set_xlabel("epoch", fontsize=9)
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    save_figure(figure, path)

@@ -1,0 +1,65 @@
+"""How the figures of runs look: plain axes, direct labels, colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ckd._files import atomic_write
+from ckd._hints import require
+
+# Okabe and Ito (2008): told apart with the common kinds of colour blindness too.
+BLUE, ORANGE, GREEN = "#0072B2", "#D98800", "#009E73"
+VERMILION, PURPLE, GREY = "#D55E00", "#B0578D", "#6E6E6E"
+INK, FAINT = "#222222", "#DDDDDD"
+
+
+def new_figure(width: float, height: float, columns: int, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure of `columns` plain axes side by side, in inches, and those axes.
+
+    It belongs to the caller alone: pyplot, with its global state and windows, is not involved.
+    Raises ImportError that names the extra if matplotlib is missing.
+    """
+    module = require("matplotlib.figure", extra="plots", purpose="drawing figures")
+    figure = module.Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False, **options)[0])
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.spines[["left", "bottom"]].set_color(GREY)
+        one.tick_params(colors=INK, labelsize=9)
+        one.grid(axis="y", color=FAINT, linewidth=0.7)
+        one.set_axisbelow(True)
+    return figure, axes
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]], gap: float = 0.07) -> None:
+    """Write (label, colour, y) at the right edge, at the height y, moved apart where they touch."""
+    low, high = axes.get_ylim()
+    placed = -gap
+    ordered = sorted(ends, key=lambda end: end[2])
+    heights = [(y - low) / (high - low) for _, _, y in ordered]
+    for index, height in enumerate(heights):
+        heights[index] = placed = max(height, placed + gap)
+    ceiling = 1.0 + gap
+    for index in reversed(range(len(heights))):
+        heights[index] = ceiling = min(heights[index], ceiling - gap)
+    for (label, colour, _), height in zip(ordered, heights):
+        axes.annotate(
+            label,
+            (1.0, height),
+            xycoords="axes fraction",
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=9,
+        )
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG, atomically."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    atomic_write(path, image.getvalue())

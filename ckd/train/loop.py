@@ -1,0 +1,263 @@
+"""The training loop, top to bottom.
+
+An optimizer step is `accumulate` batches of `batch_size` images, or what remains of them at the
+end of an epoch; its gradient is the mean over its images, however they are cut into batches.
+
+Nothing random has a state: the order of an epoch is a function of (seed, epoch), augmentation and
+dropout are functions of (seed, step). So a checkpoint needs no random state, and a resumed run
+takes exactly the steps that it would have taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from tqdm import tqdm
+
+from ckd import models
+from ckd._files import atomic_write
+from ckd.data import Batch, epoch_order, step_generator
+from ckd.train import report
+from ckd.train.config import Config
+from ckd.train.curves import draw_curves
+from ckd.train.device import autocast, pick_device, torch_state
+from ckd.train.errors import Interrupted, TrainError
+from ckd.train.evaluation import evaluate
+from ckd.train.interrupt import stop_on_signals
+from ckd.train.methods import method_class
+from ckd.train.run import (
+    STUDENT,
+    Run,
+    read_result,
+    restore,
+    resume_command,
+    run_folder,
+    save,
+    set_up,
+)
+from ckd.train.schedule import learning_rate
+
+NONFINITE = "nonfinite.json"
+
+
+def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict[str, Any]:
+    """Train a student as `config` says, in its run folder; the content of result.json.
+
+    resume: go on from the newest checkpoint of that folder, from the start if it has none; a
+    finished run is left as it is and its result returned.
+
+    Raises ConfigError, TrainError and CheckpointError; Interrupted after Ctrl-C or SIGTERM; and
+    DataError, BankError, ModelError and OSError of what the config names.
+    """
+    config.check()
+    method_type = method_class(config)
+    device = pick_device(config.device)
+    memory = report.PeakMemory(device)
+    with run_folder(config, resume=resume) as folder, torch_state(config, device):
+        if (folder / report.RESULT).exists():
+            if verbose:
+                print(f"{folder} is finished")
+            return read_result(folder)
+        run = set_up(config, device, method_type)
+        if resume:
+            restore(run)
+        log = report.MetricsLog(
+            folder,
+            keep_bytes=run.progress.metrics_bytes,
+            tensorboard=config.tensorboard,
+            step=run.progress.step,
+        )
+        with contextlib.closing(log), stop_on_signals() as stop:
+            while run.progress.epoch < config.epochs:
+                train_epoch(run, stop, verbose)
+                record = end_epoch(run, memory)
+                run.progress.metrics_bytes = log.write(record)
+                save(run)
+                if verbose:
+                    print(report.epoch_line(record, config.epochs), flush=True)
+                if stop():
+                    interrupt(run)
+        return finish(run)
+
+
+def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
+    """Train over what remains of the current epoch, with checkpoints on the way."""
+    config, progress, n = run.config, run.progress, len(run.train_set)
+    order = epoch_order(n, seed=config.seed, epoch=progress.epoch)[progress.rows :]
+    batches = run.train_set.batches(order, config.batch_size, run.device, config.workers)
+    run.student.train()
+    run.method.train()
+    bar = tqdm(
+        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+        total=n,
+        initial=progress.rows,
+        unit="image",
+        leave=False,
+        disable=None if verbose else True,  # None: shown on a terminal only
+    )
+    saved = mark = time.monotonic()
+    with bar:
+        while group := list(itertools.islice(batches, config.accumulate)):
+            values = optimizer_step(run, group)
+            now = time.monotonic()
+            progress.time_s += now - mark
+            mark = now
+            bar.update(progress.rows - bar.n)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            if progress.rows == n:
+                break  # `train` saves after the evaluation
+            every = config.checkpoint_steps
+            if (
+                stop()
+                or now - saved > 60 * config.checkpoint_minutes
+                or (every and progress.step % every == 0)
+            ):
+                save(run)
+                if stop():
+                    interrupt(run)
+                saved = mark = time.monotonic()  # saving is not training time
+
+
+def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
+    """One step of the optimizer over the batches of `group`; the loss terms of the last one.
+
+    Raises TrainError, with the weights as they were, if a loss or the gradient is not finite.
+    """
+    config, progress = run.config, run.progress
+    rng = step_generator(config.seed, progress.step, run.device)
+    torch.manual_seed(rng.initial_seed() + 1)  # dropout: a stream apart from the augmentation's
+    rate = current_rate(run)
+    for parameter_group in run.optimizer.param_groups:
+        parameter_group["lr"] = rate
+    rows = sum(len(batch.labels) for batch in group)
+    sums: dict[str, float] = {}
+    for batch in group:
+        images = run.augment(batch.images, rng)
+        with autocast(config, run.device):
+            output = run.forward(models.prepare(run.student, images))
+            loss, terms = run.method(output, batch, images)
+        # Reading the loss waits for the GPU once a batch: the price of never taking a bad step.
+        numbers = torch.stack([loss, *terms.values()]).tolist()
+        values = dict(zip(("loss", *terms), numbers))
+        refuse_nonfinite(run, values, [batch])
+        run.scaler.scale(loss * (len(batch.labels) / rows)).backward()
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * len(batch.labels)
+
+    run.scaler.unscale_(run.optimizer)
+    gradients = [
+        p.grad for g in run.optimizer.param_groups for p in g["params"] if p.grad is not None
+    ]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not run.scaler.is_enabled():  # the scaler passes over steps that overflow, by design
+        refuse_nonfinite(run, {"gradient norm": norm.item()}, group)
+    if config.clip_norm:
+        parameters = [p for g in run.optimizer.param_groups for p in g["params"]]
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.update_parameters(run.student)
+
+    progress.step += 1
+    progress.rows += rows
+    for name, total in sums.items():
+        progress.sums[name] = progress.sums.get(name, 0.0) + total
+    return values
+
+
+def current_rate(run: Run) -> float:
+    """The learning rate of the next step."""
+    config = run.config
+    return learning_rate(
+        run.progress.step,
+        peak=config.lr,
+        steps_per_epoch=run.steps_per_epoch,
+        epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        per_epoch=config.paper_compat,
+    )
+
+
+def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
+    """Evaluate, and close the books of the epoch: its line of metrics.jsonl."""
+    config, progress = run.config, run.progress
+    began = time.monotonic()
+    scores = evaluate(
+        run.evaluated,
+        run.test_set,
+        batch_size=config.batch_size,
+        device=run.device,
+        workers=config.workers,
+    )
+    record = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        **{name: total / progress.rows for name, total in progress.sums.items()},
+        "test_accuracy": scores.accuracy,
+        "test_loss": scores.loss,
+        "lr": run.optimizer.param_groups[0]["lr"],
+        **run.method.numbers(),
+        "time_s": progress.time_s,
+        "images_per_s": progress.rows / progress.time_s,
+        "eval_time_s": time.monotonic() - began,
+        **memory.read(),
+    }
+    progress.epoch += 1
+    progress.rows, progress.sums, progress.time_s = 0, {}, 0.0
+    return record
+
+
+def refuse_nonfinite(run: Run, values: Mapping[str, float], group: Sequence[Batch]) -> None:
+    """Stop the run if one of `values` is NaN or infinite, leaving the batch's ids in a file."""
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    folder, progress = run.config.folder, run.progress
+    path = folder / NONFINITE
+    content = {
+        "terms": bad,
+        "values": {name: str(value) for name, value in values.items()},  # JSON has no NaN
+        "step": progress.step,
+        "epoch": progress.epoch + 1,
+        "sample_ids": [i for batch in group for i in batch.sample_ids.tolist()],
+    }
+    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+    # The total is not finite whenever one of its terms is not: name the term.
+    named = [name for name in bad if name != "loss"] or bad
+    raise TrainError(
+        f"{' and '.join(named)} is not finite at step {progress.step} "
+        f"(epoch {progress.epoch + 1}); the step was not taken, the batch is listed in {path}. "
+        "Try a lower --lr, --clip-norm 1, or --amp off"
+    )
+
+
+def interrupt(run: Run) -> NoReturn:
+    """Leave a run that has just been saved."""
+    raise Interrupted(
+        f"stopped after step {run.progress.step}; go on with: {resume_command(run.config.folder)}"
+    )
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Write student.safetensors, curves.png and, last, result.json."""
+    folder = run.config.folder
+    models.save(run.evaluated, folder / STUDENT, class_names=run.train_set.class_names)
+    records = report.read_metrics(folder)
+    title = f"{run.config.method}: {run.config.student} on {run.config.data}"
+    try:
+        draw_curves(records, folder / "curves.png", title)
+    except ImportError as error:
+        print(f"no curves.png: {error}")
+    parameters = models.parameter_count(run.evaluated)
+    result = report.summary(run.config, records, parameters, run.device)
+    report.write_result(folder, result)
+    return result

@@ -1,0 +1,257 @@
+"""The four methods of the paper: they differ only in where the teacher's signal comes from.
+
+A method is a module that turns the student's output for a batch into named loss terms, and holds
+what it trains beside the student (projection, logit scale). To add one, write a class with a
+`build` and a `distill`, and put it into METHODS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import xxhash
+from torch import Tensor, nn
+
+from ckd import models
+from ckd._hints import unknown
+from ckd.bank import EmbeddingBank
+from ckd.data import Batch, Dataset
+from ckd.losses import EmbeddingDistillationLoss
+from ckd.models import ModelOutput
+from ckd.train.config import Config
+from ckd.train.errors import ConfigError
+from ckd.train.evaluation import stored_class_names
+
+# Augmented uint8 images -> what the frozen teacher says of them.
+Teacher = Callable[[Tensor], ModelOutput]
+
+
+class Method(nn.Module):
+    """`plain`: the cross-entropy against the labels, and the frame of the other methods.
+
+    loss = cross_entropy + distill_weight * (the term of `distill`, if there is one)
+    """
+
+    needs: str | None = None  # the flag without which the method has no teacher signal
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.distill_weight = config.distill_weight
+        self.label_smoothing = config.label_smoothing
+        self.softmax_twice = config.paper_compat
+        self.inputs: dict[str, str] = {}  # hashes of what the signal comes from, for a resume
+
+    @classmethod
+    def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        """The method for a student and a training set; opens the bank or loads the teacher."""
+        return cls(config)
+
+    def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        """At most one term, by name: the mean over the batch, not yet weighted."""
+        return {}
+
+    def numbers(self) -> dict[str, float]:
+        """What to log once an epoch beside the loss terms."""
+        return {}
+
+    def forward(
+        self, output: ModelOutput, batch: Batch, images: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise and its terms, all 0-dim.
+
+        `images` are the augmented uint8 images [B, C, H, W] that the student saw.
+        """
+        logits = _logits(output)
+        if self.softmax_twice:  # the published student ends in a softmax; cross_entropy has its own
+            logits = logits.softmax(dim=1)
+        label_term = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        distill_terms = self.distill(output, batch, images)
+        loss = label_term
+        for term in distill_terms.values():
+            loss = loss + self.distill_weight * term
+        return loss, {"cross_entropy": label_term, **distill_terms}
+
+
+class LogitKD(Method):
+    """The teacher's logits of the same images: T² KL(softmax(teacher / T) || softmax(student / T)).
+
+    (Hinton et al. 2015.) As published in the paper's code instead, under `paper_compat`: the
+    cross-entropy of softmax(student), taken as logits, against softmax(teacher).
+    """
+
+    needs = "teacher"
+
+    def __init__(self, config: Config, teacher: Teacher) -> None:
+        super().__init__(config)
+        self.teacher = teacher
+        self.temperature = config.temperature
+
+    @classmethod
+    def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        model = _load_teacher(config, device)
+        classes = len(dataset.class_names)
+        names = stored_class_names(config.teacher)
+        if model.num_classes != classes or (names and names != dataset.class_names):
+            raise ConfigError(
+                f"--method logit-kd needs a teacher with the classes of {dataset.name}: the data "
+                f"has {classes} ({_few(dataset.class_names)}), the teacher {config.teacher} has "
+                f"{model.num_classes} ({_few(names) if names else 'unnamed'}); fine-tune it on "
+                "this data, or use teacher-kd or embed-kd, which need its embeddings only"
+            )
+        method = cls(config, _frozen(model))
+        method.inputs["teacher"] = models.weights_hash(model)
+        return method
+
+    def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        teacher_logits, student_logits = _logits(self.teacher(images)), _logits(output)
+        if self.softmax_twice:
+            probabilities = student_logits.softmax(dim=1)
+            return {"kl": F.cross_entropy(probabilities, teacher_logits.softmax(dim=1))}
+        kl = F.kl_div(
+            F.log_softmax(student_logits / self.temperature, dim=1),
+            F.log_softmax(teacher_logits / self.temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return {"kl": self.temperature**2 * kl}
+
+
+class ContrastiveMethod(Method):
+    """What the two contrastive methods share: the projection and the logit scale."""
+
+    def __init__(self, config: Config, student_dim: int, teacher_dim: int) -> None:
+        super().__init__(config)
+        self.contrastive = EmbeddingDistillationLoss(
+            student_dim,
+            teacher_dim,
+            logit_scale=config.logit_scale,
+            learn_logit_scale=config.learn_logit_scale,
+        )
+
+    def numbers(self) -> dict[str, float]:
+        return {"logit_scale": self.contrastive.logit_scale.item()}
+
+
+class TeacherKD(ContrastiveMethod):
+    """CLIP-Teacher-KD: contrast with the teacher's embeddings of the batch, each row with its own.
+
+    The contrast is among the images of one forward pass; `accumulate` does not widen it.
+    """
+
+    needs = "teacher"
+
+    def __init__(
+        self, config: Config, teacher: Teacher, student_dim: int, teacher_dim: int
+    ) -> None:
+        super().__init__(config, student_dim, teacher_dim)
+        self.teacher = teacher
+
+    @classmethod
+    def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        model = _load_teacher(config, device)
+        method = cls(config, _frozen(model), student.embedding_dim, model.embedding_dim)
+        method.inputs["teacher"] = models.weights_hash(model)
+        return method
+
+    def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        bank = self.teacher(images).embedding.half()
+        own_row = torch.arange(len(bank), device=bank.device)
+        return {"contrastive": self.contrastive(output.embedding, bank, own_row)}
+
+
+class EmbedKD(ContrastiveMethod):
+    """CLIP-Embed-KD: contrast with the bank; no teacher runs.
+
+    `centroids`: one row per class, the target is the label. `samples`: every row of the bank, the
+    target is the sample's own, found by its id.
+    """
+
+    needs = "bank"
+
+    def __init__(self, config: Config, bank: Tensor, student_dim: int) -> None:
+        super().__init__(config, student_dim, bank.shape[1])
+        # Not in the checkpoint: it is read from the bank again.
+        self.register_buffer("bank", bank, persistent=False)
+        self.positions: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        assert config.bank is not None  # `method_class` has seen to it
+        bank = EmbeddingBank.open(config.bank)
+        bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
+        if config.targets == "samples":
+            bank.positions(dataset.sample_ids)  # an id without a row is an error now, not later
+            method = cls(config, bank.embeddings(), student.embedding_dim)
+            method.positions = bank.positions
+        else:
+            centroids = bank.centroids(config.centroids_per_class, seed=config.seed)
+            if len(centroids) != len(dataset.class_names):
+                raise ConfigError(
+                    f"the bank {config.bank} has rows of {len(centroids)} classes, "
+                    f"{dataset.name} has {len(dataset.class_names)}; build a bank of this data"
+                )
+            method = cls(config, centroids.half(), student.embedding_dim)
+        shards = json.dumps(bank.meta["shards"], sort_keys=True)  # with their hashes
+        method.inputs["bank"] = xxhash.xxh3_64_hexdigest(shards.encode())
+        return method
+
+    def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        target = batch.labels
+        if self.positions is not None:
+            target = self.positions(batch.sample_ids.cpu()).to(target.device)
+        return {"contrastive": self.contrastive(output.embedding, self.bank, target)}
+
+
+METHODS: dict[str, type[Method]] = {
+    "plain": Method,
+    "logit-kd": LogitKD,
+    "teacher-kd": TeacherKD,
+    "embed-kd": EmbedKD,
+}
+
+
+def method_class(config: Config) -> type[Method]:
+    """The method that `config` names. Raises ConfigError: unknown, or without what it needs."""
+    if config.method not in METHODS:
+        raise ConfigError(unknown("method", config.method, METHODS))
+    method = METHODS[config.method]
+    if method.needs == "bank" and config.bank is None:
+        raise ConfigError(
+            f"--method {config.method} needs --bank FOLDER; make one with: "
+            f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
+        )
+    if method.needs == "teacher" and config.teacher is None:
+        raise ConfigError(
+            f"--method {config.method} runs the teacher beside the student: name it with "
+            "--teacher (a model spec, a run folder or a .safetensors file)"
+        )
+    return method
+
+
+def _load_teacher(config: Config, device: torch.device) -> Any:
+    assert config.teacher is not None  # `method_class` has seen to it
+    return models.load(config.teacher, weights=config.teacher_weights).to(device)
+
+
+def _frozen(model: Any) -> Teacher:
+    """A function, not a module: the teacher belongs neither to the parameters nor the state."""
+
+    @torch.no_grad()
+    def teacher(images: Tensor) -> ModelOutput:
+        return model(models.prepare(model, images))
+
+    return teacher
+
+
+def _logits(output: ModelOutput) -> Tensor:
+    """In float32, as a softmax should be computed, whatever autocast made of them."""
+    assert output.logits is not None  # students have a class head, teachers were checked for one
+    return output.logits.float()
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

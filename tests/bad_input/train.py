@@ -1,0 +1,212 @@
+"""Bad input to the trainer: settings, data and teachers that do not fit, checkpoints, the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ckd import data, models
+from ckd.bank import BankError
+from ckd.data import DataError
+from ckd.models import ModelError
+from ckd.train import CheckpointError, Config, ConfigError, TrainError, checkpoint, loop, train
+from ckd.train.run import read_result
+from tests.bad_input import Case
+from tests.train_runs import tiny_bank, tiny_config, tiny_data, tiny_teacher
+
+
+def set_to(**settings: Any) -> Callable[[Path], Any]:
+    """A tiny run with these settings."""
+    return lambda tmp_path: train(tiny_config(tmp_path, **settings), verbose=False)
+
+
+def bank_with(**settings: Any) -> Callable[[Path], Any]:
+    """A tiny run with a bank that does not fit."""
+
+    def call(tmp_path: Path) -> None:
+        config = tiny_config(tmp_path)
+        other = tmp_path / "other"
+        other.mkdir()
+        path = tiny_bank(other, data.load(config.data), **settings)
+        train(replace(config, bank=str(path)), verbose=False)
+
+    return call
+
+
+def bank_of_other_data(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    path = tiny_bank(other, data.load(tiny_data(other, train=91)))
+    train(replace(config, bank=str(path)), verbose=False)
+
+
+def teacher_of_other_classes(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, method="logit-kd")
+    other = tmp_path / "other"
+    other.mkdir()
+    path = tiny_teacher(other, classes=5)
+    train(replace(config, teacher=str(path)), verbose=False)
+
+
+def oblong_images(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (20, 8, 12), dtype=np.uint8), np.arange(20) % 2
+    path = tmp_path / "oblong.npz"
+    np.savez(path, **{f"{s}_images": images for s in ("train", "test")},
+             **{f"{s}_labels": labels for s in ("train", "test")})  # fmt: skip
+    train(Config(method="plain", data=str(path), out=str(tmp_path / "run")), verbose=False)
+
+
+def finished(tmp_path: Path) -> Config:
+    config = tiny_config(tmp_path, epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_curves", lambda *args: None)  # which takes longer than the run
+        train(config, verbose=False)
+    return config
+
+
+def begun_twice(tmp_path: Path) -> None:
+    train(finished(tmp_path), verbose=False)
+
+
+def resumed_with(**settings: Any) -> Callable[[Path], Any]:
+    return lambda tmp_path: train(replace(finished(tmp_path), **settings), resume=True)
+
+
+def damaged(name: str) -> Callable[[Path], Any]:
+    """Resume a run whose last checkpoint has a flipped bit in one of its files."""
+
+    def call(tmp_path: Path) -> None:
+        config = finished(tmp_path)
+        (config.folder / "result.json").unlink()  # as if killed before the very end
+        path = checkpoint.latest(config.folder)
+        assert path is not None
+        changed = bytearray((path / name).read_bytes())
+        changed[len(changed) // 2] ^= 16
+        (path / name).write_bytes(changed)
+        train(config, resume=True, verbose=False)
+
+    return call
+
+
+def refused_by_the_system(code: int, resumable: bool) -> Callable[[Path], Any]:
+    """The disk is full, or access denied, when a checkpoint is saved; an older one must survive."""
+
+    def call(tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, checkpoint_steps=3)
+        genuine, saves = os.rename, []
+
+        def rename(source: Any, target: Any, **options: Any) -> None:
+            saves.append(target)
+            if len(saves) > resumable:
+                raise OSError(code, os.strerror(code))
+            genuine(source, target, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            try:
+                train(config, verbose=False)
+            finally:
+                path = checkpoint.latest(config.folder)
+                assert (path is not None) == resumable
+                assert path is None or checkpoint.load(path).state["progress"]["step"] == 3
+
+    return call
+
+
+def read_only_place(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+
+    def refuse(path: Any, *args: Any, **options: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        train(config, verbose=False)
+
+
+def file_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    train(tiny_config(tmp_path), verbose=False)
+
+
+def damaged_config(tmp_path: Path) -> None:
+    config = finished(tmp_path)
+    (config.folder / "config.json").write_text("{")
+    train(config, resume=True)
+
+
+def unfinished(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.folder.mkdir()
+    config.save(config.folder / "config.json")
+    read_result(config.folder)
+
+
+def not_a_student(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    models.load(config.folder.parent)
+
+
+CASES = [
+    Case("unknown method", set_to(method="embed-dk"), ConfigError,
+         ("unknown method 'embed-dk'", "nearest first: embed-kd, ", "plain")),
+    Case("unknown student", set_to(student="resnet21"), ModelError, ("resnet21", "resnet20")),
+    Case("unknown data set", set_to(data="digit"), DataError, ("digit", "digits")),
+    Case("unknown targets", set_to(targets="centroid"), ConfigError, ("nearest first: centroids",)),
+    Case("unknown precision", set_to(amp="bfloat16"), ConfigError, ("amp", "bf16", "fp16", "off")),
+    Case("unknown device", set_to(device="gpu"), ConfigError,
+         ("--device must be auto, cpu, cuda", "got gpu")),
+    Case("no epochs", set_to(epochs=0), ConfigError, ("--epochs must be at least 1, got 0",)),
+    Case("empty batches", set_to(batch_size=0), ConfigError, ("--batch-size must be at least 1",)),
+    Case("learning rate zero", set_to(lr=0.0), ConfigError, ("--lr must be above 0, got 0.0",)),
+    Case("learning rate NaN", set_to(lr=float("nan")), ConfigError, ("--lr", "got nan")),
+    Case("smoothing of one", set_to(label_smoothing=1.0), ConfigError,
+         ("--label-smoothing must be at least 0 and below 1",)),
+    Case("logit scale beyond its maximum", set_to(logit_scale=101.0), ConfigError,
+         ("--logit-scale must be above 0 and at most 100, got 101",)),
+    Case("warm-up longer than the run", set_to(warmup_epochs=3.0), ConfigError,
+         ("--warmup-epochs must be at most --epochs (2), got 3.0",)),
+    Case("embed-kd without a bank", set_to(bank=None), ConfigError,
+         ("needs --bank", "python -m ckd.bank build")),
+    Case("teacher-kd without a teacher", set_to(method="teacher-kd", teacher=None), ConfigError,
+         ("teacher-kd", "name it with --teacher")),
+    Case("bank that is not there", set_to(bank="nowhere"), BankError, ("nowhere is not a bank",)),
+    Case("bank of other data", bank_of_other_data, BankError, ("fingerprint", "this data has")),
+    Case("bank of other classes", bank_with(class_names=["a", "b", "c"]), BankError,
+         ("class 0 is 'a'", "'class 0' in the data")),
+    Case("teacher of other classes", teacher_of_other_classes, ConfigError,
+         ("the data has 3 (class 0, class 1, class 2)", "has 5 (class 0", "teacher-kd")),
+    Case("oblong images", oblong_images, ConfigError, ("12 x 8", "--image-size")),
+    Case("a run in the folder already", begun_twice, ConfigError,
+         ("already holds a run", "--resume", "--out")),
+    Case("resume with other settings", resumed_with(lr=0.5, student="resnet20"), ConfigError,
+         ("lr was 0.001, is 0.5", "student was 'vit:", "is 'resnet20'")),
+    Case("damaged tensors in a checkpoint", damaged("tensors.safetensors"), CheckpointError,
+         ("step-00000007/tensors.safetensors does not match its checksum",)),
+    Case("damaged state of a checkpoint", damaged("state.json"), CheckpointError,
+         ("step-00000007/state.json",)),
+    Case("damaged config.json", damaged_config, ConfigError, ("config.json is damaged",)),
+    Case("disk full at the first checkpoint", refused_by_the_system(errno.ENOSPC, False),
+         CheckpointError, ("step-00000003", "No space left", "no older one", "--resume")),
+    Case("disk full at a later checkpoint", refused_by_the_system(errno.ENOSPC, True),
+         CheckpointError, ("step-00000006", "No space left", "step-00000003 is intact")),
+    Case("permission denied for a checkpoint", refused_by_the_system(errno.EACCES, True),
+         CheckpointError, ("step-00000006", "Permission denied", "step-00000003 is intact")),
+    Case("permission denied for the run folder", read_only_place, PermissionError, ("run",)),
+    Case("a file where the run folder should be", file_for_a_folder, ConfigError,
+         ("is a file", "--out")),
+    Case("comparing an unfinished run", unfinished, TrainError,
+         ("not finished", "python -m ckd.train --resume")),
+    Case("comparing what is no run", lambda tmp_path: read_result(tmp_path), TrainError,
+         ("is not a run folder",)),
+    Case("a folder that holds no student", not_a_student, ModelError, ("no student.safetensors",)),
+]  # fmt: skip

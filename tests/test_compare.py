@@ -1,0 +1,93 @@
+"""The table and the figure of several runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckd.compare import draw, main, memory_mib, table
+
+CPU = {"device": "A CPU", "threads": 2, "torch": "2.6"}
+
+
+def result(method: str = "plain", **changes: Any) -> dict[str, Any]:
+    base = {
+        "run": f"{method}-seed0",
+        "method": method,
+        "student": "vit",
+        "parameters": 4_800_000,
+        "test_accuracy": 0.5123,
+        "time_per_epoch_s": 54.25,
+        "images_per_s": 921.6,
+        "peak_rss_mib": 900.0,
+        "start_rss_mib": 300.0,
+        "hardware": CPU,
+    }
+    return {**base, **changes}
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_table_is_markdown_with_one_row_a_run():
+    text = table([result(), result("embed-kd", test_accuracy=0.525, parameters=12)])
+    lines = text.splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1  # aligned as plain text too
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
+        "plain-seed0",
+        "plain",
+        "vit",
+        "4,800,000",
+        "51.23%",
+        "54.25",
+        "922",
+        "600",
+    ]
+    assert lines[1].count("-:") == 5  # numbers are set to the right
+    assert "A CPU, 2 threads, torch 2.6" in text
+
+
+def test_memory_on_the_cpu_is_above_the_idle_process_and_on_a_gpu_the_allocators():
+    assert memory_mib(result()) == 600.0
+    assert memory_mib(result(peak_cuda_mib=77.0)) == 77.0
+
+
+def test_different_machines_are_pointed_out():
+    other = result(hardware={**CPU, "device": "Another"})
+    assert "do not compare" in table([result(), other])
+    assert "do not compare" not in table([result(), result("embed-kd")])
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_figure_is_drawn(tmp_path, count):
+    methods = ["plain", "logit-kd", "teacher-kd", "embed-kd"][:count]
+    draw([result(method) for method in methods], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_prints_the_table_and_draws_the_figure(tmp_path, capsys):
+    runs = [write(tmp_path / name, result()) for name in ("one", "two")]
+    figure = tmp_path / "figure.png"
+    assert main([*map(str, runs), "--out", str(figure)]) == 0
+    out = capsys.readouterr().out
+    assert "| one " in out
+    assert "| two " in out
+    assert figure.exists()
+
+
+def test_a_run_that_cannot_be_compared_is_one_line_and_status_2(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    captured = capsys.readouterr()
+    assert (
+        captured.err
+        == f"error: {tmp_path / 'nowhere'} is not a run folder: it has no config.json\n"
+    )
+    (write(tmp_path / "torn", {}) / "result.json").write_text('{"run')
+    assert main([str(tmp_path / "torn")]) == 2
+    assert "result.json is damaged" in capsys.readouterr().err

@@ -1,0 +1,63 @@
+"""Settings: ranges, the paper's values, config.json, and what may differ on a resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+
+import pytest
+
+from ckd.train import Config, ConfigError
+from ckd.train.config import MAY_DIFFER_ON_RESUME, differences
+
+
+def test_defaults_are_valid():
+    Config().check()
+    Config(paper_compat=True).check()
+
+
+def test_paper_compat_fills_in_what_was_left_at_its_default():
+    config = Config(paper_compat=True, epochs=3)
+    assert config.epochs == 3
+    assert (config.logit_scale, config.learn_logit_scale) == (1.0, False)
+    assert (config.centroids_per_class, config.crop_padding, config.flip) == (100, 0, True)
+    published = (config.batch_size, config.lr, config.weight_decay, config.distill_weight)
+    assert published == (64, 1e-4, 0.1, 0.5)
+    assert Config(paper_compat=True).epochs == 200
+
+
+def test_survives_config_json(tmp_path):
+    config = Config(paper_compat=True, data="some folder", lr=1e-4 / 3, clip_norm=1.0)
+    config.save(tmp_path / "config.json")
+    assert Config.load(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", '{"lr": 1', '{"lr": 1}'])
+def test_a_damaged_config_json_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        Config.load(tmp_path / "config.json")
+
+
+def test_a_field_of_another_version_is_named(tmp_path):
+    settings = Config().to_dict() | {"momentum": 0.9}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=r"another version.*momentum"):
+        Config.load(tmp_path / "config.json")
+
+
+def test_differences_name_fields_with_both_values():
+    old = Config()
+    new = replace(old, lr=0.5, seed=3, device="cpu", workers=7, out="elsewhere")
+    assert differences(old, new) == {"lr": (1e-4, 0.5), "seed": (0, 3)}
+
+
+def test_every_field_that_may_differ_exists():
+    assert {field.name for field in dataclasses.fields(Config)} >= MAY_DIFFER_ON_RESUME
+
+
+def test_run_folders_of_different_methods_and_seeds_differ():
+    folders = {Config(method=m, seed=s).folder for m in ("plain", "embed-kd") for s in (0, 1)}
+    assert len(folders) == 4
+    assert str(Config(data="x/cifar10").folder) == "runs/cifar10-embed-kd-seed0"
