@@ -114,7 +114,7 @@ def _footnote(results: Sequence[Mapping[str, Any]]) -> str:
         for cuda in sorted(kinds)
     )
     machines = {
-        f"{r['hardware']['device']}, {r['hardware']['threads']} threads, "
+        f"{r['hardware']['device']}, CPU threads: {r['hardware']['threads']}, "
         f"torch {r['hardware']['torch']}"
         for r in results
     }

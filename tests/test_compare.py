@@ -50,7 +50,7 @@ def test_table_is_markdown_with_one_row_a_run():
         "600",
     ]
     assert lines[1].count("-:") == 5  # numbers are set to the right
-    assert "A CPU, 2 threads, torch 2.6" in text
+    assert "A CPU, CPU threads: 2, torch 2.6" in text
 
 
 def test_memory_on_the_cpu_is_above_the_idle_process_and_on_a_gpu_the_allocators():

@@ -79,3 +79,14 @@ def test_npz_without_splits_is_divided(tmp_path: Path) -> None:
     assert sorted(train.sample_ids.tolist() + test.sample_ids.tolist()) == list(range(60))
     assert train.class_names == ("even", "odd")
     assert test.labels.tolist() == [i % 2 for i in test.sample_ids.tolist()]
+
+
+def test_fingerprint_does_not_depend_on_the_image_size(tmp_path: Path) -> None:
+    path = tmp_path / "some.npz"
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(30) % 3)
+    for source in ("digits", path):
+        small, large = load(source), load(source, image_size=16)
+        assert large.image_shape[1:] == (16, 16)
+        assert large.fingerprint == small.fingerprint
+    assert load("digits").fingerprint != load("digits", "test").fingerprint

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ckd.data import MemoryImages, load
+from ckd.data.decode import fit
 from tests.image_files import encoded, pixels, write_images
 
 
@@ -163,3 +164,10 @@ def test_fingerprint_of_very_large_data_reads_only_sizes(
     for path in flowers.rglob("*.png"):
         path.write_bytes(path.read_bytes() + b"\0")
     assert load(flowers).fingerprint != first
+
+
+def test_a_long_thin_image_is_fitted_without_growing() -> None:
+    thin = Image.fromarray(np.full((1, 60_000, 3), 77, np.uint8))
+    fitted = fit(thin, 512)  # scaled before it is cropped it would take 47 GB
+    assert fitted.size == (512, 512)
+    assert np.asarray(fitted.resize((1, 1))).ravel().tolist() == [77, 77, 77]

@@ -95,7 +95,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, capsy
 
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     # Checkpoints after every other step, so that many kills fall into the writing of one.
-    config = tiny_config(tmp_path, epochs=12, checkpoint_steps=2, ema=0.9, accumulate=2)
+    config = tiny_config(tmp_path, epochs=12, checkpoint_steps=2, ema=0.9, accumulate=2, amp="bf16")
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole, verbose=False)
     context = multiprocessing.get_context("forkserver")  # a fresh process, torch imported once

@@ -20,18 +20,19 @@ _DIGITS_TRAIN = 1437
 
 def load_digits(split: str, image_size: int | None) -> MemoryImages:
     """UCI handwritten digits (see DIGITS_LICENSE), 1 x 8 x 8: 1,437 for training, 360 for test."""
-    with np.load(Path(__file__).with_name("digits.npz")) as stored:
-        pixels, labels = stored["images"], stored["labels"]
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        pixels, labels = file["images"], file["labels"]
     rows = slice(_DIGITS_TRAIN) if split == "train" else slice(_DIGITS_TRAIN, None)
     # 0..16 to 0..255, rounded
     images = ((pixels[rows].astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)
-    return MemoryImages(
-        _resized(torch.from_numpy(images)[:, None], image_size),
+    stored = MemoryImages(
+        torch.from_numpy(images)[:, None],
         torch.from_numpy(labels[rows].astype(np.int64)),
         class_names=[str(digit) for digit in range(10)],
         name="digits",
         split=split,
     )
+    return _resized(stored, image_size)
 
 
 def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> MemoryImages:
@@ -43,8 +44,8 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     `class_names` (optional) is an array of strings. Sample ids are row numbers.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as an .npz file ({error})") from error
     image_key, label_key, divided = _keys(path, arrays, split)
@@ -56,14 +57,10 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     if not divided:
         rows = splits.holdout_positions(ids, split, holdout)
         images, labels, ids = images[rows], labels[rows], ids[rows]
-    return MemoryImages(
-        _resized(images, image_size),
-        labels,
-        class_names=class_names,
-        sample_ids=ids,
-        name=path.stem,
-        split=split,
+    stored = MemoryImages(
+        images, labels, class_names=class_names, sample_ids=ids, name=path.stem, split=split
     )
+    return _resized(stored, image_size)
 
 
 def _keys(path: Path, arrays: dict[str, np.ndarray], split: str) -> tuple[str, str, bool]:
@@ -131,11 +128,24 @@ def _class_names(path: Path, arrays: dict[str, np.ndarray], label_key: str) -> t
     return tuple(str(label) for label in range(largest + 1))
 
 
-def _resized(images: Tensor, image_size: int | None) -> Tensor:
-    """uint8 [N, C, H, W] brought to [N, C, image_size, image_size] as decoded images are."""
+def _resized(data: MemoryImages, image_size: int | None) -> MemoryImages:
+    """The data set at image_size x image_size, made as decoded images are.
+
+    It keeps its fingerprint, which is that of the stored pixels: a bank that was built at one
+    size serves a student of another.
+    """
+    images = data.images
     if image_size is None or tuple(images.shape[2:]) == (image_size, image_size):
-        return images
+        return data
     out = torch.empty((*images.shape[:2], image_size, image_size), dtype=torch.uint8)
     for source, target in zip(images.flatten(0, 1), out.flatten(0, 1)):
         target.copy_(torch.from_numpy(np.array(fit(Image.fromarray(source.numpy()), image_size))))
-    return out
+    return MemoryImages(
+        out,
+        data.labels,
+        class_names=data.class_names,
+        sample_ids=data.sample_ids,
+        name=data.name,
+        split=data.split,
+        fingerprint=data.fingerprint,
+    )

@@ -98,14 +98,13 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side scaled to `size` (bicubic, antialiased), then the centre square."""
+    """The centre square, scaled to `size` (bicubic, antialiased)."""
     width, height = image.size
-    if min(width, height) != size:
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # Cropped and scaled at once: scaling first would make of a long thin image a huge one.
+    square = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=square)
 
 
 def decode_many(

@@ -28,7 +28,7 @@ def load(
     is named test. Data without splits are divided by a stable hash of the sample id, the fraction
     `holdout` going to "test".
 
-    `image_size` scales the shorter side to it and cuts out the centre square; without it images
+    `image_size` cuts out the centre square and scales it to that size; without it images
     keep their size, and must all have the same. Encoded images become RGB; arrays keep their
     channels. Encoded images that would take more than `memory_limit` bytes decoded are decoded on
     demand (FileImages) instead of once (MemoryImages).

@@ -234,7 +234,8 @@ def method_class(config: Config) -> type[Method]:
 
 def _load_teacher(config: Config, device: torch.device) -> Any:
     assert config.teacher is not None  # `method_class` has seen to it
-    return models.load(config.teacher, weights=config.teacher_weights).to(device)
+    model: Any = models.load(config.teacher, weights=config.teacher_weights)
+    return model.to(device, memory_format=torch.channels_last)  # like the student
 
 
 def _frozen(model: Any) -> Teacher:
