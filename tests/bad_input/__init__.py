@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """`call(tmp_path)` raises `error`, and its message holds every fragment in `says`."""
+    """`call(tmp_path)` raises `error`, and its message holds every fragment in `says`.
+
+    `needs` names an optional package without which the case is skipped.
+    """
 
     name: str
     call: Callable[[Path], Any]
     error: type[BaseException]
     says: tuple[str, ...]
+    needs: str | None = None

@@ -93,7 +93,7 @@ CASES = [
     Case("pretrained student", _create("resnet20", pretrained=True), ModelError,
          ("no weights to download", "weights=FILE")),
     Case("no such Hugging Face folder", _create("hf:./no/such/folder"), ModelError,
-         ("hf:./no/such/folder", "transformers could not make the model")),
+         ("hf:./no/such/folder", "transformers could not make the model"), needs="transformers"),
     Case("teacher without weights", lambda _: load("resnet20"), ModelError,
          ("'resnet20'", "--teacher-weights")),
     Case("no such file or name", lambda _: load("resnt20"), ModelError,
