@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        flags += [f'-DCKD_VERSION="\\"{self.distribution.get_version()}\\""']
+        flags += [f'-DCKD_VERSION="{self.distribution.get_version()}"']
         flags += [f"-I{path}" for path in includes]
         link = ["-shared"]
         if sys.platform == "darwin":
@@ -58,7 +59,7 @@ class NinjaBuild(build_ext):
 
         lines = [
             f"cxx = {compiler}",
-            f"cflags = {' '.join(map(escape, flags))}",
+            f"cflags = {' '.join(shlex.quote(flag).replace('$', '$$') for flag in flags)}",
             f"ldflags = {' '.join(link)}",
             "rule compile",
             "  command = $cxx $cflags -MD -MF $out.d -c $in -o $out",
@@ -92,7 +93,7 @@ def find_compiler() -> str | None:
 
 
 def escape(path: object) -> str:
-    """For ninja: `$`, space and colon are special."""
+    """A path in a build line, where `$`, space and colon are special."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

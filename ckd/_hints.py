@@ -10,7 +10,7 @@ from types import ModuleType
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not in a table, the known ones listed nearest first."""
-    names = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, name, k).ratio())
+    names = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name), k).ratio())
     return f"unknown {kind} {name!r}; known, nearest first: {', '.join(names)}"
 
 

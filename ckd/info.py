@@ -12,11 +12,11 @@ import torch
 
 import ckd
 
-CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "pillow", "tyro")
+CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow", "tyro")
 # extra -> the distributions that it brings
 EXTRAS = {
     "parquet": ("pyarrow",),
-    "hf": ("datasets", "transformers"),
+    "hf": ("transformers",),
     "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "plots": ("matplotlib",),

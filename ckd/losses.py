@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ckd.ops import contrastive_cross_entropy
+from ckd.ops import _arguments, contrastive_cross_entropy
 
 
 class EmbeddingDistillationLoss(nn.Module):
@@ -27,7 +27,7 @@ class EmbeddingDistillationLoss(nn.Module):
         bias: whether the projection has a bias.
         logit_scale: initial (or fixed) inverse temperature; 14.2857 = 1 / 0.07 as in CLIP.
         learn_logit_scale: False keeps it fixed.
-        max_logit_scale: the learned scale never exceeds this (CLIP: 100).
+        max_logit_scale: the learned scale is held at or below this, to rounding (CLIP: 100).
         label_smoothing, ignore_index, reduction, backend: as for the op.
 
     Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none".
@@ -71,7 +71,9 @@ class EmbeddingDistillationLoss(nn.Module):
                 f"logit_scale must lie in (0, max_logit_scale = {max_logit_scale}], "
                 f"got {logit_scale}"
             )
+        _arguments.check_options(label_smoothing, ignore_index, reduction)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
+        self.initial_logit_scale = logit_scale
         self.max_logit_scale = max_logit_scale
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -80,7 +82,7 @@ class EmbeddingDistillationLoss(nn.Module):
 
         self.weight = nn.Parameter(torch.empty(student_dim, teacher_dim)) if projection else None
         self.bias = nn.Parameter(torch.empty(student_dim)) if projection and bias else None
-        log_scale = torch.tensor(math.log(logit_scale))
+        log_scale = torch.empty(())
         if learn_logit_scale:
             self.log_logit_scale = nn.Parameter(log_scale)
         else:
@@ -88,11 +90,12 @@ class EmbeddingDistillationLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the projection as `nn.Linear` does: uniform within 1 / sqrt(teacher_dim)."""
+        """Projection as in `nn.Linear` (uniform within 1 / sqrt(teacher_dim)), scale as given."""
         bound = 1 / math.sqrt(self.teacher_dim)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
+        nn.init.constant_(self.log_logit_scale, math.log(self.initial_logit_scale))
 
     @property
     def logit_scale(self) -> Tensor:

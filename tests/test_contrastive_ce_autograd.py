@@ -145,3 +145,44 @@ def test_empty_results_are_not_aliases_of_inputs(backend: str) -> None:
     outputs = torch.ops.ckd.contrastive_ce(*case.arguments, False, False, 0.0, -100, False, backend)
     pointers = {t.data_ptr() for t in case.arguments if t is not None}
     assert all(o.numel() == 0 or o.data_ptr() not in pointers for o in outputs)
+
+
+def test_compiles_for_a_student_that_is_not_row_major(backend: str) -> None:
+    case = make_case(6, 20, 16, 8)
+    columns = case.student.T.contiguous().requires_grad_()
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        return ckd.contrastive_cross_entropy(x.T, *case.arguments[1:], backend=backend)
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    (result,) = torch.autograd.grad(compiled(columns), columns)
+    (expected,) = torch.autograd.grad(loss_of(columns), columns)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_with_a_python_scale_that_changes(dynamic: bool | None, backend: str) -> None:
+    case = make_case(6, 20, 16, 8)
+
+    def loss_of(scale: float) -> torch.Tensor:
+        return ckd.contrastive_cross_entropy(
+            *case.arguments[:-1], logit_scale=scale, backend=backend
+        )
+
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for scale in (5.0, 6.0, 7.5):
+        torch.testing.assert_close(compiled(scale), loss_of(scale))
+
+
+def test_an_ignored_row_that_holds_nan_reaches_no_gradient(backend: str) -> None:
+    case = make_case(6, 20, 16, 8)
+    case.target[2] = -100
+    clean = case.requiring(*GRADIENTS)
+    expected = oracle.gradients(clean, run(clean, backend, label_smoothing=0.1))
+    case.student[2] = math.nan
+    poisoned = case.requiring(*GRADIENTS)
+    loss = run(poisoned, backend, label_smoothing=0.1)
+    assert loss.isfinite()
+    for name, value in oracle.gradients(poisoned, loss).items():
+        torch.testing.assert_close(value, expected[name])
+    assert (torch.autograd.grad(loss, poisoned.student)[0][2] == 0).all()

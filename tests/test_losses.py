@@ -91,3 +91,12 @@ def test_module_compiles_as_one_graph() -> None:
     torch.testing.assert_close(compiled(*arguments), criterion(*arguments))
     compiled(*arguments).backward()
     assert criterion.weight.grad is not None
+
+
+def test_a_module_made_on_meta_is_whole_after_reset() -> None:
+    with torch.device("meta"):
+        criterion = ckd.EmbeddingDistillationLoss(8, 12, logit_scale=20.0)
+    criterion = criterion.to_empty(device="cpu")
+    criterion.reset_parameters()
+    assert criterion.logit_scale.item() == pytest.approx(20.0)
+    assert criterion(torch.randn(5, 8), torch.randn(9, 12), torch.arange(5)).isfinite()

@@ -19,6 +19,8 @@ from ckd.backends.interface import Problem
 # "auto" takes the first that serves the problem, so the fastest stands first.
 ORDER: dict[str, ModuleType] = {"reference": reference}
 
+OPS = ("contrastive_ce", "similarity")
+
 # Names that the API reserves and this version does not ship; asking for one says so.
 NOT_SHIPPED = ("cuda", "triton", "cpu")
 
@@ -58,8 +60,15 @@ def explain(
         student: [B, W], as for the op. bank: [K, D]. weight: [W, D] or None.
         op: "contrastive_ce" or "similarity".
 
+    Raises ValueError for another op, or a student or bank that is not a matrix.
+
     >>> print(ckd.backends.explain(student, bank, weight))
     """
+    if op not in OPS:
+        raise ValueError(_hints.unknown("op", op, OPS))
+    for name, matrix in (("student", student), ("bank", bank)):
+        if matrix.dim() != 2:
+            raise ValueError(f"{name} must have two dimensions, got shape {list(matrix.shape)}")
     problem = Problem.of(op, student, bank, weight)
     return Explanation(resolve("auto", problem), _reasons(problem))
 

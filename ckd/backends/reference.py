@@ -49,48 +49,28 @@ def contrastive_ce_forward(
     """
     label_smoothing, ignore_index, _ = options
     with _exact(student):
-        u, _ = _unit_rows(student.to(_accumulator(student)))
+        u, _ = _student_rows(student)
         tau = _positive(logit_scale)
-        query = tau * u
-        has_target = _has_target(target, bank.shape[0], ignore_index)
+        has_target = _has_target(target, len(bank), ignore_index)
+        keep_values = save_residual or save_attention
+        sums = _sum_over_bank(
+            u, tau, target, has_target, _tiles(u, bank, weight, bias), keep_values
+        )
 
-        total = u.new_zeros(len(u), 1)  # sum over k != y of exp(l - shift)
-        shift = (-tau).expand(len(u), 1)  # running maximum of l; l >= -tau always
-        values = torch.zeros_like(u)  # sum over k != y of exp(l - shift) n
-        n_sum = u.new_zeros(u.shape[1])
-        n_target = torch.zeros_like(u)
-        l_target = torch.full_like(total, -torch.inf)
-
-        for tile in _tiles(u, bank, weight, bias):
-            logits = query @ tile.n.T
-            inside, column = tile.locate(target, has_target)
-            picked = logits.gather(1, column)
-            l_target = torch.where(inside, picked, l_target)
-            n_target = torch.where(inside, tile.n[column.squeeze(1)], n_target)
-            logits.scatter_(1, column, picked.masked_fill(inside, -torch.inf))
-
-            new_shift = torch.maximum(shift, logits.amax(1, keepdim=True))
-            rescale = torch.exp(shift - new_shift)
-            p = logits.sub_(new_shift).exp_()
-            total = total * rescale + p.sum(1, keepdim=True)
-            if save_residual or save_attention:
-                values = torch.addmm(values * rescale, p, tile.n)
-            if label_smoothing > 0:
-                n_sum += tile.n.sum(0)
-            shift = new_shift
-
-        log_other = shift + total.log()
-        log_odds = log_other - l_target  # of "not the target"; +inf where there is no target
+        log_other = sums.shift + sums.total.log()
+        log_odds = log_other - sums.l_target  # of "not the target"; +inf where there is no target
         p_other = torch.sigmoid(log_odds)
         nll = torch.logaddexp(log_odds, torch.zeros_like(log_odds))
-        lse = torch.logaddexp(l_target, log_other)
-        n_other = values / total.masked_fill(total == 0, 1)
-        n_mean = n_sum / len(bank)
-        residual = p_other * (n_other - n_target)
+        lse = torch.logaddexp(sums.l_target, log_other)
+        n_other = sums.values / sums.total.masked_fill(sums.total == 0, 1)
+        n_mean = sums.n_sum / len(bank)
+        residual = p_other * (n_other - sums.n_target)
         if label_smoothing > 0:
-            nll = nll + label_smoothing * (l_target - query @ n_mean.unsqueeze(1))
-            residual = residual + label_smoothing * (n_target - n_mean)
-        attention = p_other * n_other + (1 - p_other) * n_target
+            l_mean = tau * (u @ n_mean.unsqueeze(1))
+            nll = nll + label_smoothing * (sums.l_target - l_mean)
+            residual = residual + label_smoothing * (sums.n_target - n_mean)
+        residual = residual.masked_fill(~has_target.unsqueeze(1), 0)
+        attention = p_other * n_other + (1 - p_other) * sums.n_target
 
         without = _loss_without_target(target, ignore_index, nll)
         nothing = u.new_empty(0)
@@ -98,9 +78,54 @@ def contrastive_ce_forward(
             nll=torch.where(has_target, nll.squeeze(1), without),
             lse=lse.squeeze(1),
             p_other=p_other.squeeze(1),
-            residual=residual * has_target.unsqueeze(1) if save_residual else nothing,
+            residual=residual if save_residual else nothing,
             attention=attention if save_attention else nothing.clone(),
         )
+
+
+class _Sums(NamedTuple):
+    """What one pass over the bank leaves for each student row."""
+
+    shift: Tensor  # [B, 1] the maximum of l over k != y, and at least -logit_scale
+    total: Tensor  # [B, 1] sum over k != y of exp(l - shift)
+    values: Tensor  # [B, W] sum over k != y of exp(l - shift) n; zero when not kept
+    l_target: Tensor  # [B, 1] l_y; -inf where there is no target
+    n_target: Tensor  # [B, W] n_y; zero where there is no target
+    n_sum: Tensor  # [W] sum of all n
+
+
+def _sum_over_bank(
+    u: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    has_target: Tensor,
+    tiles: Iterator[_Tile],
+    keep_values: bool,
+) -> _Sums:
+    """The softmax sums without the target, under a running maximum."""
+    query = tau * u
+    shift = (-tau).expand(len(u), 1)  # l >= -tau always
+    total = u.new_zeros(len(u), 1)
+    values, n_target = torch.zeros_like(u), torch.zeros_like(u)
+    l_target = torch.full_like(total, -torch.inf)
+    n_sum = u.new_zeros(u.shape[1])
+    for tile in tiles:
+        logits = query @ tile.n.T
+        inside, column = tile.locate(target, has_target)
+        picked = logits.gather(1, column)
+        l_target = torch.where(inside, picked, l_target)
+        n_target = torch.where(inside, tile.n[column.squeeze(1)], n_target)
+        logits.scatter_(1, column, picked.masked_fill(inside, -torch.inf))
+
+        new_shift = torch.maximum(shift, logits.amax(1, keepdim=True))
+        rescale = torch.exp(shift - new_shift)
+        p = logits.sub_(new_shift).exp_()
+        total = total * rescale + p.sum(1, keepdim=True)
+        if keep_values:
+            values = torch.addmm(values * rescale, p, tile.n)
+        n_sum += tile.n.sum(0)
+        shift = new_shift
+    return _Sums(shift, total, values, l_target, n_target, n_sum)
 
 
 def contrastive_ce_backward(
@@ -119,12 +144,14 @@ def contrastive_ce_backward(
     """Gradients for d_nll and d_lse [B]; only weight and bias read the bank again."""
     label_smoothing, ignore_index, _ = options
     with _exact(student):
-        u, inverse_norm = _unit_rows(student.to(_accumulator(student)))
         tau = _positive(logit_scale)
-        has_target = _has_target(target, bank.shape[0], ignore_index).unsqueeze(1)
-        zero = u.new_zeros(len(u), 1)
-        g = zero if d_nll is None else d_nll.to(u.dtype).unsqueeze(1) * has_target
-        h = zero if d_lse is None else d_lse.to(u.dtype).unsqueeze(1)
+        has_target = _has_target(target, len(bank), ignore_index).unsqueeze(1)
+        zero = saved.lse.new_zeros(len(student), 1)
+        g = zero if d_nll is None else d_nll.to(zero.dtype).unsqueeze(1) * has_target
+        h = zero if d_lse is None else d_lse.to(zero.dtype).unsqueeze(1)
+        # Rows that no gradient reaches (ignored ones, say) may hold NaN, and 0 NaN is NaN.
+        idle = (g == 0) & (h == 0)
+        u, inverse_norm = (x.masked_fill(idle, 0) for x in _student_rows(student))
 
         d_student, d_logit_scale = u.new_empty(0), u.new_empty(0)
         if needs.student or needs.logit_scale:
@@ -133,12 +160,13 @@ def contrastive_ce_backward(
                 slope = slope + g * saved.residual
             if d_lse is not None:
                 slope = slope + h * saved.attention
+            slope = slope.masked_fill(idle, 0)
             d_student, d_logit_scale = _row_gradients(slope, u, inverse_norm, tau, needs)
 
         projection = _ProjectionGradient(u, bank, weight, bias, needs)
         if needs.weight or needs.bias:
             query = tau * u
-            lse, p_other = saved.lse.unsqueeze(1), saved.p_other.unsqueeze(1)
+            lse, p_other = (x.unsqueeze(1).masked_fill(idle, 0) for x in (saved.lse, saved.p_other))
             smooth = g * (label_smoothing / len(bank))
             for tile in _tiles(u, bank, weight, bias):
                 p = (query @ tile.n.T).sub_(lse).exp_()
@@ -169,7 +197,7 @@ def similarity_forward(
 ) -> Tensor:
     """logit_scale u.n for every pair, [B, K]."""
     with _exact(student):
-        u, _ = _unit_rows(student.to(_accumulator(student)))
+        u, _ = _student_rows(student)
         query = _positive(logit_scale) * u
         out = u.new_empty(len(u), len(bank))
         for tile in _tiles(u, bank, weight, bias):
@@ -189,7 +217,7 @@ def similarity_backward(
 ) -> Gradients:
     """Gradients for d_logits [B, K], in one pass over the bank."""
     with _exact(student):
-        u, inverse_norm = _unit_rows(student.to(_accumulator(student)))
+        u, inverse_norm = _student_rows(student)
         tau = _positive(logit_scale)
         slope = torch.zeros_like(u)
         projection = _ProjectionGradient(u, bank, weight, bias, needs)
@@ -228,7 +256,7 @@ class _Tile(NamedTuple):
 
 def _tiles(u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None) -> Iterator[_Tile]:
     """The bank in tiles, projected and normalised in the dtype of u."""
-    widest = max(len(u), u.shape[1], bank.shape[1])
+    widest = max(len(u), u.shape[1], bank.shape[1], 1)
     rows = max(MIN_TILE_ROWS, TILE_ELEMENTS // widest)
     p = None if weight is None else weight.to(u.dtype)
     b = None if bias is None else bias.to(u.dtype)
@@ -279,6 +307,12 @@ def _row_gradients(
 def _through_norm(d_unit: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
     """d x for x -> x/|x|: (d - (d.unit) unit) / |x|."""
     return (d_unit - (d_unit * unit).sum(1, keepdim=True) * unit) * inverse_norm
+
+
+def _student_rows(student: Tensor) -> tuple[Tensor, Tensor]:
+    """u and 1/|s| in the accumulator's dtype, row-major whatever the student's strides: outputs
+    take their strides from u, and have to be as the op's fake says."""
+    return _unit_rows(student.to(_accumulator(student)).contiguous())
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:

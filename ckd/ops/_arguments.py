@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ckd import _hints
+
 HALF = (torch.float16, torch.bfloat16)
+REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_matrices(
@@ -47,6 +51,15 @@ def check_target(target: Tensor, student: Tensor) -> None:
     _check_shape("target", target, (student.shape[0],))
 
 
+def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(_hints.unknown("reduction", reduction, REDUCTIONS))
+
+
 def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
     """The scale as a 0-dim tensor beside the student: float32, or float64 for a float64 student."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -57,11 +70,11 @@ def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
                 f"{list(logit_scale.shape)}, {logit_scale.dtype}; use logit_scale.float().squeeze()"
             )
         return logit_scale.to(device=student.device, dtype=dtype)
-    if not isinstance(logit_scale, (int, float)):
+    if not isinstance(logit_scale, (int, float, np.floating, np.integer)):
         raise TypeError(
             f"logit_scale must be a float or a 0-dim tensor, got {type(logit_scale).__name__}"
         )
-    if not (math.isfinite(logit_scale) and logit_scale > 0):
+    if not 0 < logit_scale < math.inf:  # comparisons alone: torch.compile traces them
         raise ValueError(_scale_message(logit_scale))
     return torch.full((), logit_scale, dtype=dtype, device=student.device)
 
@@ -76,7 +89,7 @@ def check_values(
     if logit_scale.device.type != "cpu":
         return
     scale = logit_scale.item()
-    if not (math.isfinite(scale) and scale > 0):
+    if not 0 < scale < math.inf:
         raise ValueError(_scale_message(scale))
     if target is None or len(target) == 0:
         return
@@ -108,7 +121,9 @@ def _check_tensor(
     where = value.device if student is None else student.device
     if value.dtype not in dtypes or value.device != where:
         known = _words(dtypes)
-        remedy = f'{name}.to("{where}", {dtypes[0]})'
+        # The caller's own dtype where it is allowed; else the one that keeps most of the values.
+        wide = torch.float32 if torch.float32 in dtypes and name != "bank" else dtypes[0]
+        remedy = f'{name}.to("{where}", {value.dtype if value.dtype in dtypes else wide})'
         raise ValueError(
             f"{name} must be {known} on {where}, got {_words((value.dtype,))} on {value.device}; "
             f"convert with {remedy}"

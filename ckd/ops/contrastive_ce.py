@@ -8,12 +8,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ckd import _hints, backends
+from ckd import backends
 from ckd.backends.interface import Forward, Needs, Options, Problem
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 @overload
@@ -116,10 +114,7 @@ def contrastive_cross_entropy(
     _arguments.check_matrices(student, bank, weight, bias)
     _arguments.check_target(target, student)
     scale = _arguments.scale_tensor(logit_scale, student)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(_hints.unknown("reduction", reduction, REDUCTIONS))
+    _arguments.check_options(label_smoothing, ignore_index, reduction)
 
     problem = Problem.of("contrastive_ce", student, bank, weight)
     # Without a gradient for student or scale the forward need not accumulate sum_k p_k n_k.

@@ -197,4 +197,25 @@ CASES = [
         ValueError,
         ("logit_scale", "max_logit_scale = 100.0", "200.0"),
     ),
+    Case("loss module reduction", module(4, 8, reduction="avg"), ValueError, ("'avg'", "mean")),
+    Case("ignore_index type", loss(ignore_index=None), TypeError, ("ignore_index", "NoneType")),
+    Case("reduction None", loss(reduction=None), ValueError, ("reduction", "None", "mean")),
+    Case(
+        "weight too wide",
+        loss(weight=torch.randn(W, D, dtype=torch.float64)),
+        ValueError,
+        ("weight", "float64", "torch.float32)"),
+    ),
+    Case(
+        "explain another op",
+        lambda _: ckd.backends.explain(torch.ones(2, 2), torch.ones(2, 2), op="contrastive"),
+        ValueError,
+        ("op", "'contrastive'", "contrastive_ce"),
+    ),
+    Case(
+        "explain a vector",
+        lambda _: ckd.backends.explain(torch.ones(2), torch.ones(2, 2)),
+        ValueError,
+        ("student", "two dimensions", "[2]"),
+    ),
 ]
