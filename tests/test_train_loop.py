@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ckd import data, models
+from ckd.models import ModelError
 from ckd.train import Config, TrainError, checkpoint, evaluate, train
 from ckd.train import loop as loop_module
 from ckd.train.device import pick_device, torch_state
@@ -277,3 +278,10 @@ def test_scores_agree_with_a_count_by_hand(tmp_path):
     assert scores.images == 20
     assert scores.accuracy == scores.correct / 20
     assert scores.loss == pytest.approx(F.cross_entropy(logits, test_set.labels).item(), rel=1e-5)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_leaves_its_folder_free(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(ModelError):
+        train(replace(config, student="vitt"), verbose=False)
+    assert train(config, verbose=False)["student"] == config.student

@@ -86,7 +86,7 @@ class Run:
 def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
     """The run folder, locked: a new one with config.json, or one that `config` may resume.
 
-    Raises ConfigError for a folder that holds a run and is not to be resumed, or was begun with
+    Raises ConfigError for a folder with a checkpoint that is not to be resumed, or was begun with
     other settings; TrainError if another process trains in it.
     """
     folder = config.folder
@@ -101,7 +101,8 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise TrainError(
                 f"another process is training in {folder}; wait for it to end"
             ) from error
-        if not (folder / CONFIG).exists():
+        # A run that never came to a checkpoint (a wrong setting, say) leaves nothing to protect.
+        if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
             config.save(folder / CONFIG)
         elif resume:
             _refuse_other_settings(folder, Config.load(folder / CONFIG), config)
