@@ -19,6 +19,7 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises BlockingIOError if another process has it, and OSError as the system gave it.
     """
+    owner = os.getpid()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -32,4 +33,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
                 time.sleep(0.1)
         yield
     finally:
+        # Closing alone would leave the lock with the children that were forked meanwhile. One of
+        # those that comes through here must not unlock what its parent still holds.
+        if os.getpid() == owner:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

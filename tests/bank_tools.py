@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ckd.bank import BankWriter, EmbeddingBank
 from ckd.bank.manifest import MANIFEST_NAME, encode, read_manifest
-from ckd.bank.shards import describe
+from ckd.bank.shards import record_of
 
 CLASSES = ("ant", "bee", "cat")
 DIM = 8
@@ -64,7 +64,7 @@ def replace_shard(path: Path, index: int, data: bytes) -> None:
     old = manifest.shards[index]
     (path / old.file).write_bytes(data)
     shards = list(manifest.shards)
-    shards[index] = describe(index, old.first_row, old.rows, data)
+    shards[index] = record_of(index, old.first_row, old.rows, data)
     changed = replace(manifest, shards=tuple(shards))
     (path / MANIFEST_NAME).write_bytes(encode(changed))
 

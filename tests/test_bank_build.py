@@ -211,6 +211,61 @@ def test_the_command_line_builds_tells_draws_and_verifies(tmp_path, teacher, cap
     assert "sha256 match" in capsys.readouterr().out
 
 
+def test_a_complete_bank_is_a_success_for_the_same_command_only(tmp_path, teacher, digits, capsys):
+    build(digits, teacher, tmp_path / "bank")
+    before = files_of(tmp_path / "bank")
+    bank = build(digits, teacher, tmp_path / "bank", prepare=models.prepare, progress=True)
+    assert len(bank) == 100
+    assert "complete already" in capsys.readouterr().out
+    with pytest.raises(BankError, match=r"complete bank of 100 rows.*other settings: normalized"):
+        build(digits, teacher, tmp_path / "bank", normalize=True)
+    assert files_of(tmp_path / "bank") == before
+
+    np.save(tmp_path / "e.npy", sample()[1].numpy())
+    arguments = [
+        "build",
+        "--from-npy",
+        str(tmp_path / "e.npy"),
+        "--out",
+        str(tmp_path / "imported"),
+    ]
+    for _ in range(2):
+        assert main(arguments) == 0
+        assert "imported is complete: 50 rows" in capsys.readouterr().out
+    assert main([*arguments, "--normalize"]) == 2
+    assert "normalized: False, now True" in capsys.readouterr().err
+
+
+def test_labels_that_were_wrong_may_be_corrected_and_the_import_run_again(tmp_path):
+    np.save(tmp_path / "e.npy", sample()[1].numpy())
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
+
+    def run(labels: Any) -> EmbeddingBank:
+        np.save(tmp_path / "l.npy", labels)
+        files = {"labels": tmp_path / "l.npy", "class_names": tmp_path / "names.txt"}
+        return import_npy(tmp_path / "e.npy", tmp_path / "bank", **files)
+
+    with pytest.raises(BankError, match=r"l\.npy must be integers"):
+        run(sample()[2].numpy().astype(np.float32))
+    assert not (tmp_path / "bank").exists()
+    with pytest.raises(BankError, match=r"got 3 in row 2 of .*l\.npy"):
+        run(sample()[2].numpy() + 1)
+    assert len(run(sample()[2].numpy().astype(np.uint32))) == 50
+
+
+def test_rows_that_an_import_refuses_are_counted_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("ckd.bank.npy._CHUNK_ROWS", 16)
+    embeddings = sample()[1].numpy()
+    np.save(tmp_path / "e.npy", embeddings)
+    np.save(tmp_path / "i.npy", np.arange(50) % 40)
+    with pytest.raises(BankError, match=r"duplicate sample_id 0 \(row 40 of .*i\.npy\)"):
+        import_npy(tmp_path / "e.npy", tmp_path / "bank", ids=tmp_path / "i.npy")
+    embeddings[33, 2] = np.nan
+    np.save(tmp_path / "e.npy", embeddings)
+    with pytest.raises(BankError, match=r"row 33 of .*e\.npy \(sample_id 33\) holds NaN"):
+        import_npy(tmp_path / "e.npy", tmp_path / "bank")
+
+
 def test_the_command_line_imports(tmp_path, capsys):
     np.save(tmp_path / "e.npy", sample()[1].numpy())
     arguments = ["--from-npy", str(tmp_path / "e.npy"), "--out", str(tmp_path / "bank")]
@@ -232,7 +287,18 @@ def test_the_command_line_imports(tmp_path, capsys):
         (["build", "--out", "TMP/new", "--data", "digits", "--teacher", "resnet7"], "resnet7"),
         (["build", "--out", "TMP/new", "--data", "digist", "--teacher", "vit"], "digits"),
         (["build", "--out", "TMP/new", "--from-npy", "TMP/none.npy"], "No such file"),
-        (["build", "--out", "TMP/new", "--from-npy", "x", "--data", "digits"], "exclude"),
+        (["build", "--out", "TMP/new", "--from-npy", "x", "--data", "d"], "--data has no effect"),
+        (
+            ["build", "--out", "TMP/new", "--from-npy", "x", "--split", "test"],
+            "--split has no effect",
+        ),
+        (["build", "--out", "TMP/new", "--from-npy", "x", "--workers", "2"], "--workers has no"),
+        (["info", "BANK", "--method", "umap"], "--method has no effect without --plot"),
+        (["info", "BANK", "--per-class", "3"], "--per-class has no effect without --plot"),
+        (
+            ["build", "--out", "TMP/n", "--data", "d", "--teacher", "t", "--device", "meta"],
+            "--device meta cannot be used",
+        ),
         (["build", "--out", "TMP/n", "--teacher", "a", "--data", "b", "--ids", "c"], "--ids goes"),
     ],
 )

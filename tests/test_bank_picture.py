@@ -72,6 +72,31 @@ def test_tsne_draws_or_says_what_to_install(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").exists()
 
 
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    write_bank(tmp_path / "bank", class_names=("_bg", "bee", "cat"))
+    figures = []
+
+    class Kept(pytest.importorskip("matplotlib.figure").Figure):
+        def savefig(self, *args, **kwargs):
+            figures.append(self)
+            return super().savefig(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr("matplotlib.figure.Figure", Kept)
+        draw_bank(EmbeddingBank.open(tmp_path / "bank"), tmp_path / "bank.png")
+    legend = [text.get_text().strip() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert legend == ["_bg", "bee", "cat", "centroid of a class"]
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_rows_that_are_all_the_same_are_refused(tmp_path, method):
+    with BankWriter(tmp_path / "bank", DIM) as writer:
+        writer.write(torch.arange(50), torch.full((50, DIM), 0.1), torch.zeros(50).long())
+    with pytest.raises(BankError, match="zero variance: they are all the same"):
+        draw_bank(EmbeddingBank.open(tmp_path / "bank"), tmp_path / "a.png", method=method)
+    assert not (tmp_path / "a.png").exists()
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path):
     with pytest.raises(BankError, match="image format 'txt'"):
         draw_bank(write_bank(tmp_path / "bank"), tmp_path / "bank.txt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,20 @@ def test_an_unknown_id_is_named(tmp_path, ids):
     for unknown in (-1, ids[0] - 1, ids[-1] + 1, 2**62):
         with pytest.raises(BankError, match=f"sample_id {unknown} is not in the bank"):
             bank.rows([ids[3], unknown])
+
+
+def test_a_bank_is_pickled_and_copied_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_bank(tmp_path / "bank")
+    bank = EmbeddingBank.open("bank")
+    data = pickle.dumps(bank)
+    assert len(data) < 1000
+    monkeypatch.chdir("/")
+    again = pickle.loads(data)
+    assert torch.equal(again.embeddings(), bank.embeddings())
+    assert dict(again.meta) == dict(bank.meta)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(copy.deepcopy(bank).sample_ids, bank.sample_ids)
 
 
 def test_positions_do_not_share_memory_with_the_ids_that_were_asked_for(tmp_path):

@@ -225,9 +225,83 @@ def test_rows_that_are_stored_are_passed_over_in_any_order(tmp_path):
 
 def test_a_bank_that_only_lacks_its_end_is_completed(tmp_path):
     begin(tmp_path / "bank", 32, rows_per_shard=16)
-    with BankWriter(tmp_path / "bank", DIM, rows_per_shard=16):
+    with BankWriter(tmp_path / "bank", DIM, rows_per_shard=16, rows=32):
         pass
     assert len(EmbeddingBank.open(tmp_path / "bank")) == 32
+
+
+def test_a_bank_is_not_completed_with_a_part_of_its_rows(tmp_path):
+    path = tmp_path / "bank"
+    ids, embeddings, labels = sample()
+    begin(path, 32, rows_per_shard=16)
+    before = files_of(path)
+    with (
+        pytest.raises(BankError, match=r"32 rows and nothing was written.*rows=32"),
+        BankWriter(path, DIM, rows_per_shard=16),
+    ):
+        pass
+    with (
+        pytest.raises(BankError, match="has 40 rows, expected rows=50"),
+        BankWriter(path, DIM, rows_per_shard=16, rows=50) as writer,
+    ):
+        writer.write(ids[:40], embeddings[:40], labels[:40])
+    assert files_of(path) == before
+    with BankWriter(path, DIM, rows_per_shard=16, rows=50) as writer:
+        writer.write(ids, embeddings, labels)
+    assert len(EmbeddingBank.open(path)) == 50
+
+
+def test_rows_that_differ_from_the_stored_ones_are_refused(tmp_path):
+    path = tmp_path / "bank"
+    ids, embeddings, labels = sample()
+    begin(path, 32, rows_per_shard=16)
+    other, relabelled = embeddings.clone(), labels.clone()
+    other[20] *= 1.02
+    relabelled[21] += 1
+    with contextlib.suppress(Stop), BankWriter(path, DIM, rows_per_shard=16) as writer:
+        for batch, says in (
+            ((ids, other, labels), rf"sample_id {int(ids[20])} .*another embedding"),
+            ((ids, embeddings, relabelled), rf"sample_id {int(ids[21])} .*another label"),
+            ((ids, embeddings), "another label"),
+        ):
+            with pytest.raises(BankError, match=f"{says}.*another path, or delete"):
+                writer.write(*batch)
+        raise Stop
+    rounded = embeddings * (1 + 2**-9)  # as another batch size might round
+    with BankWriter(path, DIM, rows_per_shard=16) as writer:
+        writer.write(ids, rounded, labels)
+    bank = EmbeddingBank.open(path)
+    assert torch.equal(bank.rows(ids[:32]), embeddings[:32].half())
+    assert torch.equal(bank.rows(ids[32:]), rounded[32:].half())
+
+
+def test_settings_may_change_while_nothing_is_stored(tmp_path):
+    begin(tmp_path / "bank", 3, rows_per_shard=16, teacher="wrong")
+    (tmp_path / "bank" / "notes.txt").write_text("mine")
+    with BankWriter(tmp_path / "bank", DIM, teacher="right") as writer:
+        writer.write(*sample())
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert bank.meta["teacher"] == {"name": "right"}
+    assert len(bank) == 50
+
+
+def test_a_complete_bank_is_told_from_one_with_other_settings_or_rows(tmp_path):
+    path = tmp_path / "bank"
+    assert not BankWriter(path, DIM).is_complete()
+    begin(path, 32, rows_per_shard=16)
+    assert not BankWriter(path, DIM, rows_per_shard=16).is_complete()
+    with BankWriter(path, DIM, rows_per_shard=16) as writer:
+        writer.write(*sample())
+    assert BankWriter(path, DIM, rows_per_shard=16, rows=50).is_complete()
+    with pytest.raises(BankError, match=r"complete bank of 50 rows.*rows_per_shard: 16, now 8"):
+        BankWriter(path, DIM, rows_per_shard=8).is_complete()
+    with pytest.raises(BankError, match="has 50 rows, expected rows=60"):
+        BankWriter(path, DIM, rows_per_shard=16, rows=60).is_complete()
+    with (
+        pytest.raises(BankError, match="already holds a complete bank"),
+        BankWriter(path, DIM, rows_per_shard=16),
+    ):
+        pass
 
 
 def test_leftovers_are_removed_and_foreign_files_are_not(tmp_path):
@@ -238,7 +312,7 @@ def test_leftovers_are_removed_and_foreign_files_are_not(tmp_path):
     (path / "notes.txt").write_text("mine")
     with BankWriter(path, DIM, rows_per_shard=16) as writer:
         assert sorted(files_of(path)) == ["manifest.json", "notes.txt", "shard-00000.safetensors"]
-        writer.write(*sample()[:2])
+        writer.write(*sample())
     assert len(EmbeddingBank.open(path)) == 50
 
 
@@ -257,8 +331,8 @@ def test_leftovers_are_removed_and_foreign_files_are_not(tmp_path):
 def test_other_settings_than_those_of_the_bank_are_named(tmp_path, field, value):
     path = tmp_path / "bank"
     settings = {"class_names": ["ant", "bee", "cat"], "teacher": "t", "fingerprint": "f00d"}
-    with pytest.raises(BankError, match="empty"), BankWriter(path, DIM, **settings):
-        pass
+    settings["rows_per_shard"] = 16
+    begin(path, 50, **settings)
     before = files_of(path)
     name = {"normalize": "normalized"}.get(field, field)
     with (

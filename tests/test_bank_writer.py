@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import threading
 
 import numpy as np
@@ -55,6 +57,27 @@ def test_numpy_arrays_are_taken_read_only_strided_and_big_endian_too(tmp_path):
     bank = EmbeddingBank.open(tmp_path / "bank")
     assert np.array_equal(bank.embeddings().numpy(), embeddings.astype(np.float16))
     assert np.array_equal(bank.labels.numpy(), labels)
+
+
+def test_numpy_arrays_are_taken_unsigned_and_reversed_too(tmp_path):
+    ids, embeddings, labels = np.arange(50), sample()[1].numpy(), sample()[2].numpy()
+    with BankWriter(tmp_path / "bank", np.int64(DIM), rows_per_shard=np.int32(16)) as writer:
+        writer.write(ids[:20].astype(np.uint16), embeddings[:20], labels[:20].astype(np.uint32))
+        writer.write(ids[20:].astype(np.uint64)[::-1], embeddings[20:][::-1], labels[20:][::-1])
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert np.array_equal(bank.rows(ids).numpy(), embeddings.astype(np.float16))
+    assert np.array_equal(bank.labels[bank.positions(ids)].numpy(), labels)
+
+
+def test_class_names_may_come_from_an_iterator(tmp_path):
+    bank = write_bank(tmp_path / "bank", class_names=map(str, CLASSES))
+    assert bank.class_names == CLASSES
+
+
+def test_a_new_bank_may_begin_in_a_folder_that_a_mac_has_looked_at(tmp_path):
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / ".DS_Store").write_bytes(b"Bud1")
+    assert len(write_bank(tmp_path / "bank")) == 50
 
 
 def test_the_callers_buffers_may_be_reused(tmp_path):
@@ -152,6 +175,30 @@ def test_a_lock_that_is_released_soon_is_waited_for(tmp_path):
     with BankWriter(tmp_path / "bank", DIM) as writer:
         writer.write(ids, embeddings)
     assert len(EmbeddingBank.open(tmp_path / "bank")) == 50
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_that_lives_on_does_not_keep_the_lock_nor_let_go_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(_lock, "LOCK_PATIENCE_S", 0.0)
+    lock = _lock.locked_folder(tmp_path)
+    with lock:
+        leaves = os.fork()
+        if leaves == 0:
+            lock.gen.close()  # type: ignore[attr-defined]  # the end of the block, in the child
+            os._exit(0)
+        os.waitpid(leaves, 0)
+        with pytest.raises(BlockingIOError), _lock.locked_folder(tmp_path):
+            pass
+        stays = os.fork()
+        if stays == 0:
+            signal.pause()
+            os._exit(0)
+    try:
+        with _lock.locked_folder(tmp_path):
+            pass
+    finally:
+        os.kill(stays, signal.SIGKILL)
+        os.waitpid(stays, 0)
 
 
 def test_a_writer_that_is_not_open_does_not_write(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,6 +17,12 @@ from ckd.bank.build import build_bank
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
+
+_TEACHER_FLAGS = {
+    *("teacher", "teacher_weights", "teacher_image_size", "data", "split", "image_size"),
+    *("batch_size", "device", "workers"),
+}
+_IMPORT_FLAGS = {"labels", "ids", "class_names", "teacher_name"}
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,12 @@ class Build:
     def run(self) -> None:
         bank = self._import() if self.from_npy is not None else self._build()
         print(
-            f"wrote {bank.path}: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
+            f"{bank.path} is complete: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
             f"see python -m ckd.bank info {bank.path}"
         )
 
     def _import(self) -> EmbeddingBank:
-        for flag in ("teacher", "teacher_weights", "data"):
-            if getattr(self, flag) is not None:
-                raise BankError(f"--{flag.replace('_', '-')} and --from-npy exclude each other")
+        _refuse(self, _TEACHER_FLAGS, "has no effect with --from-npy")
         assert self.from_npy is not None
         return import_npy(
             self.from_npy,
@@ -89,9 +93,8 @@ class Build:
     def _build(self) -> EmbeddingBank:
         if self.teacher is None or self.data is None:
             raise BankError("build needs --teacher and --data, or --from-npy")
-        for flag in ("labels", "ids", "class_names", "teacher_name"):
-            if getattr(self, flag) is not None:
-                raise BankError(f"--{flag.replace('_', '-')} goes with --from-npy only")
+        _refuse(self, _IMPORT_FLAGS, "goes with --from-npy only")
+        device = _device(self.device)  # before anything that takes its time
         dataset = data.load(self.data, self.split, image_size=self.image_size)
         return build_bank(
             dataset,
@@ -100,7 +103,7 @@ class Build:
             ),
             self.out,
             batch_size=self.batch_size,
-            device=_device(self.device),
+            device=device,
             workers=self.workers,
             normalize=self.normalize,
             rows_per_shard=self.rows_per_shard,
@@ -123,6 +126,8 @@ class Info:
     """--plot: centroids of the first so many rows of each class; default: of all."""
 
     def run(self) -> None:
+        if self.plot is None:
+            _refuse(self, {"method", "per_class"}, "has no effect without --plot")
         bank = EmbeddingBank.open(self.bank)
         print(json.dumps(summarize(bank), indent=2) if self.json else describe(bank))
         if self.plot is not None:
@@ -168,12 +173,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _refuse(command: Build | Info, flags: set[str], why: str) -> None:
+    """BankError for the first of these flags that is not left at its default."""
+    for field in fields(command):
+        if field.name in flags and getattr(command, field.name) != field.default:
+            raise BankError(f"--{field.name.replace('_', '-')} {why}")
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # meta tensors can be made, but hold nothing
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise BankError(f"--device {name} cannot be used here: {reason}; try auto") from error

@@ -47,8 +47,9 @@ def build_bank(
     progress: print the estimate and the outcome, and show a progress bar.
 
     Safe to kill: called again with the same arguments it goes on after the rows that are stored,
-    and since no batch straddles the edge of a shard, it ends with the same bytes. Raises BankError
-    as `BankWriter` does, and OSError before it starts if there is no space left for the bank.
+    and since no batch straddles the edge of a shard, it ends with the same bytes; a bank that is
+    complete already is opened and left as it is. Raises BankError as `BankWriter` does, and OSError
+    before it starts if there is no space left for the bank.
     """
     say = print if progress else _silent
     writer = BankWriter(
@@ -61,7 +62,11 @@ def build_bank(
         class_names=dataset.class_names,
         normalize=normalize,
         rows_per_shard=rows_per_shard,
+        rows=len(dataset),
     )
+    if writer.is_complete():
+        say(f"{writer.path} is complete already, with the same settings: nothing to do", flush=True)
+        return EmbeddingBank.open(path)
     bytes_per_row = 2 * model.embedding_dim + _BYTES_BESIDE_A_ROW
     say(
         f"{writer.path}: {len(dataset):,} rows x {model.embedding_dim} float16 of {dataset.name} "
@@ -73,7 +78,7 @@ def build_bank(
         # ResNet-56 at 32 px on one core (AMD EPYC): 280 images/s instead of 180.
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = dataset.to(device)
-    with writer, evaluation_mode(model):
+    with writer, _evaluation_mode(model):
         done = writer.rows_done
         if done:
             say(f"resuming: {done:,} rows are stored already", flush=True)
@@ -144,7 +149,7 @@ def _forward(model: models.Model, images: Tensor) -> tuple[Tensor, Tensor | None
 
 
 @contextmanager
-def evaluation_mode(model: models.Model) -> Iterator[None]:
+def _evaluation_mode(model: models.Model) -> Iterator[None]:
     """Evaluation mode for a while, then the mode that was."""
     was_training = model.training
     model.eval()

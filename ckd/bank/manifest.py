@@ -36,6 +36,19 @@ class BankError(ValueError):
     """A bank that is damaged, incomplete or does not fit; says which file and rows, or what."""
 
 
+class RowError(BankError):
+    """A row of a batch that the bank refuses: `row`, counted in the batch, of `argument`."""
+
+    def __init__(self, argument: str, row: int, message: str) -> None:
+        """message: what is wrong, with `{where}` in place of the row."""
+        super().__init__(message.replace("{where}", f"row {row} of the batch"))
+        self.argument, self.row, self._message = argument, row, message
+
+    def found_at(self, where: str) -> BankError:
+        """The same error for readers who do not know the batch: `where` names the row."""
+        return BankError(self._message.replace("{where}", where))
+
+
 @dataclass(frozen=True)
 class ShardRecord:
     """What the manifest says of one shard file: its rows, its size and its hashes."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ckd.bank.manifest import BankError
+from ckd.bank import arrays
+from ckd.bank.manifest import BankError, RowError
 from ckd.bank.reader import EmbeddingBank
 from ckd.bank.writer import BankWriter
 
@@ -31,14 +32,18 @@ def import_npy(
 
     labels, ids: .npy files of integers [N]; without them rows have no class, and the row number is
     the sample id. class_names: a UTF-8 text file with a name a line. teacher: its name, for the
-    record. The files are memory-mapped, never unpickled. Safe to kill, like any other build.
-    Raises BankError that names the file that is not as it should be; OSError if one cannot be read.
+    record. The embeddings are memory-mapped, and nothing is unpickled. Safe to kill, like any other
+    build; a bank that is complete already is opened and left as it is. Raises BankError that names
+    the file (and row) that is not as it should be; OSError if one cannot be read.
     """
     rows = _map(embeddings)
-    if rows.ndim != 2:
-        raise BankError(f"{embeddings} must hold shape [N, D], got {list(rows.shape)}")
-    row_ids = np.arange(len(rows)) if ids is None else _map(ids)
-    row_labels = np.full(len(rows), -1) if labels is None else _map(labels)
+    if rows.ndim != 2 or rows.size == 0 or rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
+        raise BankError(
+            f"{embeddings} must hold floating point of shape [N, D] (float16, float32 or float64), "
+            f"got {rows.dtype} of shape {list(rows.shape)}"
+        )
+    row_ids = np.arange(len(rows)) if ids is None else _integers(ids)
+    row_labels = np.full(len(rows), -1) if labels is None else _integers(labels)
     for name, values in ((ids, row_ids), (labels, row_labels)):
         if values.shape != rows.shape[:1]:
             raise BankError(
@@ -58,11 +63,19 @@ def import_npy(
         class_names=None if class_names is None else _lines(class_names),
         normalize=normalize,
         rows_per_shard=rows_per_shard,
+        rows=len(rows),
     )
+    if writer.is_complete():
+        return EmbeddingBank.open(path)
+    files = {"sample_ids": ids, "embeddings": embeddings, "labels": labels}
     with writer:
         for start in range(0, len(rows), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
-            writer.write(row_ids[chunk], rows[chunk], row_labels[chunk])
+            try:
+                writer.write(row_ids[chunk], rows[chunk], row_labels[chunk])
+            except RowError as error:
+                where = f"row {start + error.row} of {files[error.argument]}"
+                raise error.found_at(where) from error
     return EmbeddingBank.open(path)
 
 
@@ -71,6 +84,10 @@ def _map(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
         return np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
         raise BankError(f"{path} is not a usable .npy file: {error}") from error
+
+
+def _integers(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
+    return arrays.integers(os.fspath(path), _map(path)).numpy()
 
 
 def _xxh3(values: np.ndarray[Any, Any]) -> str:
@@ -82,6 +99,10 @@ def _xxh3(values: np.ndarray[Any, Any]) -> str:
 
 def _lines(path: str | os.PathLike[str]) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BankError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise BankError(f"{path}, line {number} is blank; it must hold a class name a line")
+    return lines

@@ -39,8 +39,8 @@ def draw_bank(
     `max_rows` rows are drawn, chosen at random by `seed`. Centroids are those of
     `bank.centroids(per_class)`, and are left out where a class has no row. Needs the extra `plots`.
 
-    Raises BankError for a bank that is too small to draw and for an unknown method or image format,
-    ImportError for a missing package.
+    Raises BankError for a bank that is too small to draw or whose rows are all the same, and for an
+    unknown method or image format, ImportError for a missing package.
     """
     if method not in METHODS:
         raise BankError(unknown("method", method, METHODS))
@@ -56,6 +56,12 @@ def draw_bank(
     chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))[:max_rows]
     chosen = chosen.sort().values
     rows, labels = bank.rows(bank.sample_ids[chosen]).float(), bank.labels[chosen]
+    if bool((rows == rows[0]).all()):
+        # Shares of no variance are nan, and scikit-learn's t-SNE dies of it (SIGSEGV).
+        raise BankError(
+            f"a picture needs rows that differ; the {len(rows)} drawn of {bank.path} have zero "
+            "variance: they are all the same"
+        )
     if not bank.class_names:  # number the labels that occur, as class_counts does
         present = bank.labels[bank.labels >= 0].unique()
         labels = torch.where(labels < 0, -1, torch.searchsorted(present, labels))
@@ -200,7 +206,8 @@ def _title(axes: Any, bank: EmbeddingBank, drawn: int, method: str) -> None:
 
 
 def _verbatim(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
+    """Text in which matplotlib sees no formula, and no label that it should hide."""
+    text = " " + text if text.startswith("_") else text
     return text.replace("$", r"\$")
 
 

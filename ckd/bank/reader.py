@@ -29,7 +29,8 @@ class EmbeddingBank:
 
     Embeddings stay on disk and are paged in as they are touched. Replacing or deleting files of an
     open bank is harmless, shortening one in place is not (the system ends a process that reads
-    beyond the end of a mapped file).
+    beyond the end of a mapped file). A pickle or a copy opens the same folder again, unverified, so
+    that data workers may hold a bank.
     """
 
     def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
@@ -68,6 +69,9 @@ class EmbeddingBank:
         return cls(
             path, manifest, [map_shard(path, r, manifest.dim, verify) for r in manifest.shards]
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).open, (self.path.absolute(), "off")
 
     def __len__(self) -> int:
         return len(self.sample_ids)

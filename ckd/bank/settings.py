@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -22,12 +23,12 @@ def new_manifest(
     preprocessing: Mapping[str, Any] | None,
     dataset: str | None,
     fingerprint: str | None,
-    class_names: Sequence[str] | None,
+    class_names: Iterable[str] | None,
 ) -> Manifest:
     """The manifest of a bank without rows. BankError names the argument that is not valid."""
     return Manifest(
-        dim=_positive("dim", dim),
-        rows_per_shard=_positive("rows_per_shard", rows_per_shard),
+        dim=positive("dim", dim),
+        rows_per_shard=positive("rows_per_shard", rows_per_shard),
         normalized=bool(normalize),
         teacher=_mapping("teacher", {"name": teacher} if isinstance(teacher, str) else teacher),
         preprocessing=_mapping("preprocessing", preprocessing),
@@ -38,10 +39,15 @@ def new_manifest(
     )
 
 
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def positive(name: str, value: Any) -> int:
+    """`value` as an int, numpy's integers too. BankError for anything that is not 1 or more."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise BankError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
+    return number
 
 
 def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -62,10 +68,12 @@ def _text(name: str, value: str | None) -> str | None:
     return value
 
 
-def _names(value: Sequence[str] | None) -> list[str] | None:
+def _names(value: Iterable[str] | None) -> list[str] | None:
     """The class names as a list; none at all is the same as not naming them."""
     if value is None:
         return None
-    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    # A list first: an iterator can be gone through only once.
+    names = list(value) if isinstance(value, Iterable) else [value]
+    if isinstance(value, str) or not all(isinstance(name, str) for name in names):
         raise BankError(f"class_names must be a sequence of strings, got {brief(value)}")
-    return list(value) or None
+    return names or None

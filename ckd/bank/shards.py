@@ -37,7 +37,7 @@ def encode_shard(embedding: Tensor, label: Tensor, sample_id: Tensor) -> bytes:
     return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
 
 
-def describe(index: int, first_row: int, rows: int, data: bytes) -> ShardRecord:
+def record_of(index: int, first_row: int, rows: int, data: bytes) -> ShardRecord:
     """What the manifest says of shard number `index` whose file holds `data`."""
     return ShardRecord(
         file=shard_name(index),

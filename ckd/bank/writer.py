@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,16 @@ from ckd.bank import arrays
 from ckd.bank.manifest import (
     MANIFEST_NAME,
     BankError,
+    Manifest,
+    RowError,
     brief,
     encode,
     read_manifest,
     settings_that_differ,
 )
-from ckd.bank.settings import new_manifest
-from ckd.bank.shards import describe, encode_shard, map_shard
+from ckd.bank.reader import EmbeddingBank
+from ckd.bank.settings import new_manifest, positive
+from ckd.bank.shards import encode_shard, map_shard, record_of
 
 _OURS = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?(manifest\.json|shard-\d{{5,}}\.safetensors)")
 
@@ -41,14 +44,18 @@ class BankWriter:
     A full shard is durable, and listed in the manifest, before the next one begins. Leaving the
     block cleanly writes the last, shorter shard and completes the bank; leaving it by an exception
     (or by SIGKILL) keeps the shards so far, and running the same script again goes on from there:
-    rows that are stored already are passed over by `write`, by their sample id.
+    rows that are stored already are compared and passed over by `write`, by their sample id.
 
-    path: a folder that does not exist, is empty, or holds an incomplete bank with these settings.
+    path: a folder that does not exist, is empty, or holds an incomplete bank with these settings
+        (with any settings, where it has no rows yet).
     dim: D, the width of the embeddings.
     teacher: its name, or a mapping of what is known of it; `preprocessing`, `fingerprint`,
         `dataset`: what it saw. All of it goes to the manifest and must be the same on a resume.
     class_names: the class of label 0, 1, ...; with them, labels outside are refused.
     normalize: store rows scaled to length 1 (computed in float64).
+    rows: how many the bank will have. With another number it is not completed: BankError, and what
+        is stored can be resumed. Without it, the end of the block is believed to be the end of the
+        rows, unless the writer resumed a bank and was offered nothing.
 
     One writer at a time has a bank (flock on the folder). Raises BankError for settings that are
     invalid or differ from those of the bank found at `path`, a complete bank, a foreign folder, or
@@ -67,11 +74,13 @@ class BankWriter:
         preprocessing: Mapping[str, Any] | None = None,
         fingerprint: str | None = None,
         dataset: str | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Iterable[str] | None = None,
         normalize: bool = False,
         rows_per_shard: int = 8192,
+        rows: int | None = None,
     ) -> None:
         self.path = Path(path)
+        self._rows = None if rows is None else positive("rows", rows)
         self.rows_done = 0
         self._manifest = new_manifest(
             dim=dim,
@@ -85,9 +94,23 @@ class BankWriter:
         )
         self._lock: ExitStack | None = None
         self._stored: set[int] = set()  # sample ids that were durable when the writer opened
+        self._resumed: EmbeddingBank | None = None  # the rows of these ids
         self._offered: set[int] = set()  # sample ids offered since
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # embedding, label, sample_id
         self._pending_rows = 0
+
+    def is_complete(self) -> bool:
+        """Whether `path` holds a complete bank with these settings already.
+
+        Raises BankError for a complete bank with other settings, or another number of rows.
+        """
+        if not (self.path / MANIFEST_NAME).exists():
+            return False
+        found = read_manifest(self.path)
+        if found.complete:
+            self._check_settings(found)
+            self._check_rows(found.rows)
+        return found.complete
 
     def __enter__(self) -> BankWriter:
         """Take the lock, make or resume the bank, and clear what a killed writer left behind."""
@@ -95,7 +118,7 @@ class BankWriter:
         self._offered, self._pending, self._pending_rows = set(), [], 0
         try:
             if (self.path / MANIFEST_NAME).exists():
-                self._resume()
+                self._resume(read_manifest(self.path))
             else:
                 self._begin()
         except BaseException:
@@ -109,7 +132,11 @@ class BankWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Complete the bank, unless an exception ends the block. BankError if it has no rows."""
+        """Complete the bank, unless an exception ends the block.
+
+        Raises BankError if the bank has no rows, not the number that was announced, or was resumed
+        without being offered any.
+        """
         try:
             if kind is None:
                 self._finish()
@@ -117,14 +144,15 @@ class BankWriter:
             self._release()
 
     def write(self, sample_ids: Any, embeddings: Any, labels: Any = None) -> None:
-        """Add rows; those whose sample id was stored before this writer opened are passed over.
+        """Add rows; those whose sample id was stored before this writer opened are only compared.
 
         sample_ids: integers [n], unique in the bank. embeddings: floating point [n, D], any device;
         stored as float16. labels: integers [n], -1 for a row without one (the default for all).
         Tensors or arrays. Raises BankError, having taken nothing of the batch, for wrong shapes or
-        dtypes, ids that came before, labels that are no class, and rows that float16 cannot hold
-        (NaN, inf, beyond 65504), named by their place in the batch and their sample id. After an
-        OSError the writer is closed; the bank resumes when it is opened again.
+        dtypes, ids that came before, labels that are no class, rows that float16 cannot hold (NaN,
+        inf, beyond 65504), named by their place in the batch and their sample id, and rows that are
+        stored with another embedding or label. After an OSError the writer is closed; the bank
+        resumes when it is opened again.
         """
         if self._lock is None:
             raise BankError(
@@ -144,8 +172,9 @@ class BankWriter:
         self._check_duplicates(ids)
         half = arrays.to_float16(rows, ids, normalize=self._manifest.normalized)
 
-        self._offered.update(ids.tolist())
         new = torch.tensor([i not in self._stored for i in ids.tolist()], dtype=torch.bool)
+        self._check_stored(half[~new], classes[~new], ids[~new])
+        self._offered.update(ids.tolist())
         # Indexing copies, so the caller may use its buffers again for the next batch.
         half, classes, ids = half[new], classes[new], ids[new]
         for start, stop in self._pieces(len(ids)):
@@ -156,7 +185,8 @@ class BankWriter:
 
     def _begin(self) -> None:
         """A new bank: its manifest comes first, so that a resume knows the settings."""
-        foreign = set(os.listdir(self.path)) - {TEMPORARY_PREFIX + MANIFEST_NAME}
+        # macOS puts .DS_Store into every folder that its user has looked at.
+        foreign = set(os.listdir(self.path)) - {TEMPORARY_PREFIX + MANIFEST_NAME, ".DS_Store"}
         if foreign:
             raise BankError(
                 f"{self.path} is not a bank and not empty (it holds {brief(sorted(foreign)[0])}); "
@@ -166,26 +196,41 @@ class BankWriter:
         _write(self.path / MANIFEST_NAME, encode(self._manifest))
         fsync_folder(self.path.absolute().parent)
 
-    def _resume(self) -> None:
+    def _resume(self, found: Manifest) -> None:
         """An incomplete bank: same settings, whole shards, whose ids need not be written again."""
-        found = read_manifest(self.path)
+        if not found.shards:
+            # Nothing is lost with it, so settings that turned out wrong may be corrected.
+            self._remove_leftovers()
+            _write(self.path / MANIFEST_NAME, encode(self._manifest))
+            return
+        self._check_settings(found)
         if found.complete:
             raise BankError(
                 f"{self.path} already holds a complete bank of {found.rows} rows; "
                 "choose another path, or delete it first"
             )
-        differ = settings_that_differ(found, self._manifest)
-        if differ:
-            raise BankError(
-                f"{self.path} holds an incomplete bank made with other settings: "
-                f"{'; '.join(differ)}. Use the same settings, or another path"
-            )
         self._manifest = found
         self._remove_leftovers()
-        for record in found.shards:
-            shard = map_shard(self.path, record, found.dim, verify="fast")
-            self._stored.update(shard.sample_id.tolist())
+        shards = [map_shard(self.path, record, found.dim, "fast") for record in found.shards]
+        self._resumed = EmbeddingBank(self.path, found, shards)
+        self._stored = set(self._resumed.sample_ids.tolist())
         self.rows_done = found.rows
+
+    def _check_settings(self, found: Manifest) -> None:
+        differ = settings_that_differ(found, self._manifest)
+        if differ:
+            state = "a complete" if found.complete else "an incomplete"
+            raise BankError(
+                f"{self.path} holds {state} bank of {found.rows} rows made with other settings: "
+                f"{'; '.join(differ)}. Use the same settings, or another path"
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if self._rows is not None and rows != self._rows:
+            raise BankError(
+                f"{self.path} has {rows} rows, expected rows={self._rows}; "
+                "write them all, or choose another path"
+            )
 
     def _remove_leftovers(self) -> None:
         """Delete temporary files, and shards that a killed writer did not come to list."""
@@ -204,19 +249,34 @@ class BankWriter:
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             known = "0 or more" if names is None else f"0 to {len(names) - 1}"
-            raise BankError(
-                f"labels must be {known}, or -1 for none, got {int(labels[row])} in row {row}"
-            )
+            message = f"labels must be {known}, or -1 for none, got {int(labels[row])} in {{where}}"
+            raise RowError("labels", row, message)
 
     def _check_duplicates(self, ids: Tensor) -> None:
         seen: set[int] = set()
         for row, sample_id in enumerate(ids.tolist()):
             if sample_id in seen or sample_id in self._offered:
-                raise BankError(
-                    f"duplicate sample_id {sample_id} (row {row} of the batch): "
-                    "each row of a bank needs an id of its own"
+                raise RowError(
+                    "sample_ids",
+                    row,
+                    f"duplicate sample_id {sample_id} ({{where}}): "
+                    "each row of a bank needs an id of its own",
                 )
             seen.add(sample_id)
+
+    def _check_stored(self, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
+        """A resume must bring what was stored, or the bank would mix two kinds of rows."""
+        if self._resumed is None:
+            return
+        same_values = arrays.same_rows(rows, self._resumed.rows(ids))
+        same_labels = labels == self._resumed.labels[self._resumed.positions(ids)]
+        for same, what in ((same_values, "another embedding"), (same_labels, "another label")):
+            if not bool(same.all()):
+                raise BankError(
+                    f"sample_id {int(ids[~same][0])} is stored in {self.path} with {what} than is "
+                    "offered now, so the bank was begun from something else; choose another path, "
+                    "or delete the bank and build it again"
+                )
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int]]:
         """Cut a batch of `rows` rows so that each piece ends at the latest where a shard does."""
@@ -231,7 +291,7 @@ class BankWriter:
         manifest = self._manifest
         embedding, label, sample_id = (torch.cat(parts) for parts in zip(*self._pending))
         data = encode_shard(embedding, label, sample_id)
-        record = describe(len(manifest.shards), manifest.rows, len(label), data)
+        record = record_of(len(manifest.shards), manifest.rows, len(label), data)
         manifest = replace(manifest, shards=(*manifest.shards, record), complete=complete)
         try:
             _write(self.path / record.file, data)
@@ -246,13 +306,19 @@ class BankWriter:
     def _finish(self) -> None:
         if self._lock is None:
             raise BankError(f"the writer of {self.path} failed before; open it again to go on")
+        rows = self._manifest.rows + self._pending_rows
+        if not rows:
+            raise BankError(f"{self.path}: the bank is empty, no row was written to it")
+        self._check_rows(rows)
+        if self._rows is None and not self._offered:
+            raise BankError(
+                f"{self.path} was resumed with {rows} rows and nothing was written to it; to "
+                f"complete it as it is, say BankWriter(..., rows={rows})"
+            )
         if self._pending_rows:
             self._write_shard(complete=True)
-        elif self._manifest.rows:
-            complete = replace(self._manifest, complete=True)
-            _write(self.path / MANIFEST_NAME, encode(complete))
         else:
-            raise BankError(f"{self.path}: the bank is empty, no row was written to it")
+            _write(self.path / MANIFEST_NAME, encode(replace(self._manifest, complete=True)))
 
     def _release(self) -> None:
         if self._lock is not None:

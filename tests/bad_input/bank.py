@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -77,25 +78,61 @@ def write_failing_with(error: int) -> Callable[[Path], Any]:
     return call
 
 
+def stored(end: Exception, **settings: Any) -> Callable[[Path], Any]:
+    """Begin a bank of full shards, and end the block by an exception."""
+
+    def call(tmp_path: Path) -> None:
+        with BankWriter(tmp_path / "bank", DIM, rows_per_shard=25, **settings) as writer:
+            writer.write(IDS, ROWS, LABELS)
+            raise end
+
+    return call
+
+
 def resumed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Callable[[Path], Any]:
     """Begin a bank with some settings, and go on with others."""
 
     def call(tmp_path: Path) -> None:
-        with pytest.raises(BankError, match="empty"), BankWriter(tmp_path / "bank", DIM, **first):
-            pass
+        with contextlib.suppress(KeyError):
+            stored(KeyError(), **first)(tmp_path)
         offered(IDS, ROWS, LABELS, **second)(tmp_path)
 
     return call
 
 
-def imported(embeddings: np.ndarray[Any, Any], labels: Sequence[Any] = ()) -> Callable[[Path], Any]:
+def imported(
+    embeddings: np.ndarray[Any, Any], labels: Sequence[Any] = (), names: str | None = None
+) -> Callable[[Path], Any]:
     def call(tmp_path: Path) -> None:
         np.save(tmp_path / "e.npy", embeddings)
         np.save(tmp_path / "l.npy", np.asarray(labels))
         labels_file = tmp_path / "l.npy" if len(labels) else None
-        import_npy(tmp_path / "e.npy", tmp_path / "bank", labels=labels_file)
+        (tmp_path / "names.txt").write_text(names or "")
+        names_file = tmp_path / "names.txt" if names else None
+        import_npy(
+            tmp_path / "e.npy", tmp_path / "bank", labels=labels_file, class_names=names_file
+        )
 
     return call
+
+
+def resumed_with(rows: torch.Tensor | None) -> Callable[[Path], Any]:
+    """Resume with the same settings and ids, but these rows; with None, without any."""
+
+    def call(tmp_path: Path) -> None:
+        with contextlib.suppress(KeyError):
+            stored(KeyError())(tmp_path)
+        with BankWriter(tmp_path / "bank", DIM, rows_per_shard=25) as writer:
+            if rows is not None:
+                writer.write(IDS, rows, LABELS)
+
+    return call
+
+
+def drawn_of_equal_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    offered(IDS, torch.ones_like(ROWS))(tmp_path)
+    draw_bank(EmbeddingBank.open(tmp_path / "bank"), tmp_path / "x.png")
 
 
 def into_a_file(tmp_path: Path) -> None:
@@ -185,6 +222,20 @@ CASES = [
         BankError,
         ("teacher: {'name': 'a'}, now {'name': 'b'}",),
     ),
+    Case(
+        "resumed with other rows",
+        resumed_with(ROWS * 1.1),
+        BankError,
+        (f"sample_id {int(IDS[0])}", "another embedding", "delete the bank"),
+    ),
+    Case(
+        "resumed without a row",
+        resumed_with(None),
+        BankError,
+        ("50 rows", "nothing was written", "rows=50"),
+    ),
+    Case("fewer rows than announced", offered(IDS, ROWS, rows=60), BankError, ("50", "rows=60")),
+    Case("rows zero", lambda p: BankWriter(p / "b", 8, rows=0), BankError, ("rows", "got 0")),
     Case(
         "disk full",
         write_failing_with(errno.ENOSPC),
@@ -280,6 +331,12 @@ CASES = [
         ("'ful'", "full"),
     ),
     Case(
+        "plot of equal rows",
+        drawn_of_equal_rows,
+        BankError,
+        ("zero variance",),
+    ),
+    Case(
         "plot method",
         asked(lambda bank: draw_bank(bank, bank.path / "x.png", method="umap")),
         BankError,
@@ -291,6 +348,32 @@ CASES = [
         imported(np.array([[{}]], dtype=object)),
         BankError,
         ("e.npy", "not a usable .npy file"),
+    ),
+    Case("npy empty", imported(np.zeros((0, 3))), BankError, ("e.npy", "[N, D]", "[0, 3]")),
+    Case("npy dtype", imported(np.zeros((3, 2), int)), BankError, ("e.npy", "int64")),
+    Case(
+        "npy labels dates",
+        imported(np.zeros((2, 2)), labels=np.array(["2020-01-01", "2021-01-01"], "M8[D]")),  # type: ignore[arg-type]
+        BankError,
+        ("l.npy", "array of numbers"),
+    ),
+    Case(
+        "npy labels beyond int64",
+        imported(np.zeros((2, 2)), labels=np.array([1, 2**63], np.uint64)),  # type: ignore[arg-type]
+        BankError,
+        ("l.npy", "int64", "uint64"),
+    ),
+    Case(
+        "npy label row",
+        imported(np.zeros((2, 2)), labels=[0, 2], names="ant\nbee\n"),
+        BankError,
+        ("0 to 1", "got 2 in row 1 of", "l.npy"),
+    ),
+    Case(
+        "npy blank class name",
+        imported(np.zeros((2, 2)), labels=[0, 1], names="ant\n\nbee\n"),
+        BankError,
+        ("names.txt", "line 2"),
     ),
     Case("npy rank", imported(np.zeros(3)), BankError, ("e.npy", "[N, D]", "[3]")),
     Case(
