@@ -81,6 +81,39 @@ def test_npz_without_splits_is_divided(tmp_path: Path) -> None:
     assert test.labels.tolist() == [i % 2 for i in test.sample_ids.tolist()]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint64, np.int32])
+def test_npz_labels_of_any_integer_type(tmp_path: Path, dtype: type) -> None:
+    np.savez(tmp_path / "a.npz", images=pixels(4), labels=np.array([0, 1, 2, 1], dtype))
+    data = load(tmp_path / "a.npz", holdout=0)
+    assert data.labels.tolist() == [0, 1, 2, 1]
+    assert data.class_names == ("0", "1", "2")
+
+
+def test_npz_class_count_is_from_the_labels_of_the_splits_alone(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "A.NPZ.npz",
+        x_train=pixels(3),
+        y_train=np.array([0, 1, 0]),
+        x_val=pixels(2),
+        y_val=np.array([2, 0]),
+        y_mean=np.array([90]),
+        coarse_labels=np.array([50, 0, 0]),
+    )
+    path = (tmp_path / "A.NPZ.npz").rename(tmp_path / "A.NPZ")  # the suffix in either case
+    assert load(path).class_names == ("0", "1", "2")
+
+
+def test_npz_class_names_may_be_bytes(tmp_path: Path) -> None:
+    names = np.array(["caf\u00e9".encode(), b"bar"])
+    np.savez(tmp_path / "a.npz", images=pixels(2), labels=np.arange(2), class_names=names)
+    assert load(tmp_path / "a.npz", holdout=0).class_names == ("caf\u00e9", "bar")
+
+
+def test_a_part_of_a_thousand_classes_has_all_their_numbers(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=pixels(2), labels=np.array([999, 3]))
+    assert len(load(tmp_path / "a.npz", holdout=0).class_names) == 1000
+
+
 def test_fingerprint_does_not_depend_on_the_image_size(tmp_path: Path) -> None:
     path = tmp_path / "some.npz"
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -80,8 +81,57 @@ def test_nested_hidden_and_other_files(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
     (tmp_path / "train" / "cat" / "._1.png").write_bytes(b"not an image either")
     data = load(tmp_path)
-    assert len(data) == 2
+    write_images(tmp_path / "train" / "cat" / ".thumbnails", pixels(3))
+    assert len(load(tmp_path)) == len(data) == 2
     assert data.class_names == ("cat",)
+
+
+def test_links_that_lead_back_are_not_followed(flowers: Path) -> None:
+    before = load(flowers)
+    (flowers / "self").symlink_to(".")
+    (flowers / "up").symlink_to("..")
+    (flowers / "rose" / "self").symlink_to(".")
+    (flowers / "rose" / "up").symlink_to("..")
+    (flowers / "rose" / "absolute").symlink_to(flowers.parent)
+    data = load(flowers)
+    assert data.class_names == before.class_names
+    assert data.sample_ids.tolist() == before.sample_ids.tolist()
+
+
+def test_ordinary_links_are_followed(flowers: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    (linked / "train" / "plant").mkdir(parents=True)
+    (linked / "train" / "plant" / "roses").symlink_to(flowers / "rose")
+    (linked / "train" / "plant" / "again").symlink_to(flowers / "rose")  # each image once
+    (linked / "train" / "tulip").symlink_to(flowers / "tulip")
+    (linked / "test").symlink_to("train")
+    assert len(load(linked)) == len(load(linked, "test")) == 60
+    assert load(linked).class_names == ("plant", "tulip")
+
+
+def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", pixels(2))
+    before = load(tmp_path, holdout=0)
+    try:
+        os.rename(tmp_path / "cat" / "1.png", os.fsencode(tmp_path / "cat") + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for memory_limit in (0, 1 << 20):
+        data = load(tmp_path, holdout=0, memory_limit=memory_limit)
+        assert int(data.sample_ids[0]) == int(before.sample_ids[0])
+        assert len(whole(data)[0]) == 2
+
+
+def test_class_that_is_called_like_a_split(tmp_path: Path) -> None:
+    for name in ("car", "bus", "train"):
+        write_images(tmp_path / name, pixels(2))
+    assert load(tmp_path, holdout=0).class_names == ("bus", "car", "train")
+
+
+def test_folder_beside_those_of_splits_is_passed_over(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "cat", pixels(2))
+    write_images(tmp_path / "docs", pixels(1))
+    assert len(load(tmp_path)) == 2
 
 
 def test_fingerprint_follows_content_not_size_or_storage(flowers: Path) -> None:

@@ -86,6 +86,23 @@ def test_single_file_of_one_split_does_not_serve_the_other(tmp_path: Path) -> No
         load(file, "test")
 
 
+@pytest.mark.parametrize("name", ["a/b/c/train-0.parquet", "train.PARQUET"])
+def test_files_at_any_depth_and_of_either_case(tmp_path: Path, name: str) -> None:
+    file = write_parquet(tmp_path / name, [encoded(pixels(1)[0])], [0])
+    assert len(load(tmp_path)) == len(load(file)) == 1
+
+
+def test_foreign_metadata_give_no_class_names(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [encoded(image) for image in pixels(3)], "label": [0, 1, 0]})
+    for metadata in (b"\xff\xfe", b"[]", b"{"):
+        named = table.replace_schema_metadata({b"huggingface": metadata})
+        pq.write_table(named, tmp_path / "train.parquet")
+        assert load(tmp_path).class_names == ("0", "1")
+
+
 def test_files_beside_those_of_splits_are_passed_over(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [encoded(pixels(1)[0])], [0])
     write_parquet(tmp_path / "metadata.parquet", [], [], image_column="notes")

@@ -36,6 +36,12 @@ def test_equal_models_have_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_saved_model_is_known_by_its_content_not_its_suffix(tmp_path: Path) -> None:
+    model = create(VIT, num_classes=2, image_size=8)
+    save(model, tmp_path / "m.pt")
+    assert weights_hash(load(tmp_path / "m.pt")) == weights_hash(model)
+
+
 def test_compiled_model_is_saved_as_the_plain_one(tmp_path: Path) -> None:
     model = create(VIT, num_classes=2, image_size=8)
     save(torch.compile(model, backend="eager"), tmp_path / "m.safetensors")

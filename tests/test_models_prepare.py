@@ -51,6 +51,14 @@ def test_flops_of_a_network_counted_by_hand() -> None:
     assert net.training
 
 
+def test_flops_of_a_network_that_fails_leave_it_in_training() -> None:
+    net = model().train()
+    net.bn1 = torch.nn.BatchNorm2d(5)  # of another width: the forward fails
+    with pytest.raises(RuntimeError):
+        flops_per_image(net)
+    assert net.training
+
+
 def test_flops_include_attention() -> None:
     net = create("vit:patch=4,width=16,layers=2,heads=2", num_classes=None, image_size=8)
     tokens, width = 5, 16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,10 +14,26 @@ from PIL import Image
 from torch import Tensor
 
 from ckd.data import splits
-from ckd.data.dataset import DataError, MemoryImages, check_rows
+from ckd.data.dataset import DataError, MemoryImages, check_rows, numbered_classes
 from ckd.data.decode import fit
 
 _DIGITS_TRAIN = 1437
+# What numpy and zipfile raise on damaged and foreign files. A damaged shape asks for any memory.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    KeyError,
+    SyntaxError,
+    RuntimeError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def load_digits(split: str, image_size: int | None) -> MemoryImages:
@@ -41,17 +59,30 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     Arrays: `images` and `labels`, divided by `splits.holdout_positions`; or one pair per split,
     such as `train_images` and `train_labels`, `x_test` and `y_test`. Images are uint8
     [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, labels integers [N] or [N, 1].
-    `class_names` (optional) is an array of strings. Sample ids are row numbers.
+    `class_names` (optional) is an array of strings, or of UTF-8 bytes; without it the classes are
+    numbered up to the largest label of any split. Sample ids are row numbers.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as an .npz file ({error})") from error
-    image_key, label_key, divided = _keys(path, arrays, split)
+    arrays = _read(path)
+    pairs = _pairs(arrays)
+    divided = bool(pairs)
+    if not divided and {"images", "labels"} <= set(arrays):
+        pairs = {split: ("images", "labels")}
+    chosen = splits.choose(pairs, split)
+    if chosen is None:
+        raise DataError(
+            f"{path} has no images of the {split} split: expected arrays images and labels, or "
+            f"{split}_images and {split}_labels, or x_{split} and y_{split}; "
+            f"found {', '.join(arrays) or 'none'}"
+        )
+    image_key, label_key = pairs[chosen]
     images = _channels_first(path, image_key, arrays[image_key])
     labels = _labels(path, label_key, arrays[label_key])
-    class_names = _class_names(path, arrays, label_key)
+    if "class_names" in arrays:
+        class_names = _class_names(path, arrays["class_names"])
+    else:
+        # Any split may lack the last class: look at the labels of all.
+        every = [_labels(path, key, arrays[key]) for _, key in pairs.values()]
+        class_names = numbered_classes(every, path)
     ids = torch.arange(len(images))
     check_rows(labels, ids, class_names, len(images), f"{path} ({image_key}, {label_key})")
     if not divided:
@@ -63,27 +94,30 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     return _resized(stored, image_size)
 
 
-def _keys(path: Path, arrays: dict[str, np.ndarray], split: str) -> tuple[str, str, bool]:
-    """Names of the image and label arrays, and whether the file has splits of its own."""
-    divided = False
-    for candidate in (*splits.NAMES_ON_DISK["train"], *splits.NAMES_ON_DISK["test"]):
-        for pair in ((f"{candidate}_images", f"{candidate}_labels"), _x_y(candidate)):
-            divided |= set(pair) <= set(arrays)
-    for candidate in splits.NAMES_ON_DISK[split]:
-        for pair in ((f"{candidate}_images", f"{candidate}_labels"), _x_y(candidate)):
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DataError(
+                f"{path} holds one array without a name (it is an .npy file); "
+                "write images and labels with numpy.savez"
+            )
+        with file:
+            return dict(file)
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(f"{path}: cannot be read as an .npz file ({error})") from error
+
+
+def _pairs(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
+    """The image and label arrays of every split that the file has, by the split's name."""
+    pairs: dict[str, tuple[str, str]] = {}
+    for name in splits.ALL_NAMES:
+        for pair in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}")):
             if set(pair) <= set(arrays):
-                return *pair, True
-    if not divided and {"images", "labels"} <= set(arrays):
-        return "images", "labels", False
-    raise DataError(
-        f"{path} has no images of the {split} split: expected arrays images and labels, or "
-        f"{split}_images and {split}_labels, or x_{split} and y_{split}; "
-        f"found {', '.join(arrays) or 'none'}"
-    )
-
-
-def _x_y(name: str) -> tuple[str, str]:
-    return f"x_{name}", f"y_{name}"
+                pairs.setdefault(name, pair)
+    return pairs
 
 
 def _channels_first(path: Path, key: str, images: np.ndarray) -> Tensor:
@@ -114,18 +148,13 @@ def _labels(path: Path, key: str, labels: np.ndarray) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _class_names(path: Path, arrays: dict[str, np.ndarray], label_key: str) -> tuple[str, ...]:
-    if "class_names" in arrays:
-        return tuple(str(name) for name in arrays["class_names"].ravel())
-    # Any split may lack the last class: look at the labels of all.
-    labels = [
-        values
-        for key, values in arrays.items()
-        if key.endswith("labels") or key.startswith("y_")
-        if values.dtype.kind in "iu"
-    ]
-    largest = max(int(values.max(initial=-1)) for values in labels)
-    return tuple(str(label) for label in range(largest + 1))
+def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
+    if names.dtype.kind == "S":
+        try:
+            names = np.char.decode(names, "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: class_names are not UTF-8 ({error})") from error
+    return tuple(str(name) for name in names.ravel())
 
 
 def _resized(data: MemoryImages, image_size: int | None) -> MemoryImages:

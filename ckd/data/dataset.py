@@ -164,6 +164,23 @@ def check_rows(
         raise DataError(f"{where}: sample id {int(twice[0])} occurs more than once")
 
 
+def numbered_classes(labels: Sequence[Tensor], where: object) -> tuple[str, ...]:
+    """Class names "0", "1", ... up to the largest label, for data that store none.
+
+    Raises DataError where the labels look like other numbers than class indices.
+    """
+    rows = sum(len(part) for part in labels)
+    largest = max((int(part.max()) for part in labels if len(part)), default=-1)
+    # Class indices leave few gaps. Without a bound, one wrong label would fill the memory with
+    # names; a part of ImageNet's thousand classes must pass even where it has few rows.
+    if largest >= max(1000, 10 * rows):
+        raise DataError(
+            f"{where}: the largest label is {largest} in {rows} rows, so the labels do not look "
+            "like class indices 0..C-1; renumber them, or store the class names"
+        )
+    return tuple(str(label) for label in range(largest + 1))
+
+
 def fingerprint_of(
     labels: Tensor, sample_ids: Tensor, class_names: Sequence[str]
 ) -> xxhash.xxh3_128:

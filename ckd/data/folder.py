@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ckd.data import splits
+from ckd.data import splits, walk
 from ckd.data.dataset import DataError
 from ckd.data.decode import EncodedImages
 
@@ -20,13 +20,13 @@ SUFFIXES = frozenset(
 
 
 def open_split(root: Path, split: str, holdout: float) -> FolderImages:
-    """The images of `split` below `root`; files of other kinds are passed over.
+    """The images of `split` below `root`; files of other kinds and hidden ones are passed over.
 
     With split folders (root/train/rose/1.jpg, root/val/rose/2.jpg) the class names are those of
     the training folder; without (root/rose/1.jpg) the images are divided by
     `splits.holdout_positions`.
     """
-    folders = {folder.name.lower(): folder for folder in _subfolders(root)}
+    folders = _split_folders(root)
     chosen = splits.choose(folders, split)
     other = splits.choose(folders, "train" if split == "test" else "test")
     if chosen is None and other is not None:
@@ -74,28 +74,57 @@ class FolderImages(EncodedImages):
         )
 
     def read(self, position: int) -> bytes:
-        return (self._root / self._paths[position]).read_bytes()
+        try:
+            return (self._root / self._paths[position]).read_bytes()
+        except OSError as error:
+            raise self._unreadable(position, error) from error
 
     def where(self, position: int) -> str:
         return str(self._root / self._paths[position])
 
     def sizes_bytes(self) -> list[int]:
-        return [(self._root / path).stat().st_size for path in self._paths]
+        sizes = []
+        for position, path in enumerate(self._paths):
+            try:
+                sizes.append((self._root / path).stat().st_size)
+            except OSError as error:
+                raise self._unreadable(position, error) from error
+        return sizes
+
+    def _unreadable(self, position: int, error: OSError) -> DataError:
+        return DataError(
+            f"{self.where(position)}: cannot be read ({error.strerror}); replace or remove it"
+        )
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders in `root` that hold splits, by their names in lower case.
+
+    A folder with a split's name among others is one only if it holds folders itself: of the
+    vehicles car/, bus/ and train/, all three are classes.
+    """
+    folders = walk.subfolders(root)
+    named = {folder.name.lower(): folder for folder in folders}
+    named = {name: folder for name, folder in named.items() if name in splits.ALL_NAMES}
+    if len(named) < len(folders):
+        named = {name: folder for name, folder in named.items() if walk.subfolders(folder)}
+    return named
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    names = tuple(entry.name for entry in _subfolders(folder))
+    names = tuple(entry.name for entry in walk.subfolders(folder))
     if not names:
         raise DataError(
             f"{folder} holds no class folders; expected one folder of images per class, "
             f"such as {folder / 'cat' / '1.png'}, or parquet files"
         )
+    for name in names:
+        # Class names are written into JSON, headers and reports, all of which are UTF-8.
+        if name != os.fsencode(name).decode(errors="replace"):
+            raise DataError(
+                f"{folder}: the name of the class folder {os.fsencode(name)!r} is not UTF-8; "
+                "rename it"
+            )
     return names
 
 
@@ -104,7 +133,7 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImage
     labels: list[int] = []
     for label, class_name in enumerate(class_names):
         # A test folder need not have every class of the training folder.
-        found = _images(folder / class_name) if (folder / class_name).is_dir() else None
+        found = _images(root, folder / class_name) if (folder / class_name).is_dir() else None
         if found == []:
             raise DataError(
                 f"{folder / class_name} holds no images ({', '.join(sorted(SUFFIXES))}); "
@@ -113,7 +142,8 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImage
         for path in found or ():
             paths.append(path.relative_to(root).as_posix())
             labels.append(label)
-    ids = [xxhash.xxh3_64_intdigest(path.encode()) & 0x7FFF_FFFF_FFFF_FFFF for path in paths]
+    # The bytes of the path: a file's name need not be UTF-8.
+    ids = [xxhash.xxh3_64_intdigest(os.fsencode(path)) & 0x7FFF_FFFF_FFFF_FFFF for path in paths]
     seen: dict[int, str] = {}
     for sample_id, name in zip(ids, paths):
         if sample_id in seen:
@@ -124,10 +154,5 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImage
     return FolderImages(root, paths, torch.tensor(labels), torch.tensor(ids), class_names)
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        Path(parent) / name
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    )
+def _images(root: Path, folder: Path) -> list[Path]:
+    return sorted(path for path in walk.files(folder, root) if path.suffix.lower() in SUFFIXES)

@@ -24,9 +24,9 @@ def load(
     """The `split` ("train" or "test") of a data set.
 
     `spec` is "digits" (comes with the package), an image folder, a folder of Hugging Face parquet
-    files or a single one, or an .npz file. Validation data on disk serve as "test" where nothing
-    is named test. Data without splits are divided by a stable hash of the sample id, the fraction
-    `holdout` going to "test".
+    files at any depth or a single one, or an .npz file. Validation data on disk serve as "test"
+    where nothing is named test. Data without splits are divided by a stable hash of the sample id,
+    the fraction `holdout` going to "test".
 
     `image_size` cuts out the centre square and scales it to that size; without it images
     keep their size, and must all have the same. Encoded images become RGB; arrays keep their
@@ -45,7 +45,7 @@ def load(
         return arrays.load_digits(split, image_size)
     path = Path(spec)
     try:
-        if path.suffix == ".npz" and path.is_file():
+        if path.suffix.lower() == ".npz" and path.is_file():
             return arrays.load_npz(path, split, image_size, holdout)
         source = _open(path, split, holdout)
     except PermissionError as error:
@@ -62,10 +62,10 @@ def _open(path: Path, split: str, holdout: float) -> EncodedImages:
             "parquet files, or of an .npz file (no file or folder has this name)"
         )
     if path.is_dir():
-        holds_parquet = any(True for depth in ("*", "*/*") for _ in path.glob(f"{depth}.parquet"))
+        holds_parquet = next(parquet.files_in(path), None) is not None
         source = parquet if holds_parquet else folder
         return source.open_split(path, split, holdout)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == parquet.SUFFIX:
         return parquet.open_split(path, split, holdout)
     raise DataError(
         f"{path} is neither a .parquet nor an .npz file; pass one, or a folder of images"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from ckd._hints import require
-from ckd.data import splits
-from ckd.data.dataset import DataError
+from ckd.data import splits, walk
+from ckd.data.dataset import DataError, numbered_classes
 from ckd.data.decode import EncodedImages
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
+SUFFIX = ".parquet"
 _CACHE_BYTES = 256 << 20  # encoded row groups that each process keeps
+
+# What pyarrow's many exceptions derive from.
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """The parquet files at any depth below `folder`."""
+    return (file for file in walk.files(folder) if file.suffix.lower() == SUFFIX)
 
 
 def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
@@ -31,7 +40,7 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
     numbers through the files, in the order of their names.
     """
     names: dict[str | None, list[Path]] = {}
-    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+    for file in [path] if path.is_file() else sorted(files_in(path)):
         relative = file.name if path.is_file() else file.relative_to(path).as_posix()
         names.setdefault(splits.name_in(relative), []).append(file)
     if set(names) != {None}:
@@ -123,8 +132,10 @@ class _ParquetFile:
             self.labels = self._read_labels(file, label)
         except DataError:
             raise
-        except (OSError, ValueError) as error:  # pyarrow's errors are both
-            raise DataError(f"{path}: cannot be read as a parquet file ({error})") from error
+        except _DAMAGE as error:
+            raise DataError(
+                f"{path}: cannot be read as a parquet file ({_one_line(error)})"
+            ) from error
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         self.group_rows = [group.num_rows for group in groups]
         self.group_bytes = [group.total_byte_size for group in groups]
@@ -139,8 +150,10 @@ class _ParquetFile:
             table = parquet.ParquetFile(self.path).read_row_group(
                 group, columns=[self._image], use_threads=False
             )
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path}: row group {group} is damaged ({error})") from error
+        except _DAMAGE as error:
+            raise DataError(
+                f"{self.path}: row group {group} is damaged ({_one_line(error)})"
+            ) from error
         images = table.column(self._image).combine_chunks()
         if arrow.types.is_struct(images.type):
             names = [field.name for field in images.type]
@@ -180,12 +193,16 @@ class _ParquetFile:
         return labels.to_numpy().astype(np.int64)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
     """Class names from the ClassLabel feature that Hugging Face datasets writes, or ()."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return tuple(str(name) for name in features[label]["names"])
-    except (KeyError, TypeError, json.JSONDecodeError):
+    except (KeyError, TypeError, ValueError):  # ValueError: neither JSON nor UTF-8
         return ()
 
 
@@ -196,8 +213,8 @@ def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
         first, second = list(stored.values())[:2]
         raise DataError(f"{first} and {second} have different class names; they must be the same")
     names = next(iter(stored), ())
-    largest = max((int(file.labels.max(initial=-1)) for file in files), default=-1)
-    return names or tuple(str(label) for label in range(largest + 1))
+    labels = [torch.from_numpy(file.labels) for file in files]
+    return names or numbered_classes(labels, files[0].path.parent)
 
 
 class _Cache:

@@ -16,13 +16,13 @@ NAMES_ON_DISK = {
     "train": ("train", "training"),
     "test": ("test", "testing", "validation", "valid", "val"),
 }
-_ALL_NAMES = {name for names in NAMES_ON_DISK.values() for name in names}
+ALL_NAMES = tuple(name for names in NAMES_ON_DISK.values() for name in names)
 
 
 def name_in(path: str) -> str | None:
     """The split name in a relative path ("data/train-00000-of-00004.parquet": "train"), if any."""
     words = re.split(r"[^a-z]+", path.lower())
-    return next((word for word in reversed(words) if word in _ALL_NAMES), None)
+    return next((word for word in reversed(words) if word in ALL_NAMES), None)
 
 
 def choose(present: Iterable[str], split: str) -> str | None:

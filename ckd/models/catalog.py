@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,26 +12,34 @@ from ckd._hints import unknown
 from ckd.models import hf_models, timm_models
 from ckd.models.base import Model
 from ckd.models.resnet import ResNet
-from ckd.models.spec import ModelError, Spec, parse
+from ckd.models.spec import ModelError, parse
 from ckd.models.vit import ViT
 
-_KNOWN = (
-    "vit",
-    "resnet20",
-    "resnet32",
-    "resnet44",
-    "resnet56",
-    "resnet110",
-    "timm:NAME",
-    "hf:NAME",
+
+class Family(NamedTuple):
+    """Models of one kind: `pattern` (a regular expression) is what their names are before a colon,
+    `names` those that are worth telling; `model` is the subclass of Model, with a static
+    `shape_from_weights(spec, weights)`."""
+
+    pattern: str
+    model: type[Any]
+    names: tuple[str, ...]
+
+
+FAMILIES = (
+    Family("vit", ViT, ("vit",)),
+    Family(
+        "resnet[0-9]{1,4}", ResNet, ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+    ),
 )
 # Libraries bring shapes and weights of their own.
-_LIBRARIES = {"timm": timm_models, "hf": hf_models}
+LIBRARIES = {"timm": timm_models, "hf": hf_models}
 
 
 def known() -> tuple[str, ...]:
     """The names to choose from."""
-    return _KNOWN
+    built_in = (name for family in FAMILIES for name in family.names)
+    return (*built_in, *(f"{library}:NAME" for library in LIBRARIES))
 
 
 def create(
@@ -63,15 +71,17 @@ def create(
     ):
         if value is not None and value < 1:
             raise ModelError(f"{name} must be at least 1, got {value}")
-    if parsed.family in _LIBRARIES:
-        return _LIBRARIES[parsed.family].create(
+    if parsed.family in LIBRARIES:
+        return LIBRARIES[parsed.family].create(
             parsed,
             num_classes=num_classes,
             image_size=image_size,
             in_channels=in_channels,
             pretrained=pretrained,
         )
-    network = _built_in(parsed)
+    network = _built_in(parsed.family)
+    if network is None:
+        raise ModelError(unknown("model", parsed.family, known()))
     if pretrained:
         raise ModelError(
             f"{spec!r} has no weights to download; use load({spec!r}, weights=FILE) instead"
@@ -84,26 +94,26 @@ def create(
 def is_spec(text: str) -> bool:
     """Whether `text` begins with the name of a model, rather than being a path."""
     family = text.partition(":")[0]
-    return family in (*_LIBRARIES, "vit") or re.fullmatch(r"resnet\d+", family) is not None
+    return family in LIBRARIES or _built_in(family) is not None
 
 
 def is_library(spec: str) -> bool:
     """Whether the model's weights come from a library."""
-    return spec.partition(":")[0] in _LIBRARIES
+    return spec.partition(":")[0] in LIBRARIES
 
 
 def shape_from_weights(spec: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """num_classes, image_size and in_channels of the built-in model that has these weights.
 
-    Raises KeyError for an entry that such a model has and the weights lack.
+    Raises KeyError for an entry that such a model has and the weights lack, IndexError for one of
+    too few dimensions.
     """
     parsed = parse(spec)
-    return _built_in(parsed).shape_from_weights(parsed, weights)
+    network = _built_in(parsed.family)
+    assert network is not None, spec  # load() has asked is_spec()
+    return network.shape_from_weights(parsed, weights)
 
 
-def _built_in(spec: Spec) -> type[ViT] | type[ResNet]:
-    if re.fullmatch(r"resnet\d+", spec.family):
-        return ResNet
-    if spec.family == "vit":
-        return ViT
-    raise ModelError(unknown("model", spec.family, known()))
+def _built_in(family: str) -> type[Any] | None:
+    found = (entry.model for entry in FAMILIES if re.fullmatch(entry.pattern, family))
+    return next(found, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,32 @@ _DAMAGE = (
     EOFError,
     RuntimeError,
     ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
     pickle.UnpicklingError,
 )
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0  # not isinstance: True is an int too
+
+
+# What the header holds, and what is right for each.
+_DESCRIPTION: dict[str, Callable[[Any], bool]] = {
+    "spec": lambda value: isinstance(value, str),
+    "num_classes": lambda value: value is None or _is_size(value),
+    "image_size": _is_size,
+    "in_channels": _is_size,
+    "class_names": lambda value: (
+        isinstance(value, list) and all(isinstance(name, str) for name in value)
+    ),
+}
 
 
 def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> None:
@@ -124,12 +149,13 @@ def _from_file(path: Path, asked: Mapping[str, int | None]) -> Model:
     shape = {name: description[name] for name in asked}
     _agree(path, asked, shape)
     model = catalog.create(description["spec"], **shape)
-    _fill(model, _read_tensors(path), path)
+    _fill(model, _checked(_read_safetensors(path), path), path)
     return model
 
 
 def _from_weights(spec: str, path: Path, asked: Mapping[str, int | None]) -> Model:
-    tensors = _read_tensors(path)
+    read = _read_safetensors if path.suffix == ".safetensors" else _torch_load
+    tensors = _checked(read(path), path)
     shape: dict[str, Any] = dict(asked)
     if not catalog.is_library(spec):
         try:
@@ -138,6 +164,11 @@ def _from_weights(spec: str, path: Path, asked: Mapping[str, int | None]) -> Mod
             raise ModelError(
                 f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
                 f"it has {', '.join(list(tensors)[:5])}, ..."
+            ) from error
+        except IndexError as error:
+            raise ModelError(
+                f"{path} has an entry of too few dimensions, so it does not hold the weights of "
+                f"{spec!r}"
             ) from error
         shape = {name: stored[name] if asked[name] is None else asked[name] for name in asked}
     model = catalog.create(spec, **shape)
@@ -159,7 +190,9 @@ def _describe(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, "pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
     except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as safetensors ({error})") from error
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({first_line(error)}){_likely_cause(path)}"
+        ) from error
     if header is None:
         raise ModelError(
             f"{path} does not say which model it holds (it was not written by ckd.models.save); "
@@ -167,26 +200,71 @@ def _describe(path: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(header)
-        for name in ("spec", "num_classes", "image_size", "in_channels", "class_names"):
-            description[name]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        for name, fits in _DESCRIPTION.items():
+            if not fits(description[name]):
+                raise TypeError(f"{name} is {description[name]!r}")
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: its header's {_HEADER} is damaged ({error!r})") from error
     return description
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        return safetensors.torch.load_file(path)
     except _DAMAGE as error:
-        raise ModelError(f"{path} cannot be read as weights ({first_line(error)})") from error
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({first_line(error)}){_likely_cause(path)}"
+        ) from error
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
+    except _DAMAGE as error:
+        # Not torch's own words: for most foreign files they advise weights_only=False, which lets
+        # the file run any code.
+        raise ModelError(
+            f"{path} cannot be read by torch.load with weights_only=True"
+            + (_likely_cause(path) or "; it is damaged, or no state dict: save model.state_dict()")
+        ) from error
+
+
+def _likely_cause(path: Path) -> str:
+    """What a file that cannot be read seems to be instead, as the end of a message, or ""."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return ""
+    if start.startswith(_LFS_POINTER):
+        return "; it is a Git LFS pointer: fetch the file itself with git lfs pull"
+    if path.suffix != ".safetensors" and start[8:9] == b"{":
+        return "; it seems to hold safetensors: rename it to end in .safetensors"
+    if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):
+        return "; it seems to be written by torch.save: rename it to end in .pt"
+    return ""
+
+
+def _checked(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds, without wrapping and prefixes of the names."""
     for key in ("state_dict", "model"):  # usual ways of wrapping it in a training checkpoint
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
         raise ModelError(f"{path} does not hold a state dict (names to tensors)")
+    for name, tensor in content.items():
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        if not strided or tensor.is_complex() or tensor.is_quantized:
+            raise ModelError(
+                f"{path}: {name} must be a dense tensor of real numbers, "
+                f"got {tensor.dtype} in layout {tensor.layout}"
+            )
+        if tensor.is_meta:
+            raise ModelError(f"{path}: {name} has a shape but no values (device meta)")
     for prefix in ("_orig_mod.", "module."):  # torch.compile, DataParallel
         if content and all(name.startswith(prefix) for name in content):
             content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}

@@ -22,14 +22,17 @@ def flops_per_image(model: Model) -> int:
     shape = (1, model.in_channels, model.image_size, model.image_size)
     images = torch.zeros(shape, device=model.channel_mean.device, dtype=model.channel_mean.dtype)
     was_training = model.training
+    model.eval()
     # Attention written out: the fused kernels are not counted on every device.
-    with (
-        torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
-        model.eval()(images)
-    model.train(was_training)
+    try:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(images)
+    finally:
+        model.train(was_training)
     return counter.get_total_flops()
 
 

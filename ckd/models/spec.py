@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,12 +41,17 @@ def parse(text: str) -> Spec:
     options: dict[str, int] = {}
     for item in rest.split(",") if rest else ():
         key, equals, value = item.partition("=")
-        if not equals or not value.isascii() or not value.isdigit() or int(value) < 1:
+        # Nine digits are more than any size needs, and few enough for int() and for torch.
+        if not equals or not re.fullmatch(r"0*[1-9][0-9]{0,8}", value):
             raise ModelError(
-                f"{text!r}: {item!r} is not key=value with a positive whole number, "
-                "such as vit:patch=2,width=64"
+                f"{_short(text)!r}: {_short(item)!r} is not key=value with a positive whole "
+                "number of at most nine digits, such as vit:patch=2,width=64"
             )
         if key in options:
             raise ModelError(f"{text!r}: {key} is given twice")
         options[key] = int(value)
     return Spec(text, family, options=options)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ class ViT(Model):
         head = weights.get("head.weight")
         return {
             "num_classes": None if head is None else head.shape[0],
-            "image_size": round((tokens - 1) ** 0.5) * spec.integers(DEFAULTS)["patch"],
+            "image_size": math.isqrt(max(tokens - 1, 0)) * spec.integers(DEFAULTS)["patch"],
             "in_channels": weights["patch_embed.weight"].shape[1],
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,39 @@ def _memory(**changed: Any) -> Callable[[Path], object]:
     })  # fmt: skip
 
 
+def _renamed_npy(tmp_path: Path) -> object:
+    np.save(tmp_path / "one.npy", pixels(3))
+    return load((tmp_path / "one.npy").rename(tmp_path / "one.npz"))
+
+
+def _damaged_npz(old: bytes, new: bytes) -> Callable[[Path], object]:
+    """Loading an .npz file some bytes of which, of as many, were replaced."""
+
+    def call(tmp_path: Path) -> object:
+        path = tmp_path / "set.npz"
+        np.savez(path, images=pixels(3), labels=_LABELS)
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+        return load(path)
+
+    return call
+
+
+def _class_not_utf8(folder: Path) -> None:
+    os.rename(folder / "cat", os.fsencode(folder) + b"/caf\xe9")
+
+
+def _dangling(folder: Path) -> None:
+    (folder / "dog" / "9.png").symlink_to(folder / "nowhere.png")
+
+
+def _flat_splits(tmp_path: Path) -> object:
+    for name in ("train", "test"):
+        write_images(tmp_path / name, pixels(1))
+    return load(tmp_path)
+
+
 def _text_file(tmp_path: Path) -> object:
     (tmp_path / "set.csv").write_text("a,b")
     return load(tmp_path / "set.csv")
@@ -126,6 +160,16 @@ CASES = [
          ("'train'", "none for the test split", "held out")),
     Case("class of the test folder unknown", _extra_test_class, DataError,
          ("class folders", "has not: dog")),
+    Case("class folder whose name is not UTF-8", _folder(_class_not_utf8), DataError,
+         ("pets", "caf\\xe9", "not UTF-8", "rename")),
+    Case("dangling link in a streamed folder", _folder(_dangling, memory_limit=0), DataError,
+         ("dog/9.png", "cannot be read", "No such file")),
+    Case("dangling link in a folder", _folder(_dangling), DataError,
+         ("dog/9.png", "cannot be read")),
+    Case("split folders without class folders", _flat_splits, DataError,
+         ("train", "no class folders")),
+    Case("parquet with labels that are no class indices", _parquet(_PNGS, [0, 10**9, 5]),
+         DataError, ("largest label is 1000000000 in 3 rows", "class indices", "class names")),
     Case("parquet without an image column",
          _parquet(_PNGS, [0, 1, 0], image_column="picture"), DataError,
          ("train.parquet", "no image column", "img, image", "found picture, label")),
@@ -158,6 +202,17 @@ CASES = [
          ("set.npz", "1 or 3 channels", "(3, 8, 8, 5)")),
     Case("npz that needs pickle", _npz(images=pixels(3), labels=np.array([{}, {}, {}])),
          DataError, ("set.npz", "cannot be read", "allow_pickle")),
+    Case("npz with labels that are no class indices",
+         _npz(images=pixels(3), labels=_LABELS * 10**9), DataError,
+         ("set.npz", "largest label is 1000000000 in 3 rows", "class indices", "class names")),
+    Case("npz with class names that are not UTF-8",
+         _npz(images=pixels(3), labels=_LABELS, class_names=np.array([b"caf\xe9", b"bar"])),
+         DataError, ("set.npz", "class_names", "not UTF-8")),
+    Case("npy that was renamed npz", _renamed_npy, DataError, ("one.npz", ".npy", "savez")),
+    Case("npz with an unclosed header", _damaged_npz(b"'shape': (3, 8,", b"'shape': (3, 8("),
+         DataError, ("set.npz", "cannot be read")),
+    Case("npz of an unknown compression", _damaged_npz(b"PK\x01\x02\x2d\x03\x2d\x00\x00\x00\x00",
+         b"PK\x01\x02\x2d\x03\x2d\x00\x00\x00\x63"), DataError, ("set.npz", "cannot be read")),
     Case("memory images of floats", _memory(images=torch.zeros(3, 1, 2, 2)), DataError,
          ("images", "uint8", "torch.float32")),
     Case("label out of range", _memory(labels=torch.tensor([0, 2, 1])), DataError,

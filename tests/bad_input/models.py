@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckd.models import ModelError, class_names, create, load, prepare, save
@@ -60,6 +62,58 @@ def _not_tensors(tmp_path: Path) -> object:
     return load("resnet20", weights=tmp_path / "w.pth")
 
 
+def _checkpoint(key: Any, value: torch.Tensor) -> Callable[[Path], object]:
+    """Loading a ViT's weights, saved by torch, with one entry replaced or added."""
+
+    def call(tmp_path: Path) -> object:
+        tensors = {**create(_VIT, num_classes=2, image_size=8).state_dict(), key: value}
+        torch.save(tensors, tmp_path / "w.pt")
+        return load(_VIT, weights=tmp_path / "w.pt")
+
+    return call
+
+
+def _file(name: str, content: bytes) -> Callable[[Path], object]:
+    def call(tmp_path: Path) -> object:
+        (tmp_path / name).write_bytes(content)
+        return load(_VIT, weights=tmp_path / name)
+
+    return call
+
+
+def _damaged_checkpoint(tmp_path: Path) -> object:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "w.pt")
+    content = (tmp_path / "w.pt").read_bytes()
+    return _file("w.pt", content.replace(b"_rebuild_tensor_v2", b"_rebuild_tensor_v9"))(tmp_path)
+
+
+def _header(**changed: object) -> Callable[[Path], object]:
+    """Loading a saved model after its description was changed."""
+
+    def call(tmp_path: Path) -> object:
+        path = _saved(tmp_path)
+        with safe_open(path, "pt") as file:
+            description = json.loads(file.metadata()["ckd_model"])
+        save_file(load_file(path), path, {"ckd_model": json.dumps({**description, **changed})})
+        return load(path)
+
+    return call
+
+
+def _renamed(tmp_path: Path) -> object:
+    return load(_VIT, weights=_saved(tmp_path).rename(tmp_path / "w.pt"))
+
+
+def _misnamed(tmp_path: Path) -> object:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "w.safetensors")
+    return load(_VIT, weights=tmp_path / "w.safetensors")
+
+
+def _whole_model(tmp_path: Path) -> object:
+    torch.save(create(_VIT, num_classes=2, image_size=8), tmp_path / "w.pt")
+    return load(_VIT, weights=tmp_path / "w.pt")
+
+
 def _foreign(tmp_path: Path) -> Path:
     save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors")
     return tmp_path / "w.safetensors"
@@ -83,6 +137,10 @@ CASES = [
     Case("unknown option", _create("vit:pach=2"), ModelError, ("option 'pach'", "first: patch")),
     Case("option without a value", _create("vit:patch"), ModelError, ("'patch'", "key=value")),
     Case("option that is no number", _create("vit:patch=two"), ModelError, ("'patch=two'",)),
+    Case("option of very many digits", _create("vit:patch=" + "9" * 5000), ModelError,
+         ("'vit:patch=999", "...'", "nine digits")),
+    Case("ResNet of very many digits", _create("resnet" + "2" * 5000), ModelError,
+         ("unknown model",)),
     Case("option given twice", _create("vit:patch=2,patch=4"), ModelError, ("patch", "twice")),
     Case("image size that patches do not fill", _create("vit:patch=3"), ModelError,
          ("image_size 8", "patch size 3", "vit:patch=2")),
@@ -110,6 +168,36 @@ CASES = [
          ("w.safetensors", "1 unexpected (x)")),
     Case("weights that are not a state dict", _not_tensors, ModelError, ("w.pth", "state dict")),
     Case("weights of another format", _other_format, ModelError, ("w.pth", "cannot be read")),
+    Case("text as a checkpoint", _file("w.pt", b"hello there"), ModelError,
+         ("w.pt", "cannot be read by torch.load with weights_only=True", "state_dict()")),
+    Case("text as safetensors", _file("w.safetensors", b"hello there"), ModelError,
+         ("w.safetensors", "cannot be read as safetensors")),
+    Case("Git LFS pointer", _file("w.pt", b"version https://git-lfs.github.com/spec/v1\n"),
+         ModelError, ("w.pt", "Git LFS pointer", "git lfs pull")),
+    Case("safetensors under another suffix", _renamed, ModelError,
+         ("w.pt", "rename it to end in .safetensors")),
+    Case("checkpoint under safetensors' suffix", _misnamed, ModelError,
+         ("w.safetensors", "rename it to end in .pt")),
+    Case("checkpoint of a whole model", _whole_model, ModelError,
+         ("w.pt", "weights_only=True", "save model.state_dict()")),
+    Case("damaged checkpoint", _damaged_checkpoint, ModelError, ("w.pt", "cannot be read")),
+    Case("state dict with a number as a name", _checkpoint(3, torch.zeros(1)), ModelError,
+         ("w.pt", "state dict")),
+    Case("weights of one dimension", _checkpoint("position", torch.zeros(3)), ModelError,
+         ("w.pt", "too few dimensions", _VIT)),
+    Case("complex weights", _checkpoint("position", torch.zeros(1, 5, 16, dtype=torch.cfloat)),
+         ModelError, ("position", "real numbers", "complex64")),
+    Case("sparse weights", _checkpoint("position", torch.zeros(1, 5, 16).to_sparse()),
+         ModelError, ("position", "dense", "sparse_coo")),
+    Case("weights without values",
+         _checkpoint("position", torch.zeros(1, 5, 16, device="meta")), ModelError,
+         ("position", "no values", "meta")),
+    Case("header with a number as the model", _header(spec=5), ModelError,
+         ("m.safetensors", "header", "spec is 5")),
+    Case("header with text as a number", _header(num_classes="3"), ModelError,
+         ("m.safetensors", "header", "num_classes is '3'")),
+    Case("header with no list of class names", _header(class_names=3), ModelError,
+         ("m.safetensors", "header", "class_names is 3")),
     Case("model file cut short", _truncated, ModelError, ("m.safetensors", "cannot be read")),
     Case("model file with a damaged header", _header_damaged, ModelError,
          ("m.safetensors", "damaged", "num_classes")),
