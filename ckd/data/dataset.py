@@ -28,7 +28,7 @@ class Dataset(ABC):
     """Labelled uint8 images that are read by position.
 
     `labels` and `sample_ids` are int64 [N] on the CPU, labels within 0..len(class_names)-1, sample
-    ids unique and stable: the same image has the same id in every session. `fingerprint` is a
+    ids unique and stable: the same image always has the same id. `fingerprint` is a
     hash of the content: the same data gives the same, other data another.
     """
 
