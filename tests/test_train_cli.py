@@ -10,22 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from ckd.train import Config, demo, train
-from ckd.train import loop as loop_module
 from ckd.train.__main__ import main, parse
 from tests.train_runs import STUDENT, tiny_config
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """One thread, which is faster for tiny models on a busy machine, and no figures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(loop_module, "draw_curves", lambda *args: None)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def flags(config: Config) -> list[str]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ckd import _lock
 from ckd.train import (
@@ -30,6 +29,8 @@ from ckd.train import (
 )
 from ckd.train import loop as loop_module
 from tests.train_runs import outcome, resume_in_process, tiny_config, tiny_data
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -48,16 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "logit-kd, warm-up": {"method": "logit-kd", "warmup_epochs": 1.5, "label_smoothing": 0.1},
     "paper": {"paper_compat": True, "epochs": 3, "centroids_per_class": 5},
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """One thread, which is faster for tiny models on a busy machine, and no figures."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(loop_module, "draw_curves", lambda *args: None)
-    yield
-    torch.set_num_threads(threads)
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
