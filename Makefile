@@ -1,4 +1,5 @@
 .PHONY: install test lint format
+NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 
 install:
 	pip install -e ".[dev,plots,parquet]"
@@ -10,8 +11,9 @@ lint:
 	ruff check .
 	ruff format --check .
 	mypy
+	clang-format --dry-run -Werror $(NATIVE)
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i csrc/*.cpp
+	clang-format -i $(NATIVE)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +22,15 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+# The CPU kernels are compiled once for each instruction set; csrc/cpu/tiers.cpp picks at run time.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+TIERS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 REPORT = "_build.json"  # beside the module: {"built": bool, "reason": str}
 
 
@@ -51,9 +61,14 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        # A product and a sum may become one FMA; nothing else about float arithmetic is relaxed.
+        flags += ["-ffp-contract=fast", "-fno-math-errno"]
+        flags += [f for f in ("-Wno-maybe-uninitialized", "-fopenmp") if accepts(compiler, [f])]
+        tiers = {name: own for name, own in TIERS.items() if accepts(compiler, own)}
+        flags += [f"-DCKD_HAS_{name.upper()}" for name in tiers]
         flags += [f'-DCKD_VERSION="{self.distribution.get_version()}"']
         flags += [f"-I{path}" for path in includes]
-        link = ["-shared"]
+        link = ["-shared", *(["-fopenmp"] if "-fopenmp" in flags else [])]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
@@ -62,7 +77,7 @@ class NinjaBuild(build_ext):
             f"cflags = {' '.join(shlex.quote(flag).replace('$', '$$') for flag in flags)}",
             f"ldflags = {' '.join(link)}",
             "rule compile",
-            "  command = $cxx $cflags -MD -MF $out.d -c $in -o $out",
+            "  command = $cxx $cflags $tier -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
@@ -70,8 +85,13 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         for source in sources:
+            stem = Path(source).stem
+            tier = stem.removeprefix("tier_") if stem.startswith("tier_") else "portable"
+            if tier != "portable" and tier not in tiers:
+                continue  # this compiler, or this architecture, does not have it
             objects.append(escape(folder / f"{source.replace('/', '_')}.o"))
             lines.append(f"build {objects[-1]}: compile {escape((ROOT / source).resolve())}")
+            lines.append(f"  tier = {' '.join(tiers.get(tier, []))}")
         lines.append(f"build {escape(module)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -90,6 +110,15 @@ def ninja_command() -> list[str]:
 def find_compiler() -> str | None:
     candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
+
+
+def accepts(compiler: str, flags: list[str]) -> bool:
+    """Whether the compiler compiles and links with these flags (clang on macOS has no OpenMP)."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("int main() { return 0; }\n")
+        command = [*compiler.split(), *flags, str(source), "-o", str(Path(folder) / "probe")]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def escape(path: object) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import ckd
+from ckd.backends import cpu
 
 CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow", "tyro")
 # extra -> the distributions that it brings
@@ -35,7 +36,14 @@ def native_module() -> str:
     except ImportError as error:
         return f"present but cannot be loaded: {error}"
     info = _C.build_info()
-    return f"{info['compiler']}, C++ {info['cxx_standard']}, {info['architecture']}"
+    openmp = "OpenMP" if info["openmp"] else "no OpenMP: one thread"
+    return f"{info['compiler']}, C++ {info['cxx_standard']}, {info['architecture']}, {openmp}"
+
+
+def cpu_tiers() -> str:
+    """The instruction sets that the cpu backend has kernels for and this processor runs."""
+    names = [f"{name} (with bfloat16)" if half else name for name, half in cpu.TIERS.items()]
+    return f"{', '.join(names)}; takes the first" if names else "none"
 
 
 def devices() -> str:
@@ -60,6 +68,7 @@ def report() -> str:
         ("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
         ("gpu", devices()),
         ("ckd._C", native_module()),
+        ("cpu kernels", cpu_tiers()),
     ]
     rows += [(name, version(name) or "missing") for name in CORE]
     for extra, distributions in EXTRAS.items():

@@ -1,6 +1,8 @@
 // ckd._C: the native half of ckd. It is compiled without torch headers, so that one build serves
 // every torch version: functions take raw pointers, sizes and a stream, never tensors.
 
+#include "cpu/bindings.h"
+
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -35,6 +37,11 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["architecture"] = architecture();
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
   return info;
 }
 
@@ -43,4 +50,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of ckd; see csrc/.";
   m.def("build_info", &build_info, "What this module was compiled from and with, as a dict.");
+  ckd::cpu::bind(m);
 }

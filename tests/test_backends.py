@@ -9,6 +9,7 @@ import torch
 
 import ckd
 from ckd import backends
+from ckd.backends import reference
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +20,7 @@ def test_auto_takes_the_first_that_serves_and_says_why_the_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     picky = types.SimpleNamespace(unsupported=lambda p: f"{p.batch} rows are too few")
-    monkeypatch.setattr(backends, "ORDER", {"picky": picky, **backends.ORDER})
+    monkeypatch.setattr(backends, "ORDER", {"picky": picky, "reference": reference})
     explanation = backends.explain(*tensors())
     assert explanation.chosen == "reference"
     assert explanation.reasons["picky"] == "3 rows are too few"
@@ -48,7 +49,7 @@ def test_forward_and_backward_use_the_same_backend(monkeypatch: pytest.MonkeyPat
 
         return call
 
-    names = ("contrastive_ce_forward", "contrastive_ce_backward")
+    names = ("contrastive_ce_cache_bytes", "contrastive_ce_forward", "contrastive_ce_backward")
     other = types.SimpleNamespace(unsupported=lambda p: None, **{n: record(n) for n in names})
     monkeypatch.setattr(backends, "ORDER", {"other": other, **backends.ORDER})
     student, bank = tensors()

@@ -82,7 +82,7 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
     own = bank.untyped_storage().nbytes()
     with Watch():
         saved = reference.contrastive_ce_forward(
-            *tensors, options, save_residual=True, save_attention=True
+            *tensors, options, save_residual=True, save_attention=True, cache_bytes=0
         )
         forward_largest = largest
         reference.contrastive_ce_backward(
@@ -115,7 +115,8 @@ def test_opcheck(backend: str) -> None:
         case = make_case(6, 11, 9, 5 if projection else None)
         case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
         for save in (True, False):
-            args = (*case.arguments, save, save, 0.1, -100, False, backend)
+            cache_bytes = 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
+            args = (*case.arguments, save, save, cache_bytes, 0.1, -100, False, backend)
             # save=False means that student and scale need no gradient.
             if not save:
                 args = (case.student.detach(), *args[1:5], case.logit_scale.detach(), *args[6:])
@@ -142,7 +143,9 @@ def test_compiles_as_one_graph(dynamic: bool, backend: str) -> None:
 
 def test_empty_results_are_not_aliases_of_inputs(backend: str) -> None:
     case = make_case(3, 4, 5, 5)
-    outputs = torch.ops.ckd.contrastive_ce(*case.arguments, False, False, 0.0, -100, False, backend)
+    outputs = torch.ops.ckd.contrastive_ce(
+        *case.arguments, False, False, 0, 0.0, -100, False, backend
+    )
     pointers = {t.data_ptr() for t in case.arguments if t is not None}
     assert all(o.numel() == 0 or o.data_ptr() not in pointers for o in outputs)
 
@@ -162,6 +165,7 @@ def test_compiles_for_a_student_that_is_not_row_major(backend: str) -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_with_a_python_scale_that_changes(dynamic: bool | None, backend: str) -> None:
+    torch._dynamo.reset()  # the limit on recompilations counts those of other backends too
     case = make_case(6, 20, 16, 8)
 
     def loss_of(scale: float) -> torch.Tensor:

@@ -18,6 +18,8 @@ LAYERS: dict[str, set[str]] = {
     "ckd._files": set(),
     "ckd._lock": set(),
     "ckd._version": set(),
+    "ckd._C": set(),
+    "ckd._triton": set(),
     "ckd.backends": {"ckd._hints", "ckd._C", "ckd._triton"},
     "ckd.ops": {"ckd._hints", "ckd.backends"},
     "ckd.losses": {"ckd.ops"},

@@ -13,16 +13,16 @@ from types import ModuleType
 from torch import Tensor
 
 from ckd import _hints
-from ckd.backends import reference
+from ckd.backends import cpu, reference
 from ckd.backends.interface import Problem
 
 # "auto" takes the first that serves the problem, so the fastest stands first.
-ORDER: dict[str, ModuleType] = {"reference": reference}
+ORDER: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
 
 OPS = ("contrastive_ce", "similarity")
 
 # Names that the API reserves and this version does not ship; asking for one says so.
-NOT_SHIPPED = ("cuda", "triton", "cpu")
+NOT_SHIPPED = ("cuda", "triton")
 
 
 class BackendError(RuntimeError):
@@ -48,7 +48,7 @@ class Explanation:
 
 def available() -> tuple[str, ...]:
     """The names of the backends that this installation can run, fastest first."""
-    return tuple(ORDER)
+    return tuple(name for name, module in ORDER.items() if module.missing() is None)
 
 
 def explain(

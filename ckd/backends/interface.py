@@ -65,6 +65,7 @@ class Forward(NamedTuple):
     p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
     residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
     attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
+    cache: Tensor  # uint8 [cache_bytes] what the backend leaves for its own backward
 
 
 class Needs(NamedTuple):

@@ -24,9 +24,19 @@ TILE_ELEMENTS = 1 << 21  # of the largest array of a tile: 8 MiB in float32
 MIN_TILE_ROWS = 64  # below this, matrix products are too thin to be worth their overhead
 
 
+def missing() -> str | None:
+    """Never: it needs torch alone."""
+    return None
+
+
 def unsupported(problem: Problem) -> str | None:
     """None: every problem is served."""
     return None
+
+
+def contrastive_ce_cache_bytes(problem: Problem) -> int:
+    """None: the backward projects the bank again."""
+    return 0
 
 
 def contrastive_ce_forward(
@@ -40,6 +50,7 @@ def contrastive_ce_forward(
     *,
     save_residual: bool,
     save_attention: bool,
+    cache_bytes: int,
 ) -> Forward:
     """One pass over the bank: loss, lse and what the backward for student and scale needs.
 
@@ -80,6 +91,7 @@ def contrastive_ce_forward(
             p_other=p_other.squeeze(1),
             residual=residual if save_residual else nothing,
             attention=attention if save_attention else nothing.clone(),
+            cache=u.new_empty(cache_bytes, dtype=torch.uint8),
         )
 
 

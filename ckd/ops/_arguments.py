@@ -93,6 +93,9 @@ def check_values(
         raise ValueError(_scale_message(scale))
     if target is None or len(target) == 0:
         return
+    lowest, highest = torch.aminmax(target)
+    if lowest.item() >= 0 and highest.item() < bank_rows:
+        return
     bad = ((target < 0) | (target >= bank_rows)) & (target != ignore_index)
     if bad.any():
         row = int(bad.nonzero()[0])

@@ -12,6 +12,7 @@ from ckd import backends
 from ckd.backends.interface import Forward, Needs, Options, Problem
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
+from ckd.ops._library import below_autograd, define, differentiate, refuse_derivative
 
 
 @overload
@@ -119,6 +120,10 @@ def contrastive_cross_entropy(
     problem = Problem.of("contrastive_ce", student, bank, weight)
     # Without a gradient for student or scale the forward need not accumulate sum_k p_k n_k.
     row_gradients = torch.is_grad_enabled() and (student.requires_grad or scale.requires_grad)
+    projection_gradients = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (weight, bias)
+    )
+    name = backends.resolve(backend, problem)
     nll, lse, *_ = _forward(
         student,
         bank,
@@ -128,10 +133,11 @@ def contrastive_cross_entropy(
         scale,
         row_gradients,
         row_gradients and return_lse,
+        backends.ORDER[name].contrastive_ce_cache_bytes(problem) if projection_gradients else 0,
         float(label_smoothing),
         ignore_index,
         problem.allow_half,
-        backends.resolve(backend, problem),
+        name,
     )
     loss = _reduce(nll, target, ignore_index, reduction)
     return (loss, lse) if return_lse else loss
@@ -145,8 +151,7 @@ def _reduce(nll: Tensor, target: Tensor, ignore_index: int, reduction: str) -> T
     return nll.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
-@torch.library.custom_op("ckd::contrastive_ce", mutates_args=())
-def _forward(
+def _implementation(
     student: Tensor,
     bank: Tensor,
     target: Tensor,
@@ -155,11 +160,12 @@ def _forward(
     logit_scale: Tensor,
     save_residual: bool,
     save_attention: bool,
+    cache_bytes: int,
     label_smoothing: float,
     ignore_index: int,
     allow_half: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _arguments.check_values(logit_scale, target, bank.shape[0], ignore_index)
     return backends.ORDER[backend].contrastive_ce_forward(
         student,
@@ -171,11 +177,11 @@ def _forward(
         Options(label_smoothing, ignore_index, allow_half),
         save_residual=save_residual,
         save_attention=save_attention,
+        cache_bytes=cache_bytes,
     )
 
 
-@_forward.register_fake
-def _(
+def _fake(
     student: Tensor,
     bank: Tensor,
     target: Tensor,
@@ -184,8 +190,9 @@ def _(
     logit_scale: Tensor,
     save_residual: bool,
     save_attention: bool,
+    cache_bytes: int,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = logit_scale.new_empty(student.shape[0])
     matrix, nothing = logit_scale.new_empty(student.shape), logit_scale.new_empty(0)
     residual = matrix if save_residual else nothing
@@ -196,11 +203,11 @@ def _(
         torch.empty_like(row),
         torch.empty_like(residual),
         torch.empty_like(attention),
+        logit_scale.new_empty(cache_bytes, dtype=torch.uint8),
     )
 
 
-@torch.library.custom_op("ckd::contrastive_ce_backward", mutates_args=())
-def _backward(
+def _backward_implementation(
     d_nll: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
@@ -231,8 +238,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     d_nll: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
@@ -248,22 +254,31 @@ def _(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, bank, target, weight, bias, logit_scale, _, _, *ctx.options = inputs
-    ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output)
-    ctx.set_materialize_grads(False)
+_forward = define("contrastive_ce", _implementation, _fake)
+_backward = define("contrastive_ce_backward", _backward_implementation, _backward_fake)
 
 
-def _autograd_backward(
-    ctx: Any, d_nll: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
-    wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = ctx.needs_input_grad
-    needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
-    tensors = (student, bank, target, weight, bias, logit_scale)
-    gradients = _backward(d_nll, d_lse, *tensors, saved, needs, *ctx.options)
-    d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-    return d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        output = below_autograd(_forward, *args)
+        student, bank, target, weight, bias, logit_scale, _, _, _, *ctx.options = args
+        ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output)
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_nll: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
+        wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = ctx.needs_input_grad
+        needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
+        tensors = (student, bank, target, weight, bias, logit_scale)
+        gradients = _backward(d_nll, d_lse, *tensors, saved, needs, *ctx.options)
+        d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
+        return d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+differentiate("contrastive_ce", _Differentiable)
+refuse_derivative("contrastive_ce_backward")

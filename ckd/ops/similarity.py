@@ -12,6 +12,7 @@ from ckd import backends
 from ckd.backends.interface import Needs, Problem
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
+from ckd.ops._library import below_autograd, define, differentiate, refuse_derivative
 
 
 def normalized_similarity(
@@ -39,8 +40,7 @@ def normalized_similarity(
     return _forward(student, bank, weight, bias, scale, problem.allow_half, name)
 
 
-@torch.library.custom_op("ckd::similarity", mutates_args=())
-def _forward(
+def _implementation(
     student: Tensor,
     bank: Tensor,
     weight: Tensor | None,
@@ -55,8 +55,7 @@ def _forward(
     )
 
 
-@_forward.register_fake
-def _(
+def _fake(
     student: Tensor,
     bank: Tensor,
     weight: Tensor | None,
@@ -67,8 +66,7 @@ def _(
     return logit_scale.new_empty(student.shape[0], bank.shape[0])
 
 
-@torch.library.custom_op("ckd::similarity_backward", mutates_args=())
-def _backward(
+def _backward_implementation(
     d_logits: Tensor,
     student: Tensor,
     bank: Tensor,
@@ -84,8 +82,7 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(
+def _backward_fake(
     d_logits: Tensor,
     student: Tensor,
     bank: Tensor,
@@ -98,17 +95,25 @@ def _(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.allow_half, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+_forward = define("similarity", _implementation, _fake)
+_backward = define("similarity_backward", _backward_implementation, _backward_fake)
 
 
-def _autograd_backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-    wants_student, _, wants_weight, wants_bias, wants_scale, *_ = ctx.needs_input_grad
-    needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
-    gradients = _backward(d_logits, *ctx.saved_tensors, needs, ctx.allow_half, ctx.backend)
-    d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-    return d_student, None, d_weight, d_bias, d_scale, None, None
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ctx.allow_half, ctx.backend = args
+        ctx.save_for_backward(*tensors)
+        return below_autograd(_forward, *args)
+
+    @staticmethod
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
+        wants_student, _, wants_weight, wants_bias, wants_scale, *_ = ctx.needs_input_grad
+        needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
+        gradients = _backward(d_logits, *ctx.saved_tensors, needs, ctx.allow_half, ctx.backend)
+        d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
+        return d_student, None, d_weight, d_bias, d_scale, None, None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+differentiate("similarity", _Differentiable)
+refuse_derivative("similarity_backward")

@@ -1,0 +1,247 @@
+"""The ops in C++ on the CPU: csrc/cpu, compiled for several instruction sets ("tiers").
+
+Arithmetic is float32. Where half precision is allowed (by the problem, or by
+`torch.set_float32_matmul_precision("medium")`) and the tier has it, matrix operands are rounded to
+bfloat16; sums, softmax and norms stay float32. Results are the same bits on any number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem
+
+_missing: str | None = None
+try:
+    from ckd import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C: Any = None  # type: ignore[no-redef]
+    _missing = f"ckd._C is not installed ({error}); python -m ckd.info says why"
+
+TIERS: dict[str, bool] = dict(_C.cpu_tiers()) if _C is not None else {}  # name -> has bfloat16
+ELEMENTS = {
+    torch.float16: 0,
+    torch.bfloat16: 1,
+    torch.float32: 2,
+}  # Element of csrc/cpu/arguments.h
+PANEL = 64  # bank rows of a panel of the cache
+CACHE_HEADER_BYTES = 64
+MAX_CACHE_BYTES = 64 << 20  # at most so much of the projected bank waits for the backward
+
+_tier = next(iter(TIERS), "")
+
+
+@contextlib.contextmanager
+def use_tier(name: str) -> Iterator[None]:
+    """Compute with another instruction set than the best one: for tests and benchmarks.
+
+    Not thread-safe.
+    Raises ValueError for a tier that does not run here (see TIERS).
+    """
+    global _tier
+    if name not in TIERS:
+        raise ValueError(f"tier must be one of {', '.join(TIERS)} on this machine, got {name!r}")
+    before, _tier = _tier, name
+    try:
+        yield
+    finally:
+        _tier = before
+
+
+def missing() -> str | None:
+    """Why this installation cannot run the backend at all, or None."""
+    return _missing
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why this backend cannot serve the problem, or None."""
+    if _missing is not None:
+        return _missing
+    if problem.device_type != "cpu":
+        return f"the tensors are on {problem.device_type}"
+    if problem.student_dtype == torch.float64:
+        return "a float64 student is for the reference backend alone"
+    if problem.student_dim == 0 or problem.teacher_dim == 0:
+        return "rows of width 0"
+    return None
+
+
+def contrastive_ce_cache_bytes(problem: Problem) -> int:
+    """Memory in which the forward leaves projected bank rows for the backward (Cache of
+    csrc/cpu/arguments.h): whole panels, of words(W) rows of 64 words and 64 inverse norms."""
+    panels = (problem.bank_rows + PANEL - 1) // PANEL
+    half = problem.allow_half and TIERS[_tier]
+    words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim
+    size = 4 * PANEL * (words + 1)
+    return CACHE_HEADER_BYTES + min(panels, MAX_CACHE_BYTES // size) * size
+
+
+def contrastive_ce_forward(
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    options: Options,
+    *,
+    save_residual: bool,
+    save_attention: bool,
+    cache_bytes: int,
+) -> Forward:
+    inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
+    batch = len(student)
+    nll, lse, p_other = (torch.empty(batch) for _ in range(3))
+    residual = torch.empty(student.shape if save_residual else 0)
+    attention = torch.empty(student.shape if save_attention else 0)
+    cache = torch.empty(cache_bytes, dtype=torch.uint8)
+    target = target.contiguous()
+    _C.cpu_contrastive_ce_forward(
+        *inputs.arguments,
+        target.data_ptr(),
+        options.ignore_index,
+        options.label_smoothing,
+        (cache.data_ptr(), cache.numel()),
+        nll.data_ptr(),
+        lse.data_ptr(),
+        p_other.data_ptr(),
+        residual.data_ptr(),
+        attention.data_ptr(),
+    )
+    return Forward(nll, lse, p_other, residual, attention, cache)
+
+
+def contrastive_ce_backward(
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    saved: Forward,
+    needs: Needs,
+    options: Options,
+) -> Gradients:
+    inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
+    gradients = inputs.empty_gradients(needs)
+    target = target.contiguous()
+    d_nll, d_lse = (None if d is None else d.float().contiguous() for d in (d_nll, d_lse))
+    _C.cpu_contrastive_ce_backward(
+        *inputs.arguments,
+        target.data_ptr(),
+        options.ignore_index,
+        options.label_smoothing,
+        (saved.cache.data_ptr(), saved.cache.numel()),
+        _address(d_nll),
+        _address(d_lse),
+        saved.lse.data_ptr(),
+        saved.p_other.data_ptr(),
+        saved.residual.data_ptr(),
+        saved.attention.data_ptr(),
+        *(gradient.data_ptr() for gradient in gradients),
+    )
+    return _in_dtypes_of(gradients, student, weight, bias)
+
+
+def similarity_forward(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    allow_half: bool,
+) -> Tensor:
+    inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
+    logits = torch.empty(len(student), len(bank))
+    _C.cpu_similarity_forward(*inputs.arguments, logits.data_ptr())
+    return logits
+
+
+def similarity_backward(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Needs,
+    allow_half: bool,
+) -> Gradients:
+    inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
+    gradients = inputs.empty_gradients(needs)
+    d_logits = d_logits.float().contiguous()
+    _C.cpu_similarity_backward(
+        *inputs.arguments, d_logits.data_ptr(), *(gradient.data_ptr() for gradient in gradients)
+    )
+    return _in_dtypes_of(gradients, student, weight, bias)
+
+
+class _Inputs:
+    """Student, bank, projection and scale as the kernels take them, kept alive during the call.
+
+    The bank is read in place, whatever its dtype and the distance of its rows; the rest is small
+    and converted to contiguous float32.
+    """
+
+    def __init__(
+        self,
+        student: Tensor,
+        bank: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: Tensor,
+        allow_half: bool,
+    ) -> None:
+        half = allow_half or torch.get_float32_matmul_precision() == "medium"
+        self.student = student.float().contiguous()
+        self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
+        self.weight = None if weight is None else weight.float().contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.arguments = (
+            _tier,
+            (
+                (self.student.data_ptr(), *student.shape),
+                (
+                    self.bank.data_ptr(),
+                    ELEMENTS[bank.dtype],
+                    *bank.shape,
+                    self.bank.stride(0),
+                ),
+                _address(self.weight),
+                _address(self.bias),
+                logit_scale.item(),
+                half and TIERS[_tier],
+                torch.get_num_threads(),
+            ),
+        )
+
+    def empty_gradients(self, needs: Needs) -> Gradients:
+        width, dim = self.student.shape[1], self.bank.shape[1]
+        return Gradients(
+            student=torch.empty(self.student.shape if needs.student else 0),
+            weight=torch.empty((width, dim) if needs.weight else 0),
+            bias=torch.empty(width if needs.bias else 0),
+            logit_scale=torch.empty(() if needs.logit_scale else 0),
+        )
+
+
+def _in_dtypes_of(
+    gradients: Gradients, student: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Gradients:
+    return Gradients(
+        student=gradients.student.to(student.dtype),
+        weight=gradients.weight if weight is None else gradients.weight.to(weight.dtype),
+        bias=gradients.bias if bias is None else gradients.bias.to(bias.dtype),
+        logit_scale=gradients.logit_scale,
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,239 @@
+// Bank rows, projected and normalised a panel of 64 at a time, straight from the stored dtype:
+// z = P t + b, n = z / |z|. A panel stands with its bank rows as columns, so that norms, and in the
+// backward softmax and normalisation, are sums and products of whole vectors.
+
+#pragma once
+
+#include "rows.h"
+
+namespace ckd::cpu::CKD_TIER {
+
+// A panel, ready to be multiplied: n^T as words along W.
+template <class Type>
+struct Panel {
+  const typename Type::Word* words;  // [words(W), 64]
+  const float* inverse;              // [64]: 1 / |z|; 0 for a row that counts as zero or is none
+};
+
+template <class Type>
+class Bank {
+ public:
+  using Word = typename Type::Word;
+  static constexpr std::int64_t BLOCK = 256 * Type::PER_WORD;  // of D, that is packed at a time
+
+  // What a thread needs to project panels.
+  struct Scratch {
+    explicit Scratch(const Bank& bank)
+        : wide(PANEL * BLOCK),
+          rows(PANEL * 256),
+          columns(256 * PANEL),
+          z(bank.width_ * Type::PER_WORD * PANEL),
+          words(bank.width_ * PANEL),
+          inverse(PANEL) {}
+    Buffer<float> wide;    // [64, BLOCK] numbers of the bank
+    Buffer<Word> rows;     // [64, 256] the same as words
+    Buffer<Word> columns;  // [256, 64] transposed
+    Buffer<float> z;       // [W, 64], then n^T; zero rows up to a whole word
+    Buffer<Word> words;    // [words(W), 64]
+    Buffer<float> inverse;
+  };
+
+  explicit Bank(const Inputs& in, Cache cache) : in_(in), width_(words<Type>(in.student_dim)) {
+    find_room(cache);
+    if (in.weight == nullptr) return;
+    if constexpr (Type::PER_WORD == 1) {
+      weight_ = in.weight;
+      weight_ld_ = in.teacher_dim;
+    } else {
+      weight_ld_ = words<Type>(in.teacher_dim);
+      narrow_ = Buffer<Word>(in.student_dim * weight_ld_);
+      for (std::int64_t w = 0; w < in.student_dim; ++w) {
+        to_words(in.weight + w * in.teacher_dim, in.teacher_dim, narrow_ + w * weight_ld_);
+      }
+      weight_ = narrow_;
+    }
+  }
+
+  std::int64_t panels() const { return ceil_div(in_.bank_rows, PANEL); }
+  std::int64_t width() const { return width_; }
+  int rows(std::int64_t panel) const {
+    return static_cast<int>(smaller(PANEL, in_.bank_rows - panel * PANEL));
+  }
+  int columns(std::int64_t panel) const { return static_cast<int>(round_up(rows(panel), 16)); }
+
+  // Elements [from, from + n) of row k of the bank as float32. Asks for those of a row to come: a
+  // part of each row is a pattern that processors do not foresee.
+  void widen_row(std::int64_t k, std::int64_t from, std::int64_t n, float* out) const {
+    constexpr std::int64_t AHEAD = 16;
+    const std::int64_t size = in_.element == Element::float32 ? 4 : 2;
+    const char* row = static_cast<const char*>(in_.bank) + k * in_.bank_stride * size;
+    if (k + AHEAD < in_.bank_rows) {
+      const char* next = row + AHEAD * in_.bank_stride * size + from * size;
+      for (std::int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(next + byte);
+    }
+    widen(row, in_.element, from, n, out);
+  }
+
+  // Projects and normalises a panel into `scratch` and, if it has a place there, into the cache.
+  Panel<Type> make(std::int64_t panel, Scratch& scratch) const {
+    const bool keep = panel < cached_;
+    Word* out = keep ? cached_words(panel) : scratch.words;
+    float* inverse = keep ? cached_inverse(panel) : scratch.inverse;
+    project(panel, scratch);
+    normalise(panel, scratch.z, inverse);
+    for (std::int64_t p = 0; p < width_; ++p) {
+      pair_rows(scratch.z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
+    }
+    return {out, inverse};
+  }
+
+  // What `make` made of the panel in the forward, or makes again.
+  Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
+    if (panel < cached_) return {cached_words(panel), cached_inverse(panel)};
+    return make(panel, scratch);
+  }
+
+ private:
+  void find_room(Cache cache) {
+    constexpr std::int64_t HEADER = 64;
+    if (cache.data == nullptr || cache.bytes < HEADER) return;
+    CacheHeader header = {0, width_, Type::PER_WORD};
+    if (cache.filled) {
+      std::memcpy(&header, cache.data, sizeof header);
+      if (header.width != width_ || header.per_word != Type::PER_WORD) return;
+    } else {
+      header.panels = smaller(panels(), (cache.bytes - HEADER) / ((width_ + 1) * PANEL * 4));
+      std::memset(cache.data, 0, HEADER);
+      std::memcpy(cache.data, &header, sizeof header);
+    }
+    cached_ = header.panels;
+    cache_ = static_cast<char*>(cache.data) + HEADER;
+  }
+
+  void project(std::int64_t panel, Scratch& scratch) const {
+    const int count = rows(panel), cols = columns(panel);
+    const std::int64_t first = panel * PANEL, dim = in_.teacher_dim;
+    for (std::int64_t d = 0; d == 0 || d < dim; d += BLOCK) {
+      const std::int64_t n = smaller(BLOCK, dim - d), k = words<Type>(n);
+      std::memset(scratch.wide + count * BLOCK, 0,
+                  static_cast<std::size_t>((cols - count) * BLOCK) * sizeof(float));
+      for (int r = 0; r < count; ++r) widen_row(first + r, d, n, scratch.wide + r * BLOCK);
+      if (weight_ == nullptr) {
+        transpose<float>(scratch.wide, BLOCK, cols, n, scratch.z + d * PANEL, PANEL);
+        continue;
+      }
+      for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
+      transpose<Word>(scratch.rows, 256, cols, k, scratch.columns, PANEL);
+      gemm(in_.student_dim, cols, k,
+           Operands<Type>{weight_ + d / Type::PER_WORD, weight_ld_, scratch.columns, PANEL,
+                          scratch.z, PANEL},
+           d > 0);
+    }
+  }
+
+  // Adds the bias, divides by the norms, and clears every column that holds no bank row.
+  void normalise(std::int64_t panel, float* z, float* inverse) const {
+    const std::int64_t dim = in_.student_dim;
+    const int vectors = columns(panel) / LANES;
+    constexpr std::int64_t RUN = 32;  // squares are summed in runs, then runs: errors stay small
+    for (int j = 0; j < PANEL / LANES; ++j) {
+      float* column = z + j * LANES;
+      Vec sum = {};
+      for (std::int64_t w0 = 0; j < vectors && w0 < dim; w0 += RUN) {
+        Vec run = {};
+        for (std::int64_t w = w0; w < smaller(w0 + RUN, dim); ++w) {
+          Vec x = load(column + w * PANEL);
+          if (in_.bias != nullptr) x += in_.bias[w];
+          store(column + w * PANEL, x);
+          run += x * x;
+        }
+        sum += run;
+      }
+      float squares[LANES];
+      store(squares, sum);
+      for (int lane = 0; lane < LANES; ++lane) {
+        const bool is_row = j * LANES + lane < rows(panel);
+        inverse[j * LANES + lane] = is_row ? inverse_norm(squares[lane]) : 0;
+      }
+      const Vec scale = load(inverse + j * LANES);
+      for (std::int64_t w = 0; w < dim; ++w) {
+        const Vec x = load(column + w * PANEL);
+        store(column + w * PANEL, scale == 0.0f ? Vec{} : x * scale);
+      }
+    }
+    const std::int64_t padded = width_ * Type::PER_WORD;
+    std::memset(z + dim * PANEL, 0, static_cast<std::size_t>((padded - dim) * PANEL) * 4);
+  }
+
+  Word* cached_words(std::int64_t panel) const {
+    return reinterpret_cast<Word*>(cache_) + panel * width_ * PANEL;
+  }
+  float* cached_inverse(std::int64_t panel) const {
+    return reinterpret_cast<float*>(cached_words(cached_)) + panel * PANEL;
+  }
+
+  const Inputs& in_;
+  std::int64_t width_;       // words of a row of W
+  std::int64_t cached_ = 0;  // so many panels have a place in the cache
+  char* cache_ = nullptr;
+  const Word* weight_ = nullptr;
+  std::int64_t weight_ld_ = 0;
+  Buffer<Word> narrow_;
+};
+
+constexpr std::int64_t TILE = 256;  // bank rows whose logits stand in the cache at a time
+
+// A run of the bank in the two forms that a pass over student panels multiplies with.
+template <class Type>
+class Chunk {
+ public:
+  using Word = typename Type::Word;
+  static constexpr std::int64_t TILE_WORDS = TILE / Type::PER_WORD;
+
+  Chunk(const Bank<Type>& bank, std::int64_t student_dim, std::int64_t tiles, bool needs_rows)
+      : bank_(bank),
+        dim_(student_dim),
+        tiles_(tiles),
+        needs_rows_(needs_rows),
+        rows_(needs_rows ? tiles * TILE * bank.width() : 0),
+        columns_(tiles * TILE_WORDS * student_dim) {}
+
+  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`.
+  void fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
+    const std::int64_t at = (panel - first) * PANEL, tile = at / TILE;
+    const Panel<Type> made = bank_.make(panel, scratch);
+    if (needs_rows_) {
+      transpose(made.words, PANEL, bank_.width(), PANEL, rows_ + at * bank_.width(), bank_.width());
+    }
+    Word* out = columns_ + tile * TILE_WORDS * dim_ + at % TILE / Type::PER_WORD;
+    for (std::int64_t w = 0; w < dim_; ++w) {
+      to_words(scratch.z + w * PANEL, PANEL, out + w * TILE_WORDS);
+    }
+  }
+
+  // Adds the first `count` rows of a tile to sum [W].
+  void add_rows(std::int64_t tile, std::int64_t count, float* sum) const {
+    float row[TILE + LANES];
+    for (std::int64_t w = 0; w < dim_; ++w) {
+      from_words(columns(tile) + w * TILE_WORDS, count, row);
+      for (std::int64_t k = count; k < round_up(count, LANES); ++k) row[k] = 0;
+      Vec part = {};
+      for (std::int64_t k = 0; k < count; k += LANES) part += load(row + k);
+      sum[w] += sum_lanes(part);
+    }
+  }
+
+  std::int64_t tiles() const { return tiles_; }
+  std::int64_t panels() const { return tiles_ * (TILE / PANEL); }
+  const Word* rows(std::int64_t tile) const { return rows_ + tile * TILE * bank_.width(); }
+  const Word* columns(std::int64_t tile) const { return columns_ + tile * TILE_WORDS * dim_; }
+
+ private:
+  const Bank<Type>& bank_;
+  std::int64_t dim_, tiles_;
+  bool needs_rows_;
+  Buffer<Word> rows_;     // [tiles, 256, words(W)]: n, words along W
+  Buffer<Word> columns_;  // [tiles, W, 256 / PER_WORD]: n^T, words along the bank
+};
+
+}  // namespace ckd::cpu::CKD_TIER

@@ -1,0 +1,138 @@
+// The CPU kernels as Python functions on addresses and sizes; ckd/backends/cpu.py is their only
+// caller and has checked everything. 0 stands for a null pointer. The GIL is released.
+
+#include "bindings.h"
+
+#include <pybind11/stl.h>
+
+#include "tiers.h"
+
+namespace py = pybind11;
+
+namespace ckd::cpu {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// (student, B, W), (bank, element, K, D, stride), weight, bias, logit_scale, half, threads.
+using StudentArguments = std::tuple<Address, std::int64_t, std::int64_t>;
+using BankArguments = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
+using InputArguments =
+    std::tuple<StudentArguments, BankArguments, Address, Address, float, bool, int>;
+
+Inputs inputs(const InputArguments& arguments) {
+  const auto& [student, bank, weight, bias, logit_scale, half, threads] = arguments;
+  Inputs in;
+  in.student = at<const float>(std::get<0>(student));
+  in.batch = std::get<1>(student);
+  in.student_dim = std::get<2>(student);
+  in.bank = at<const void>(std::get<0>(bank));
+  in.element = static_cast<Element>(std::get<1>(bank));
+  in.bank_rows = std::get<2>(bank);
+  in.teacher_dim = std::get<3>(bank);
+  in.bank_stride = std::get<4>(bank);
+  in.weight = at<const float>(weight);
+  in.bias = at<const float>(bias);
+  in.logit_scale = logit_scale;
+  in.half = half;
+  in.threads = threads > 0 ? threads : 1;
+  return in;
+}
+
+using Pair = std::tuple<Address, std::int64_t>;
+
+void contrastive_ce_forward(const std::string& name, const InputArguments& in, Address target,
+                            std::int64_t ignore_index, float label_smoothing, Pair cache,
+                            Address nll, Address lse, Address p_other, Address residual,
+                            Address attention) {
+  ContrastiveCeForward op;
+  op.in = inputs(in);
+  op.target = at<const std::int64_t>(target);
+  op.ignore_index = ignore_index;
+  op.label_smoothing = label_smoothing;
+  op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), false};
+  op.nll = at<float>(nll);
+  op.lse = at<float>(lse);
+  op.p_other = at<float>(p_other);
+  op.residual = at<float>(residual);
+  op.attention = at<float>(attention);
+  const Kernels* kernels = tier(name).kernels;
+  py::gil_scoped_release release;
+  kernels->contrastive_ce_forward(op);
+}
+
+void contrastive_ce_backward(const std::string& name, const InputArguments& in, Address target,
+                             std::int64_t ignore_index, float label_smoothing, Pair cache,
+                             Address d_nll, Address d_lse, Address lse, Address p_other,
+                             Address residual, Address attention, Address d_student,
+                             Address d_weight, Address d_bias, Address d_logit_scale) {
+  ContrastiveCeBackward op;
+  op.in = inputs(in);
+  op.target = at<const std::int64_t>(target);
+  op.ignore_index = ignore_index;
+  op.label_smoothing = label_smoothing;
+  op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), true};
+  op.d_nll = at<const float>(d_nll);
+  op.d_lse = at<const float>(d_lse);
+  op.lse = at<const float>(lse);
+  op.p_other = at<const float>(p_other);
+  op.residual = at<const float>(residual);
+  op.attention = at<const float>(attention);
+  op.d_student = at<float>(d_student);
+  op.d_weight = at<float>(d_weight);
+  op.d_bias = at<float>(d_bias);
+  op.d_logit_scale = at<float>(d_logit_scale);
+  const Kernels* kernels = tier(name).kernels;
+  py::gil_scoped_release release;
+  kernels->contrastive_ce_backward(op);
+}
+
+void similarity_forward(const std::string& name, const InputArguments& in, Address logits) {
+  const SimilarityForward op{inputs(in), at<float>(logits)};
+  const Kernels* kernels = tier(name).kernels;
+  py::gil_scoped_release release;
+  kernels->similarity_forward(op);
+}
+
+void similarity_backward(const std::string& name, const InputArguments& in, Address d_logits,
+                         Address d_student, Address d_weight, Address d_bias,
+                         Address d_logit_scale) {
+  const SimilarityBackward op{inputs(in),           at<const float>(d_logits),
+                              at<float>(d_student), at<float>(d_weight),
+                              at<float>(d_bias),    at<float>(d_logit_scale)};
+  const Kernels* kernels = tier(name).kernels;
+  py::gil_scoped_release release;
+  kernels->similarity_backward(op);
+}
+
+double gemm_peak(const std::string& name, bool half, int threads, double seconds) {
+  const Kernels* kernels = tier(name).kernels;
+  py::gil_scoped_release release;
+  return kernels->gemm_peak(half, threads, seconds);
+}
+
+std::vector<std::pair<std::string, bool>> list_tiers() {
+  std::vector<std::pair<std::string, bool>> found;
+  for (const Tier& tier : tiers()) found.emplace_back(tier.name, tier.kernels->half);
+  return found;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def("cpu_tiers", &list_tiers,
+        "The instruction sets that run here, best first: (name, has bfloat16 arithmetic).");
+  m.def("cpu_gemm_peak", &gemm_peak,
+        "GFLOP/s of the tier's matrix product on operands in the cache: (tier, half, threads, s).");
+  m.def("cpu_contrastive_ce_forward", &contrastive_ce_forward);
+  m.def("cpu_contrastive_ce_backward", &contrastive_ce_backward);
+  m.def("cpu_similarity_forward", &similarity_forward);
+  m.def("cpu_similarity_backward", &similarity_backward);
+}
+
+}  // namespace ckd::cpu

@@ -1,0 +1,377 @@
+// Contrastive cross-entropy over a bank of embeddings: with u = s / |s|, n = z / |z|, z = P t + b,
+//
+//   l_ik = logit_scale u_i . n_k        nll_i = log sum_k exp l_ik - l_iy
+//
+// Forward. For each panel of 64 students and tile of 256 bank rows: a block of logits, its
+// exponentials, and E' += p n, all in the cache; the [B, K] logits never exist. The target is left
+// out of the sums, so that nothing cancels when the softmax is peaked: with Z' and E' over k != y
+// and a = log Z' - l_y (the log-odds against the target),
+//
+//   nll = softplus(a)     p_other = sigmoid(a)     d nll / d (logit_scale u) = p_other (E'/Z' -
+//   n_y)
+//
+// A shift keeps the exponentials in range. |l| <= logit_scale, so up to MAX_FIXED_SCALE one
+// constant does; beyond, a row's shift is raised when a logit passes it by far (that is rare).
+//
+// Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if asked for)
+// floating-point operations and B K exponentials. Memory beside the results: the students (B W),
+// the sums ((W + 2) (B + 2048)), a chunk of the bank in two forms, and scratch for each thread.
+//
+// Backward. For student and scale from residual and attention alone; weight and bias in
+// projection.h, with G_ik = (g_i + h_i) p_ik, where g and h are d_nll and d_lse, and at the target
+// h_i p - g_i p_other, which again does not cancel.
+
+#pragma once
+
+#include "projection.h"
+
+namespace ckd::cpu::CKD_TIER {
+
+constexpr float MAX_FIXED_SCALE = 64;  // 2 x 64 x log2(e) + MARGIN < 2^8, float32's exponent range
+constexpr float MARGIN = 80;           // log2 by which a logit may pass the shift
+constexpr float NO_SHIFT = -1e30f;     // before the first tile; finite, since -inf - -inf is NaN
+constexpr double LN2 = 0.693147180559945309;
+
+// The softmax sums of a panel of students over a part of the bank, without the targets.
+struct Sums {
+  float* shift;   // [64] log2
+  float* total;   // [64] sum of 2^(l2 - shift), where l2 = l log2(e)
+  float* values;  // [W, 64] sum of 2^(l2 - shift) n; null: not kept
+};
+
+template <class Type>
+class CeForward {
+  using Word = typename Type::Word;
+  static constexpr std::int64_t CHUNK_TILES = 8;
+  static constexpr std::int64_t MIN_ITEMS = 32;  // parallelism of a pass, whatever the batch
+  static constexpr std::int64_t MAX_SPLITS = 8;
+
+ public:
+  explicit CeForward(const ContrastiveCeForward& op)
+      : op_(op),
+        in_(op.in),
+        students_(op.in),
+        bank_(op.in, op.cache),
+        panels_(students_.panels()),
+        // Students are split among threads; a small batch splits the bank as well.
+        splits_(panels_ == 0 ? 1
+                             : smaller(smaller(MAX_SPLITS, ceil_div(MIN_ITEMS, panels_)),
+                                       ceil_div(in_.bank_rows, TILE))),
+        chunk_(bank_, in_.student_dim,
+               round_up(smaller(CHUNK_TILES, ceil_div(in_.bank_rows, TILE)), splits_), true),
+        queries_(panels_ * bank_.width() * PANEL),
+        shift_(panels_ * splits_ * PANEL),
+        total_(panels_ * splits_ * PANEL),
+        values_(keeps_values() ? panels_ * splits_ * in_.student_dim * PANEL : 0),
+        l_target_(panels_ * PANEL),
+        n_sum_(in_.student_dim) {}
+
+  void run() {
+    const double b = static_cast<double>(in_.batch), k = static_cast<double>(in_.bank_rows);
+    const int threads = useful_threads(
+        in_, k * in_.student_dim * ((in_.weight ? in_.teacher_dim : 0) + 2 * b) + 20 * b * k);
+    std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
+    clear();
+    parallel(threads, [&](int thread) {
+      Scratch& mine = scratch[static_cast<std::size_t>(thread)];
+      each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
+      for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
+        const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
+        each(end - first, [&](std::int64_t p) { chunk_.fill(first, first + p, mine.panel); });
+        const bool smooth = op_.label_smoothing > 0;
+        each(panels_ * splits_ + smooth, [&](std::int64_t item) {
+          if (item == panels_ * splits_) return add_rows(first);
+          for (std::int64_t tile = item % splits_; tile < chunk_.tiles(); tile += splits_) {
+            const std::int64_t k0 = first * PANEL + tile * TILE;
+            if (k0 < in_.bank_rows) add_tile(item / splits_, item % splits_, tile, k0, mine);
+          }
+        });
+      }
+      each(panels_, [&](std::int64_t panel) { finish(panel, mine); });
+    });
+  }
+
+ private:
+  struct Scratch {
+    Scratch(const Bank<Type>& bank, const Inputs& in)
+        : panel(bank),
+          logits((TILE + 2) * PANEL),
+          words(TILE / Type::PER_WORD * PANEL),
+          rows(PANEL * (bank.width() > in.student_dim ? bank.width() : in.student_dim)),
+          row(2 * in.student_dim + PANEL) {}
+    typename Bank<Type>::Scratch panel;
+    Buffer<float> logits;  // [256, 64] logits, then exponentials; a row more when count is odd
+    Buffer<Word> words;    // [256 / PER_WORD, 64]
+    Buffer<float> rows;    // [64, W]; a word is as large as a float
+    Buffer<float> row;
+  };
+
+  bool keeps_values() const { return op_.residual != nullptr || op_.attention != nullptr; }
+  bool shift_is_fixed() const { return in_.logit_scale <= MAX_FIXED_SCALE; }
+  // n_y of each row stands in a result until the row is finished.
+  float* n_target() const { return op_.residual != nullptr ? op_.residual : op_.attention; }
+
+  Sums sums(std::int64_t panel, std::int64_t split) const {
+    const std::int64_t at = panel * splits_ + split;
+    return {shift_ + at * PANEL, total_ + at * PANEL,
+            keeps_values() ? values_ + at * in_.student_dim * PANEL : nullptr};
+  }
+
+  void clear() {
+    const float shift = shift_is_fixed() ? in_.logit_scale * LOG2E - MARGIN : NO_SHIFT;
+    for (std::int64_t i = 0; i < panels_ * splits_ * PANEL; ++i) shift_[i] = shift;
+    for (std::int64_t i = 0; i < panels_ * PANEL; ++i) l_target_[i] = -__builtin_inff();
+    total_.zero();
+    values_.zero();
+    n_sum_.zero();
+    if (keeps_values()) {
+      std::memset(n_target(), 0, static_cast<std::size_t>(in_.batch * in_.student_dim) * 4);
+    }
+  }
+
+  // u^T of 64 students, words along W.
+  void pack_queries(std::int64_t panel, Scratch& mine) {
+    Word* rows = reinterpret_cast<Word*>(static_cast<float*>(mine.rows));
+    students_.pack_rows(panel * PANEL, rows, mine.row);
+    transpose<Word>(rows, bank_.width(), PANEL, bank_.width(),
+                    queries_ + panel * bank_.width() * PANEL, PANEL);
+  }
+
+  void add_tile(std::int64_t panel, std::int64_t split, std::int64_t tile, std::int64_t k0,
+                Scratch& mine) {
+    const std::int64_t count = smaller(TILE, in_.bank_rows - k0), width = bank_.width();
+    const int cols = students_.columns(panel);
+    const Sums to = sums(panel, split);
+    gemm(count, cols, width,
+         Operands<Type>{chunk_.rows(tile), width, queries_ + panel * width * PANEL, PANEL,
+                        mine.logits, PANEL},
+         false);
+    take_targets(panel, tile, k0, count, mine.logits);
+    if (!shift_is_fixed()) raise_shift(mine.logits, count, cols, to);
+    const Word* p = exponentials(count, cols, to, mine);
+    if (!keeps_values()) return;
+    gemm(in_.student_dim, cols, words<Type>(count),
+         Operands<Type>{chunk_.columns(tile), Chunk<Type>::TILE_WORDS, p, PANEL, to.values, PANEL},
+         true);
+  }
+
+  // Notes l_y and n_y of the targets in this tile, and takes them out of the block.
+  void take_targets(std::int64_t panel, std::int64_t tile, std::int64_t k0, std::int64_t count,
+                    float* logits) {
+    for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
+      const std::int64_t k = op_.target[i] - k0;
+      if (op_.target[i] == op_.ignore_index || k < 0 || k >= count) continue;
+      float& logit = logits[k * PANEL + i % PANEL];
+      l_target_[i] = logit * (in_.logit_scale * LOG2E);
+      logit = -__builtin_inff();
+      if (keeps_values()) {
+        from_words(chunk_.rows(tile) + k * bank_.width(), in_.student_dim,
+                   n_target() + i * in_.student_dim);
+      }
+    }
+  }
+
+  void raise_shift(const float* logits, std::int64_t count, int cols, Sums to) const {
+    const float scale = in_.logit_scale * LOG2E;
+    for (int j = 0; j < cols; j += LANES) {
+      Vec top = broadcast(-__builtin_inff());
+      for (std::int64_t k = 0; k < count; ++k) top = larger(top, load(logits + k * PANEL + j));
+      top *= scale;
+      const Vec old = load(to.shift + j);
+      const IntVec above = top > old + MARGIN;
+      if (!any(above)) continue;
+      const Vec shift = above ? top : old;
+      const Vec factor = above ? exp2(old - shift) : broadcast(1.0f);
+      store(to.shift + j, shift);
+      store(to.total + j, load(to.total + j) * factor);
+      for (std::int64_t w = 0; to.values != nullptr && w < in_.student_dim; ++w) {
+        float* value = to.values + w * PANEL + j;
+        store(value, load(value) * factor);
+      }
+    }
+  }
+
+  // 2^(l2 - shift) as words along the bank; adds their sums to the totals.
+  const Word* exponentials(std::int64_t count, int cols, Sums to, Scratch& mine) const {
+    Word* out;
+    if constexpr (Type::PER_WORD == 1) {
+      out = mine.logits;
+    } else {
+      out = mine.words;
+    }
+    int vectors = cols / LANES, j = 0;
+    for (; vectors >= 4; vectors -= 4, j += 4 * LANES) {
+      exponentials<4>(count, mine.logits + j, to.shift + j, to.total + j, out + j);
+    }
+    for (; vectors > 0; --vectors, j += LANES) {
+      exponentials<1>(count, mine.logits + j, to.shift + j, to.total + j, out + j);
+    }
+    return out;
+  }
+
+  template <int VECTORS>
+  void exponentials(std::int64_t count, const float* logits, const float* shifts, float* totals,
+                    Word* out) const {
+    const float scale = in_.logit_scale * LOG2E;
+    Vec shift[VECTORS], even[VECTORS] = {}, odd[VECTORS] = {};
+    for (int v = 0; v < VECTORS; ++v) shift[v] = load(shifts + v * LANES);
+    const std::int64_t padded = words<Type>(count) * Type::PER_WORD;
+    for (std::int64_t k = 0; k < padded; k += 2, logits += 2 * PANEL) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec l = load(logits + v * LANES), next = load(logits + PANEL + v * LANES);
+        const Vec a = k < count ? exp2(l * scale - shift[v]) : Vec{};
+        const Vec b = k + 1 < count ? exp2(next * scale - shift[v]) : Vec{};
+        even[v] += a;
+        odd[v] += b;
+        store_pair(a, b, out + v * LANES);
+      }
+      out += 2 / Type::PER_WORD * PANEL;
+    }
+    for (int v = 0; v < VECTORS; ++v) {
+      float* total = totals + v * LANES;
+      store(total, load(total) + (even[v] + odd[v]));
+    }
+  }
+
+  // Adds the tiles of a chunk to sum_k n_k.
+  void add_rows(std::int64_t first) {
+    for (std::int64_t tile = 0; tile < chunk_.tiles(); ++tile) {
+      const std::int64_t count = in_.bank_rows - first * PANEL - tile * TILE;
+      if (count <= 0) return;
+      chunk_.add_rows(tile, smaller(TILE, count), n_sum_);
+    }
+  }
+
+  // Joins the splits of a panel and writes the results of its students.
+  void finish(std::int64_t panel, Scratch& mine) {
+    const std::int64_t dim = in_.student_dim;
+    const Sums all = sums(panel, 0);
+    join(panel, all);
+    if (keeps_values()) transpose<float>(all.values, PANEL, dim, PANEL, mine.rows, dim);
+    for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
+      const std::int64_t lane = i % PANEL;
+      finish_row(i, LN2 * all.shift[lane] + std::log(static_cast<double>(all.total[lane])),
+                 all.total[lane], mine.rows + lane * dim, mine.row);
+    }
+  }
+
+  void join(std::int64_t panel, Sums all) const {
+    for (std::int64_t split = 1; split < splits_; ++split) {
+      const Sums part = sums(panel, split);
+      for (int j = 0; j < PANEL; j += LANES) {
+        const Vec a = load(all.shift + j), b = load(part.shift + j);
+        const Vec shift = larger(a, b);
+        const Vec left = exp2(a - shift), right = exp2(b - shift);
+        store(all.shift + j, shift);
+        store(all.total + j, load(all.total + j) * left + load(part.total + j) * right);
+        for (std::int64_t w = 0; all.values != nullptr && w < in_.student_dim; ++w) {
+          float* value = all.values + w * PANEL + j;
+          store(value, load(value) * left + load(part.values + w * PANEL + j) * right);
+        }
+      }
+    }
+  }
+
+  void finish_row(std::int64_t i, double log_other, float total, const float* values, float* unit) {
+    const std::int64_t dim = in_.student_dim;
+    const float smoothing = op_.label_smoothing;
+    const bool has_target = op_.target[i] != op_.ignore_index;
+    const double l_target = LN2 * static_cast<double>(l_target_[i]);
+    // +inf where there is no target; where the target is the whole bank, total 0 and log_other
+    // -inf.
+    const double odds = log_other - l_target;
+    const double small = std::exp(odds < 0 ? odds : -odds);  // in (0, 1]
+    const double other = odds < 0 ? small / (1 + small) : 1 / (1 + small);
+    double nll = (odds > 0 ? odds : 0) + std::log1p(small);
+    op_.lse[i] = static_cast<float>(has_target ? l_target + nll : log_other);
+    op_.p_other[i] = static_cast<float>(other);
+    if (smoothing > 0) {
+      students_.unit_row(i, unit);
+      const double l_mean = static_cast<double>(in_.logit_scale) * dot(unit, n_sum_, dim) /
+                            static_cast<double>(in_.bank_rows);
+      nll += smoothing * (l_target - l_mean);
+    }
+    op_.nll[i] = has_target ? static_cast<float>(nll) : 0.0f;
+    if (!keeps_values()) return;
+
+    const float weight = static_cast<float>(other), inverse = total == 0 ? 0 : 1 / total;
+    const float mean = 1 / static_cast<float>(in_.bank_rows);
+    const float* n_y = n_target() + i * dim;
+    for (std::int64_t w = 0; w < dim; ++w) {
+      const float n_other = values[w] * inverse, target = n_y[w];
+      float residual = weight * (n_other - target);
+      if (smoothing > 0) residual += smoothing * (target - n_sum_[w] * mean);
+      if (op_.attention != nullptr) {
+        op_.attention[i * dim + w] = weight * n_other + (1 - weight) * target;
+      }
+      if (op_.residual != nullptr) op_.residual[i * dim + w] = has_target ? residual : 0;
+    }
+  }
+
+  const ContrastiveCeForward& op_;
+  const Inputs& in_;
+  Students<Type> students_;
+  Bank<Type> bank_;
+  std::int64_t panels_, splits_;
+  Chunk<Type> chunk_;
+  Buffer<Word> queries_;  // [panels, words(W), 64]: u^T, words along W
+  Buffer<float> shift_, total_, values_;
+  Buffer<float> l_target_;  // log2; -inf where there is no target
+  Buffer<float> n_sum_;
+};
+
+template <class Type>
+void contrastive_ce_backward(const ContrastiveCeBackward& op) {
+  const Inputs& in = op.in;
+  const std::int64_t dim = in.student_dim;
+  Students<Type> students(in);
+  // g and h of each row; what no gradient reaches is dropped, since it may hold NaN.
+  Buffer<float> g(in.batch), h(in.batch), log2_sum(in.batch);
+  for (std::int64_t i = 0; i < in.batch; ++i) {
+    const bool has_target = op.target[i] != op.ignore_index;
+    g[i] = op.d_nll != nullptr && has_target ? op.d_nll[i] : 0;
+    h[i] = op.d_lse != nullptr ? op.d_lse[i] : 0;
+    const bool idle = g[i] == 0 && h[i] == 0;
+    if (idle) students.drop(i);
+    log2_sum[i] = idle ? 0 : static_cast<float>(op.lse[i] / LN2);
+  }
+
+  if (op.d_student != nullptr || op.d_logit_scale != nullptr) {
+    const auto slope = [&](std::int64_t i, float* out) {
+      for (std::int64_t w = 0; w < dim; ++w) {
+        float sum = 0;
+        if (g[i] != 0) sum += g[i] * op.residual[i * dim + w];
+        if (h[i] != 0) sum += h[i] * op.attention[i * dim + w];
+        out[w] = sum;
+      }
+    };
+    row_gradients(students, in, slope, op.d_student, op.d_logit_scale);
+  }
+  if (op.d_weight == nullptr && op.d_bias == nullptr) return;
+
+  const float scale = in.logit_scale * LOG2E;
+  const float smoothing = op.label_smoothing / static_cast<float>(in.bank_rows);
+  const auto fill = [&](Block block) {
+    for (std::int64_t r = 0; r < block.rows; ++r) {
+      const std::int64_t i = block.i0 + r, k = op.target[i] - block.k0;
+      float* row = block.at + r * PANEL;
+      const float lse = log2_sum[i], both = g[i] + h[i], smooth = g[i] * smoothing;
+      const bool here = k >= 0 && k < block.bank_rows && op.target[i] != op.ignore_index;
+      const float target = here ? row[k] : 0;
+      for (int j = 0; j < block.columns; j += LANES) {
+        store(row + j, exp2(load(row + j) * scale - lse) * both - smooth);
+      }
+      if (!here) continue;
+      // g and h are 0 where the row's own results may not be looked at.
+      row[k] = g[i] == 0 ? 0 : -g[i] * (op.p_other[i] - op.label_smoothing) - smooth;
+      if (h[i] != 0) row[k] += h[i] * std::exp2(target * scale - lse);
+    }
+  };
+  const double b = static_cast<double>(in.batch), k = static_cast<double>(in.bank_rows);
+  const int threads = useful_threads(in, k * dim * (in.teacher_dim + 2 * b) + 20 * b * k);
+  Bank<Type> bank(in, op.cache);
+  ProjectionGradient<Type>(in, students, bank, true).run(threads, fill, op.d_weight, op.d_bias);
+}
+
+}  // namespace ckd::cpu::CKD_TIER

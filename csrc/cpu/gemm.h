@@ -1,0 +1,205 @@
+// C [m, cols] (+)= A [m, k] B [k, cols] for operands that fit the caches: the one matrix product
+// under every kernel.
+//
+// Row-major everywhere. `cols` is a multiple of LANES and at most PANEL; m is any. k counts words:
+// a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
+// the order of k, so that C does not depend on how the caller cuts m and cols.
+
+#pragma once
+
+#include "simd.h"
+
+namespace ckd::cpu::CKD_TIER {
+
+constexpr int PANEL = 64;  // columns of a panel of B, which is also its leading dimension
+
+// The register block is MR rows by NR vectors. On AVX-512 it takes 24 + 4 + 1 of 32 registers, and
+// 6 x 64 beats 8 x 48, 12 x 32 and 14 x 32 (Intel Sapphire Rapids, 2026-11: 205, 188, 178, 188 GF/s
+// a core); with 16 registers it takes 12 + 2 + 1.
+#if defined(__AVX512F__)
+constexpr int MR = 6, NR = 4;
+#else
+constexpr int MR = 6, NR = 2;
+#endif
+
+struct Float32 {
+  using Word = float;
+  static constexpr int PER_WORD = 1;
+  static constexpr int PAD = 1;  // k is padded with zeros to a multiple of so many words
+  static Vec mac(Vec c, Vec a, Vec b) { return a * b + c; }
+};
+
+#if defined(CKD_BFLOAT16)
+struct BFloat16 {
+  using Word = std::uint32_t;
+  static constexpr int PER_WORD = 2;
+  static constexpr int PAD = 16;  // an AMX tile; harmless without
+  static Vec mac(Vec c, WordVec a, WordVec b) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// Words that hold n elements, padding included.
+template <class Type>
+constexpr std::int64_t words(std::int64_t n) {
+  const std::int64_t used = (n + Type::PER_WORD - 1) / Type::PER_WORD;
+  return (used + Type::PAD - 1) / Type::PAD * Type::PAD;
+}
+
+template <class Type>
+struct Operands {
+  const typename Type::Word* a;
+  std::int64_t lda;
+  const typename Type::Word* b;
+  std::int64_t ldb;
+  float* c;
+  std::int64_t ldc;
+};
+
+template <class Type, int ROWS, int VECTORS>
+inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Operands<Type>& at,
+                                                      bool accumulate) {
+  Vec sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec{};
+  }
+#pragma GCC unroll 4
+  for (std::int64_t p = 0; p < k; ++p) {
+    decltype(load(at.b)) row[VECTORS];
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) row[j] = load(at.b + p * at.ldb + j * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const auto x = broadcast(at.a[i * at.lda + p]);
+#pragma GCC unroll 4
+      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Type::mac(sum[i][j], x, row[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) {
+      float* c = at.c + i * at.ldc + j * LANES;
+      // Added at the end, not carried through the sum: the rounding then grows with k, not with
+      // |C|.
+      store(c, accumulate ? load(c) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
+template <class Type, int VECTORS>
+void gemm_strip(std::int64_t m, std::int64_t k, Operands<Type> at, bool accumulate) {
+  const auto skip = [&at, &m](int rows) {
+    at.a += rows * at.lda;
+    at.c += rows * at.ldc;
+    m -= rows;
+  };
+  for (; m >= MR; skip(MR)) gemm_block<Type, MR, VECTORS>(k, at, accumulate);
+  // At most five rows are left.
+  if (m >= 4) gemm_block<Type, 4, VECTORS>(k, at, accumulate), skip(4);
+  if (m >= 2) gemm_block<Type, 2, VECTORS>(k, at, accumulate), skip(2);
+  if (m >= 1) gemm_block<Type, 1, VECTORS>(k, at, accumulate);
+}
+
+#if defined(CKD_AMX)
+
+// GCC's tile loads do not tell the compiler that they read memory: stores to it have to be forced.
+inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
+
+// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B: blocks of 32 x 32 with 32 (two words of 16) along k.
+inline void configure_tiles(int rows) {
+  struct alignas(64) {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 6; ++tile) config.rows[tile] = static_cast<std::uint8_t>(rows);
+  config.rows[6] = config.rows[7] = 16;
+  memory_barrier();
+  _tile_loadconfig(&config);
+}
+
+// 16 TWO_A x 16 TWO_B blocks; the number of rows of a tile is the configured one.
+template <bool TWO_A, bool TWO_B>
+inline void tile_block(std::int64_t k, Operands<BFloat16> at, bool accumulate) {
+  const std::int64_t lda = at.lda * 4, ldb = at.ldb * 4, ldc = at.ldc * 4;
+  const std::uint32_t* a = at.a;
+  const std::uint32_t* b = at.b;
+  float* lower = at.c + 16 * at.ldc;
+  if (accumulate) {
+    _tile_loadd(0, at.c, ldc);
+    if (TWO_B) _tile_loadd(1, at.c + 16, ldc);
+    if (TWO_A) _tile_loadd(2, lower, ldc);
+    if (TWO_A && TWO_B) _tile_loadd(3, lower + 16, ldc);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (std::int64_t p = 0; p < k; p += 16, a += 16, b += 16 * at.ldb) {
+    _tile_loadd(4, a, lda);
+    _tile_loadd(6, b, ldb);
+    _tile_dpbf16ps(0, 4, 6);
+    if (TWO_B) {
+      _tile_loadd(7, b + 16, ldb);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (TWO_A) {
+      _tile_loadd(5, a + 16 * at.lda, lda);
+      _tile_dpbf16ps(2, 5, 6);
+      if (TWO_B) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, at.c, ldc);
+  if (TWO_B) _tile_stored(1, at.c + 16, ldc);
+  if (TWO_A) _tile_stored(2, lower, ldc);
+  if (TWO_A && TWO_B) _tile_stored(3, lower + 16, ldc);
+}
+
+template <bool TWO_A>
+inline void tile_row(int cols, std::int64_t k, Operands<BFloat16> at, bool accumulate) {
+  int j = 0;
+  for (; j + 32 <= cols; j += 32) {
+    tile_block<TWO_A, true>(k, {at.a, at.lda, at.b + j, at.ldb, at.c + j, at.ldc}, accumulate);
+  }
+  if (j < cols) {
+    tile_block<TWO_A, false>(k, {at.a, at.lda, at.b + j, at.ldb, at.c + j, at.ldc}, accumulate);
+  }
+}
+
+// Leaves no tile state behind: a thread that holds any makes its context switches slower, and other
+// libraries configure tiles of their own.
+inline void gemm(std::int64_t m, int cols, std::int64_t k, Operands<BFloat16> at, bool accumulate) {
+  configure_tiles(16);
+  std::int64_t i = 0;
+  const auto from = [&at](std::int64_t row) {
+    return Operands<BFloat16>{at.a + row * at.lda, at.lda, at.b, at.ldb,
+                              at.c + row * at.ldc, at.ldc};
+  };
+  for (; i + 32 <= m; i += 32) tile_row<true>(cols, k, from(i), accumulate);
+  if (i + 16 <= m) tile_row<false>(cols, k, from(i), accumulate), i += 16;
+  if (i < m) {
+    configure_tiles(static_cast<int>(m - i));
+    tile_row<false>(cols, k, from(i), accumulate);
+  }
+  _tile_release();
+}
+
+#endif
+
+template <class Type>
+void gemm(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accumulate) {
+  int vectors = cols / LANES;
+  for (; vectors >= NR; vectors -= NR, at.b += NR * LANES, at.c += NR * LANES) {
+    gemm_strip<Type, NR>(m, k, at, accumulate);
+  }
+  if (NR > 3 && vectors == 3) gemm_strip<Type, 3>(m, k, at, accumulate);
+  if (NR > 2 && vectors == 2) gemm_strip<Type, 2>(m, k, at, accumulate);
+  if (vectors == 1) gemm_strip<Type, 1>(m, k, at, accumulate);
+}
+
+}  // namespace ckd::cpu::CKD_TIER

@@ -1,0 +1,223 @@
+// d_weight and d_bias, bank-stationary. For each panel of bank rows, over all students:
+//
+//   dN_k = logit_scale sum_i G_ik u_i     dZ_k = (dN_k - (dN_k . n_k) n_k) / |z_k|
+//   d_weight = dZ^T T                     d_bias = sum_k dZ_k
+//
+// G comes from the op, a block of students at a time. dZ of a run of panels is kept and then
+// multiplied with the bank by blocks of d_weight, each of which has one owner: no atomics, no
+// private copies of d_weight, and the same sums in the same order on any number of threads.
+//
+// Reads the bank once (twice where its projection is not in the cache). Work: 2 B K W (logits) +
+// 2 B K W (dN) + 2 K D W (d_weight) floating-point operations.
+
+#pragma once
+
+#include <vector>
+
+#include "bank.h"
+
+namespace ckd::cpu::CKD_TIER {
+
+constexpr std::int64_t STUDENT_BLOCK = 256;
+
+// A block of G: students [i0, i0 + rows) by bank rows [k0, k0 + bank_rows), rows 64 apart.
+struct Block {
+  std::int64_t i0, rows, k0, bank_rows;
+  int columns;  // bank_rows rounded up to whole vectors; what stands beyond is of no account
+  float* at;    // holds u . n, and receives G
+};
+
+template <class Type>
+class ProjectionGradient {
+  using Word = typename Type::Word;
+  static constexpr std::int64_t RUN = 2048;          // bank rows whose dZ is kept
+  static constexpr std::int64_t WEIGHT_BLOCK = 128;  // rows of a block of d_weight; 64 columns
+
+ public:
+  ProjectionGradient(const Inputs& in, const Students<Type>& students, const Bank<Type>& bank,
+                     bool needs_logits)
+      : in_(in),
+        students_(students),
+        bank_(bank),
+        needs_logits_(needs_logits),
+        width_(bank.width()),
+        batch_(round_up(in.batch, PANEL)),
+        rows_(needs_logits ? batch_ * width_ : 0),
+        columns_(in.student_dim * batch_ / Type::PER_WORD) {}
+
+  // fill(Block) turns a block of u . n (or of nothing, if logits are not needed) into G.
+  template <class Fill>
+  void run(int threads, const Fill& fill, float* d_weight, float* d_bias) {
+    const std::int64_t panels = bank_.panels(), per_run = smaller(RUN / PANEL, panels);
+    const std::int64_t run_words = per_run * PANEL / Type::PER_WORD;
+    const std::int64_t width = in_.student_dim, dim = in_.teacher_dim;
+    const std::int64_t column_blocks = d_weight == nullptr ? 0 : ceil_div(dim, PANEL);
+    const std::int64_t row_blocks = ceil_div(width, WEIGHT_BLOCK);
+    Buffer<Word> d_z(width * run_words);          // dZ^T, words along the bank
+    Buffer<float> d_bias_parts(per_run * width);  // one row for each panel
+    Buffer<float> edge(width * PANEL);            // columns of d_weight past the last whole panel
+    std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
+    if (d_bias != nullptr) std::memset(d_bias, 0, static_cast<std::size_t>(width) * 4);
+
+    parallel(threads, [&](int thread) {
+      Scratch& mine = scratch[static_cast<std::size_t>(thread)];
+      each(batch_ / PANEL, [&](std::int64_t panel) { pack_students(panel * PANEL, mine); });
+      for (std::int64_t first = 0; first < panels; first += per_run) {
+        const std::int64_t count = smaller(per_run, panels - first);
+        each(count, [&](std::int64_t p) {
+          panel_gradient(first + p, fill, mine, d_z + p * PANEL / Type::PER_WORD, run_words,
+                         d_bias_parts + p * width);
+        });
+        each(column_blocks * row_blocks + 1, [&](std::int64_t item) {
+          if (item == column_blocks * row_blocks) {
+            if (d_bias != nullptr) add_rows(d_bias_parts, count, width, d_bias);
+            return;
+          }
+          const std::int64_t d0 = item / row_blocks * PANEL, w0 = item % row_blocks * WEIGHT_BLOCK;
+          const std::int64_t rows = smaller(WEIGHT_BLOCK, width - w0);
+          const bool whole = d0 + PANEL <= dim;
+          float* out = whole ? d_weight + w0 * dim + d0 : edge + w0 * PANEL;
+          const std::int64_t ld = whole ? dim : PANEL;
+          weight_block(first, count, d0, rows, d_z + w0 * run_words, run_words, out, ld, mine);
+          if (!whole && first + count == panels) {
+            for (std::int64_t w = 0; w < rows; ++w) {
+              std::memcpy(d_weight + (w0 + w) * dim + d0, out + w * PANEL,
+                          static_cast<std::size_t>(dim - d0) * 4);
+            }
+          }
+        });
+      }
+    });
+  }
+
+ private:
+  struct Scratch {
+    Scratch(const Bank<Type>& bank, const Inputs& in)
+        : panel(bank),
+          block(STUDENT_BLOCK * PANEL),
+          words(STUDENT_BLOCK / Type::PER_WORD * PANEL),
+          d_n(bank.width() * Type::PER_WORD * PANEL),
+          pairs(PANEL * in.student_dim),
+          wide(2 * PANEL) {}
+    typename Bank<Type>::Scratch panel;
+    Buffer<float> block;  // [256, 64] logits, then G
+    Buffer<Word> words;   // G as words along the students; then bank rows as words along the bank
+    Buffer<float> d_n;    // [W, 64]; before that unit rows of 64 students
+    Buffer<Word> pairs;   // the same as words along the students
+    Buffer<float> wide;   // two half rows of the bank
+  };
+
+  void pack_students(std::int64_t i0, Scratch& mine) {
+    constexpr std::int64_t COUNT = PANEL / Type::PER_WORD;
+    const std::int64_t dim = in_.student_dim, ld = batch_ / Type::PER_WORD;
+    if (needs_logits_) students_.pack_rows(i0, rows_ + i0 * width_, mine.d_n);
+    float* unit = mine.d_n;
+    for (std::int64_t i = 0; i < PANEL; ++i) {
+      if (i0 + i < in_.batch) {
+        students_.unit_row(i0 + i, unit + i * dim);
+      } else {
+        std::memset(unit + i * dim, 0, static_cast<std::size_t>(dim) * 4);
+      }
+    }
+    for (std::int64_t r = 0; r < COUNT; ++r) {
+      pair_rows(unit + r * Type::PER_WORD * dim, dim, dim, mine.pairs + r * dim);
+    }
+    transpose<Word>(mine.pairs, dim, COUNT, dim, columns_ + i0 / Type::PER_WORD, ld);
+  }
+
+  // dZ^T of one panel, as words with `ld` between rows, and its sum over the panel.
+  template <class Fill>
+  void panel_gradient(std::int64_t panel, const Fill& fill, Scratch& mine, Word* d_z,
+                      std::int64_t ld, float* d_bias) const {
+    const Panel<Type> n = bank_.recall(panel, mine.panel);
+    const int cols = bank_.columns(panel);
+    std::memset(mine.d_n, 0, static_cast<std::size_t>(in_.student_dim * PANEL) * 4);
+    for (std::int64_t i0 = 0; i0 < in_.batch; i0 += STUDENT_BLOCK) {
+      const std::int64_t count = smaller(STUDENT_BLOCK, in_.batch - i0);
+      if (needs_logits_) {
+        gemm(count, cols, width_,
+             Operands<Type>{rows_ + i0 * width_, width_, n.words, PANEL, mine.block, PANEL}, false);
+      }
+      fill(Block{i0, count, panel * PANEL, bank_.rows(panel), cols, mine.block});
+      const Word* g = block_words<Type>(mine.block, count, mine.words);
+      gemm(in_.student_dim, cols, words<Type>(count),
+           Operands<Type>{columns_ + i0 / Type::PER_WORD, batch_ / Type::PER_WORD, g, PANEL,
+                          mine.d_n, PANEL},
+           true);
+    }
+    through_norm(n, cols, mine.d_n);
+    for (std::int64_t w = 0; w < in_.student_dim; ++w) {
+      const float* row = mine.d_n + w * PANEL;
+      Vec sum = {};
+      for (int j = 0; j < cols; j += LANES) sum += load(row + j);
+      d_bias[w] = sum_lanes(sum);
+      to_words(row, PANEL, d_z + w * ld);
+    }
+  }
+
+  // dN to dZ in place; rows that count as zero, and columns that are no row, become 0.
+  void through_norm(Panel<Type> n, int cols, float* d_n) const {
+    for (int j = 0; j < PANEL; j += LANES) {
+      Vec along = {};
+      for (std::int64_t p = 0; j < cols && p < width_; ++p) {
+        Vec parts[Type::PER_WORD];
+        split_word(n.words + p * PANEL + j, parts);
+        for (int e = 0; e < Type::PER_WORD; ++e) {
+          const std::int64_t w = p * Type::PER_WORD + e;
+          if (w < in_.student_dim) along += load(d_n + w * PANEL + j) * parts[e];
+        }
+      }
+      const Vec inverse = load(n.inverse + j), scale = inverse * in_.logit_scale;
+      for (std::int64_t p = 0; p < width_; ++p) {
+        Vec parts[Type::PER_WORD];
+        split_word(n.words + p * PANEL + j, parts);
+        for (int e = 0; e < Type::PER_WORD; ++e) {
+          const std::int64_t w = p * Type::PER_WORD + e;
+          if (w >= in_.student_dim) continue;
+          float* x = d_n + w * PANEL + j;
+          store(x, inverse == 0.0f ? Vec{} : (load(x) - along * parts[e]) * scale);
+        }
+      }
+    }
+  }
+
+  // d_weight [rows, 64 columns from d0] (+)= dZ^T T over `count` panels from `first`.
+  void weight_block(std::int64_t first, std::int64_t count, std::int64_t d0, std::int64_t rows,
+                    const Word* d_z, std::int64_t ld_z, float* out, std::int64_t ld,
+                    Scratch& mine) const {
+    const std::int64_t k0 = first * PANEL, k1 = smaller(k0 + count * PANEL, in_.bank_rows);
+    const std::int64_t dims = smaller(PANEL, in_.teacher_dim - d0);
+    const int cols = static_cast<int>(round_up(dims, 16));
+    for (std::int64_t k = k0; k < k1; k += STUDENT_BLOCK) {
+      const std::int64_t used = words<Type>(smaller(STUDENT_BLOCK, k1 - k));
+      for (std::int64_t p = 0; p < used; ++p) {
+        for (int e = 0; e < Type::PER_WORD; ++e) {
+          float* row = mine.wide + e * PANEL;
+          const std::int64_t at = k + p * Type::PER_WORD + e, known = at < k1 ? dims : 0;
+          if (known > 0) bank_.widen_row(at, d0, known, row);
+          std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
+        }
+        pair_rows(mine.wide, PANEL, PANEL, mine.words + p * PANEL);
+      }
+      gemm(rows, cols, used,
+           Operands<Type>{d_z + (k - k0) / Type::PER_WORD, ld_z, mine.words, PANEL, out, ld},
+           k > 0);
+    }
+  }
+
+  static void add_rows(const float* rows, std::int64_t count, std::int64_t n, float* sum) {
+    for (std::int64_t r = 0; r < count; ++r) {
+      for (std::int64_t w = 0; w < n; ++w) sum[w] += rows[r * n + w];
+    }
+  }
+
+  const Inputs& in_;
+  const Students<Type>& students_;
+  const Bank<Type>& bank_;
+  bool needs_logits_;
+  std::int64_t width_, batch_;  // batch_: B rounded up to whole panels
+  Buffer<Word> rows_;           // [B, words(W)]: u, words along W
+  Buffer<Word> columns_;        // [W, B / PER_WORD]: u^T, words along the students
+};
+
+}  // namespace ckd::cpu::CKD_TIER

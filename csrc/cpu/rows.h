@@ -1,0 +1,129 @@
+// Student rows: unit vectors u = s / |s|, and what flows back through them.
+
+#pragma once
+
+#include <cmath>
+
+#include "buffer.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace ckd::cpu::CKD_TIER {
+
+constexpr float MIN_NORM = 1e-6f;  // rows shorter than this count as zero
+constexpr float LOG2E = 1.44269504f;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// 1 / norm; 0 for a row that counts as zero, NaN where the norm is not finite.
+inline float inverse_norm(float sum_of_squares) {
+  const float norm = std::sqrt(sum_of_squares);
+  if (norm < MIN_NORM) return 0;
+  return norm <= 3.40282347e38f ? 1 / norm : __builtin_nanf("");
+}
+
+inline float dot(const float* x, const float* y, std::int64_t n) {
+  Vec sum[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
+    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
+  }
+  float rest = 0;
+  for (; i < n; ++i) rest += x[i] * y[i];
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <class Type>
+class Students {
+ public:
+  using Word = typename Type::Word;
+
+  explicit Students(const Inputs& in) : in_(in), inverse_(in.batch) {
+    for (std::int64_t i = 0; i < in.batch; ++i) {
+      inverse_[i] = inverse_norm(dot(row(i), row(i), in.student_dim));
+    }
+  }
+
+  std::int64_t panels() const { return ceil_div(in_.batch, PANEL); }
+  // Columns of a panel that gemm has to compute.
+  int columns(std::int64_t panel) const {
+    return static_cast<int>(round_up(smaller(PANEL, in_.batch - panel * PANEL), 16));
+  }
+
+  float inverse(std::int64_t i) const { return inverse_[i]; }
+  // Takes the row out of everything, whatever it holds.
+  void drop(std::int64_t i) { inverse_[i] = 0; }
+
+  void unit_row(std::int64_t i, float* out) const {
+    const float scale = inverse_[i], *s = row(i);
+    for (std::int64_t w = 0; w < in_.student_dim; ++w) out[w] = scale == 0 ? 0 : s[w] * scale;
+  }
+
+  // Unit rows as words [64, words(W)] from row `first`; zeros past the end.
+  void pack_rows(std::int64_t first, Word* out, float* row_scratch) const {
+    const std::int64_t width = words<Type>(in_.student_dim);
+    for (std::int64_t i = first; i < first + PANEL; ++i, out += width) {
+      if (i >= in_.batch) {
+        std::memset(out, 0, static_cast<std::size_t>(width) * sizeof(Word));
+        continue;
+      }
+      unit_row(i, row_scratch);
+      to_words(row_scratch, in_.student_dim, out);
+    }
+  }
+
+  // d_student and the row's part of d_logit_scale, from slope = d loss / d (logit_scale u).
+  double row_gradient(std::int64_t i, const float* slope, float* unit, float* d_student) const {
+    const std::int64_t n = in_.student_dim;
+    unit_row(i, unit);
+    const float along = dot(unit, slope, n);
+    if (d_student != nullptr) {
+      const float scale = in_.logit_scale * inverse_[i];
+      for (std::int64_t w = 0; w < n; ++w) {
+        d_student[w] = inverse_[i] == 0 ? 0 : scale * (slope[w] - along * unit[w]);
+      }
+    }
+    return inverse_[i] == 0 ? 0.0 : along;
+  }
+
+ private:
+  const float* row(std::int64_t i) const { return in_.student + i * in_.student_dim; }
+
+  const Inputs& in_;
+  Buffer<float> inverse_;
+};
+
+// Threads that are worth starting for so many multiply-adds.
+inline int useful_threads(const Inputs& in, double multiply_adds) {
+  const double worth = 1 + multiply_adds / 1e6;  // some 10 us each
+  return worth < in.threads ? static_cast<int>(worth) : in.threads;
+}
+
+// d_student and d_logit_scale (either may be null); slope(i, out) writes d loss / d (logit_scale
+// u).
+template <class Type, class Slope>
+void row_gradients(const Students<Type>& students, const Inputs& in, const Slope& slope,
+                   float* d_student, float* d_logit_scale) {
+  const std::int64_t dim = in.student_dim;
+  Buffer<float> rows(in.threads * 2 * dim);
+  Buffer<double> along(in.batch);
+  const double work = static_cast<double>(in.batch) * static_cast<double>(dim);
+  parallel(useful_threads(in, 4 * work), [&](int thread) {
+    float* at = rows + thread * 2 * dim;
+    each(ceil_div(in.batch, PANEL), [&](std::int64_t panel) {
+      for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in.batch); ++i) {
+        slope(i, at);
+        along[i] =
+            students.row_gradient(i, at, at + dim, d_student ? d_student + i * dim : nullptr);
+      }
+    });
+  });
+  if (d_logit_scale == nullptr) return;
+  double sum = 0;
+  for (std::int64_t i = 0; i < in.batch; ++i) sum += along[i];
+  *d_logit_scale = static_cast<float>(sum);
+}
+
+}  // namespace ckd::cpu::CKD_TIER

@@ -1,0 +1,130 @@
+// Vectors of float32 for the instruction set that this translation unit is compiled for.
+//
+// Arithmetic is written with the compilers' vector operators (a * b + c becomes one FMA where the
+// instruction set has it: -ffp-contract=fast); only conversions need intrinsics. Everything that is
+// compiled per tier lives in a namespace of the tier's name, so that the linker can never take a
+// function compiled for one instruction set in place of another's. For the same reason nothing of
+// the C++ library with code in headers is used here.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef CKD_TIER
+#error "compile through a tier_*.cpp file, which defines CKD_TIER"
+#endif
+
+namespace ckd::cpu::CKD_TIER {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef std::int32_t IntVec __attribute__((vector_size(LANES * 4)));
+typedef std::uint32_t WordVec __attribute__((vector_size(LANES * 4)));
+typedef std::uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const float* p) { return load_as<Vec>(p); }
+inline WordVec load(const std::uint32_t* p) { return load_as<WordVec>(p); }
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store(std::uint32_t* p, WordVec v) { std::memcpy(p, &v, sizeof v); }
+
+// x - 0 is x for every x, -0 included, so compilers fold these into one broadcast.
+inline Vec broadcast(float x) { return x - Vec{}; }
+inline WordVec broadcast(std::uint32_t x) { return x - WordVec{}; }
+
+// The larger by lanes; NaN in `b` stays NaN.
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float sum_lanes(Vec v) {
+  // In halves: the same tree whatever the compiler, so that every run adds in one order.
+  float x[LANES];
+  store(x, v);
+  for (int n = LANES / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  }
+  return x[0];
+}
+
+inline bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  std::int32_t x[LANES];
+  std::memcpy(x, &mask, sizeof x);
+  std::int32_t all = 0;
+  for (int i = 0; i < LANES; ++i) all |= x[i];
+  return all != 0;
+#endif
+}
+
+// 2^r for r in [-1/2, 1/2]: minimax with the constant term held at 1, 2e-9 before rounding.
+inline Vec exp2_fraction(Vec r) {
+  Vec p = broadcast(1.5353361e-4f);
+  p = p * r + 1.3398875e-3f;
+  p = p * r + 9.6184369e-3f;
+  p = p * r + 5.5503324e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  return p * r + 1.0f;
+}
+
+// 2^x for x <= 127: relative error below 1e-7, exactly 0 below 2^-126, so that no subnormal (slow
+// on some processors) comes of it. NaN stays NaN.
+inline Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);
+  const __m512 n =
+      _mm512_maskz_roundscale_ps(keep, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_fraction(x - (Vec)n), n);
+#else
+  const IntVec tiny = x < -126.0f;
+  const Vec clamped = tiny ? broadcast(-126.0f) : x;
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Vec shifted = clamped + 12582912.0f;
+  const Vec p = exp2_fraction(clamped - (shifted - 12582912.0f));
+  const Vec scaled = (Vec)((WordVec)p + ((WordVec)shifted << 23));
+  return tiny ? Vec{} : x == x ? scaled : x;
+#endif
+}
+
+// float16 to float32, exactly; subnormals, infinities and NaN included.
+inline Vec widen_float16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__AVX2__)  // this tier asks for F16C as well
+  return (Vec)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  const WordVec h = __builtin_convertvector(load_as<HalfVec>(p), WordVec);
+  const WordVec magnitude = (h & 0x7fffu) << 13;
+  // 2^112 moves the exponent from float16's bias to float32's and normalises subnormals.
+  const Vec finite = (Vec)magnitude * 5.192296858534828e33f;
+  const WordVec value = magnitude < 0x0f800000u ? (WordVec)finite : (magnitude | 0x7f800000u);
+  return (Vec)(value | ((h & 0x8000u) << 16));
+#endif
+}
+
+inline Vec widen_bfloat16(const std::uint16_t* p) {
+  return (Vec)(__builtin_convertvector(load_as<HalfVec>(p), WordVec) << 16);
+}
+
+}  // namespace ckd::cpu::CKD_TIER
