@@ -86,7 +86,12 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
         )
         forward_largest = largest
         reference.contrastive_ce_backward(
-            torch.ones(64), None, *tensors, saved, reference.Needs(True, True, True, True), options
+            torch.ones(64),
+            None,
+            *tensors,
+            reference.Saved(*saved[1:]),
+            reference.Needs(True, True, True, True),
+            options,
         )
     tile = 4 * reference.TILE_ELEMENTS
     assert own < tile, "views of the bank are seen too and must not hide a larger array"
@@ -116,7 +121,7 @@ def test_opcheck(backend: str) -> None:
         case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
         for save in (True, False):
             cache_bytes = 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
-            args = (*case.arguments, save, save, cache_bytes, 0.1, -100, False, backend)
+            args = (*case.arguments, save, save, cache_bytes, 0.1, -100, "mean", False, backend)
             # save=False means that student and scale need no gradient.
             if not save:
                 args = (case.student.detach(), *args[1:5], case.logit_scale.detach(), *args[6:])
@@ -144,7 +149,7 @@ def test_compiles_as_one_graph(dynamic: bool, backend: str) -> None:
 def test_empty_results_are_not_aliases_of_inputs(backend: str) -> None:
     case = make_case(3, 4, 5, 5)
     outputs = torch.ops.ckd.contrastive_ce(
-        *case.arguments, False, False, 0, 0.0, -100, False, backend
+        *case.arguments, False, False, 0, 0.0, -100, "none", False, backend
     )
     pointers = {t.data_ptr() for t in case.arguments if t is not None}
     assert all(o.numel() == 0 or o.data_ptr() not in pointers for o in outputs)

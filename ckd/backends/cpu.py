@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
 
 _missing: str | None = None
 try:
@@ -125,7 +125,7 @@ def contrastive_ce_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     logit_scale: Tensor,
-    saved: Forward,
+    saved: Saved,
     needs: Needs,
     options: Options,
 ) -> Gradients:

@@ -57,7 +57,8 @@ class Options(NamedTuple):
 class Forward(NamedTuple):
     """The forward of the contrastive cross-entropy; float32, or float64 for a float64 student.
 
-    With it the backward for student and logit_scale needs no second look at the bank.
+    All but nll is for the backward, which for student and logit_scale then needs no second look at
+    the bank.
     """
 
     nll: Tensor  # [B] loss per row, 0 where ignored
@@ -66,6 +67,16 @@ class Forward(NamedTuple):
     residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
     attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
     cache: Tensor  # uint8 [cache_bytes] what the backend leaves for its own backward
+
+
+class Saved(NamedTuple):
+    """What the backward gets of Forward."""
+
+    lse: Tensor
+    p_other: Tensor
+    residual: Tensor
+    attention: Tensor
+    cache: Tensor
 
 
 class Needs(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
 
 MIN_NORM = 1e-6
 TILE_ELEMENTS = 1 << 21  # of the largest array of a tile: 8 MiB in float32
@@ -149,7 +149,7 @@ def contrastive_ce_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     logit_scale: Tensor,
-    saved: Forward,
+    saved: Saved,
     needs: Needs,
     options: Options,
 ) -> Gradients:

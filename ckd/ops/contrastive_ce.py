@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ckd import backends
-from ckd.backends.interface import Forward, Needs, Options, Problem
+from ckd.backends.interface import Needs, Options, Problem, Saved
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
 from ckd.ops._library import below_autograd, define, differentiate, refuse_derivative
@@ -124,7 +124,7 @@ def contrastive_cross_entropy(
         x is not None and x.requires_grad for x in (weight, bias)
     )
     name = backends.resolve(backend, problem)
-    nll, lse, *_ = _forward(
+    loss, lse, *_ = _forward(
         student,
         bank,
         target,
@@ -136,19 +136,11 @@ def contrastive_cross_entropy(
         backends.ORDER[name].contrastive_ce_cache_bytes(problem) if projection_gradients else 0,
         float(label_smoothing),
         ignore_index,
+        reduction,
         problem.allow_half,
         name,
     )
-    loss = _reduce(nll, target, ignore_index, reduction)
     return (loss, lse) if return_lse else loss
-
-
-def _reduce(nll: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    if reduction == "none":
-        return nll
-    if reduction == "sum":
-        return nll.sum()
-    return nll.sum() / (target != ignore_index).sum().clamp(min=1)
 
 
 def _implementation(
@@ -163,11 +155,12 @@ def _implementation(
     cache_bytes: int,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
     allow_half: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _arguments.check_values(logit_scale, target, bank.shape[0], ignore_index)
-    return backends.ORDER[backend].contrastive_ce_forward(
+    nll, *saved = backends.ORDER[backend].contrastive_ce_forward(
         student,
         bank,
         target,
@@ -179,6 +172,16 @@ def _implementation(
         save_attention=save_attention,
         cache_bytes=cache_bytes,
     )
+    if reduction == "sum":
+        nll = nll.sum()
+    elif reduction == "mean":
+        nll = nll.sum() / _kept_rows(target, ignore_index)
+    return nll, *saved
+
+
+def _kept_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """At least 1: the mean over no rows is 0."""
+    return (target != ignore_index).sum().clamp_(min=1)
 
 
 def _fake(
@@ -191,6 +194,9 @@ def _fake(
     save_residual: bool,
     save_attention: bool,
     cache_bytes: int,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = logit_scale.new_empty(student.shape[0])
@@ -198,8 +204,8 @@ def _fake(
     residual = matrix if save_residual else nothing
     attention = matrix if save_attention else nothing
     return (
+        logit_scale.new_empty(row.shape if reduction == "none" else ()),
         row,
-        torch.empty_like(row),
         torch.empty_like(row),
         torch.empty_like(residual),
         torch.empty_like(attention),
@@ -208,7 +214,7 @@ def _fake(
 
 
 def _backward_implementation(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -220,9 +226,15 @@ def _backward_implementation(
     needs: Sequence[bool],
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
     allow_half: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_nll = d_loss
+    if d_loss is not None and reduction != "none":
+        if reduction == "mean":
+            d_loss = d_loss / _kept_rows(target, ignore_index)
+        d_nll = d_loss.expand(target.shape)
     return backends.ORDER[backend].contrastive_ce_backward(
         d_nll,
         d_lse,
@@ -232,14 +244,14 @@ def _backward_implementation(
         weight,
         bias,
         logit_scale,
-        Forward(*saved),
+        Saved(*saved),
         Needs(*needs),
         Options(label_smoothing, ignore_index, allow_half),
     )
 
 
 def _backward_fake(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -263,19 +275,20 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         output = below_autograd(_forward, *args)
         student, bank, target, weight, bias, logit_scale, _, _, _, *ctx.options = args
-        ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output)
+        ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output[1:])
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(
-        ctx: Any, d_nll: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
+        ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
         wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = ctx.needs_input_grad
         needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
         tensors = (student, bank, target, weight, bias, logit_scale)
-        gradients = _backward(d_nll, d_lse, *tensors, saved, needs, *ctx.options)
+        gradients = _backward(d_loss, d_lse, *tensors, saved, needs, *ctx.options)
         d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
         return d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
 

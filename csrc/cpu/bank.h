@@ -40,17 +40,26 @@ class Bank {
 
   explicit Bank(const Inputs& in, Cache cache) : in_(in), width_(words<Type>(in.student_dim)) {
     find_room(cache);
-    if (in.weight == nullptr) return;
+    weight_ld_ = words<Type>(in.teacher_dim);
     if constexpr (Type::PER_WORD == 1) {
       weight_ = in.weight;
-      weight_ld_ = in.teacher_dim;
-    } else {
-      weight_ld_ = words<Type>(in.teacher_dim);
+    } else if (in.weight != nullptr && !(cache.filled && cached_ == panels())) {
       narrow_ = Buffer<Word>(in.student_dim * weight_ld_);
-      for (std::int64_t w = 0; w < in.student_dim; ++w) {
-        to_words(in.weight + w * in.teacher_dim, in.teacher_dim, narrow_ + w * weight_ld_);
-      }
       weight_ = narrow_;
+    }
+  }
+
+  // To be called by every thread of a team before the first panel is made.
+  void pack_weight() const {
+    if constexpr (Type::PER_WORD > 1) {
+      constexpr std::int64_t ROWS = 16;
+      if (weight_ == nullptr) return;
+      each(ceil_div(in_.student_dim, ROWS), [&](std::int64_t block) {
+        const std::int64_t end = smaller((block + 1) * ROWS, in_.student_dim);
+        for (std::int64_t w = block * ROWS; w < end; ++w) {
+          to_words(in_.weight + w * in_.teacher_dim, in_.teacher_dim, narrow_ + w * weight_ld_);
+        }
+      });
     }
   }
 
@@ -118,7 +127,7 @@ class Bank {
       std::memset(scratch.wide + count * BLOCK, 0,
                   static_cast<std::size_t>((cols - count) * BLOCK) * sizeof(float));
       for (int r = 0; r < count; ++r) widen_row(first + r, d, n, scratch.wide + r * BLOCK);
-      if (weight_ == nullptr) {
+      if (in_.weight == nullptr) {
         transpose<float>(scratch.wide, BLOCK, cols, n, scratch.z + d * PANEL, PANEL);
         continue;
       }

@@ -74,6 +74,7 @@ class CeForward {
     clear();
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
+      bank_.pack_weight();
       each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
@@ -339,12 +340,12 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
 
   if (op.d_student != nullptr || op.d_logit_scale != nullptr) {
     const auto slope = [&](std::int64_t i, float* out) {
-      for (std::int64_t w = 0; w < dim; ++w) {
-        float sum = 0;
-        if (g[i] != 0) sum += g[i] * op.residual[i * dim + w];
-        if (h[i] != 0) sum += h[i] * op.attention[i * dim + w];
-        out[w] = sum;
-      }
+      const float* residual = op.residual + i * dim;
+      const float* attention = op.attention + i * dim;
+      const float by_nll = g[i], by_lse = h[i];
+      for (std::int64_t w = 0; w < dim; ++w) out[w] = by_nll == 0 ? 0 : by_nll * residual[w];
+      if (by_lse == 0) return;
+      for (std::int64_t w = 0; w < dim; ++w) out[w] += by_lse * attention[w];
     };
     row_gradients(students, in, slope, op.d_student, op.d_logit_scale);
   }

@@ -61,6 +61,7 @@ class ProjectionGradient {
 
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
+      bank_.pack_weight();
       each(batch_ / PANEL, [&](std::int64_t panel) { pack_students(panel * PANEL, mine); });
       for (std::int64_t first = 0; first < panels; first += per_run) {
         const std::int64_t count = smaller(per_run, panels - first);

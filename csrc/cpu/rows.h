@@ -79,13 +79,13 @@ class Students {
     const std::int64_t n = in_.student_dim;
     unit_row(i, unit);
     const float along = dot(unit, slope, n);
+    const float scale = in_.logit_scale * inverse_[i];
     if (d_student != nullptr) {
-      const float scale = in_.logit_scale * inverse_[i];
       for (std::int64_t w = 0; w < n; ++w) {
-        d_student[w] = inverse_[i] == 0 ? 0 : scale * (slope[w] - along * unit[w]);
+        d_student[w] = scale == 0 ? 0 : scale * (slope[w] - along * unit[w]);
       }
     }
-    return inverse_[i] == 0 ? 0.0 : along;
+    return scale == 0 ? 0.0 : along;
   }
 
  private:
