@@ -10,8 +10,8 @@
 //   nll = softplus(a)     p_other = sigmoid(a)     d nll / d (logit_scale u) = p_other (E'/Z' -
 //   n_y)
 //
-// A shift keeps the exponentials in range. |l| <= logit_scale, so up to MAX_FIXED_SCALE one
-// constant does; beyond, a row's shift is raised when a logit passes it by far (that is rare).
+// |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials are taken as they are, which is also
+// the most accurate. Beyond, each row has a shift, raised when a logit passes it by far (rare).
 //
 // Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if asked for)
 // floating-point operations and B K exponentials. Memory beside the results: the students (B W),
@@ -27,8 +27,8 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-constexpr float MAX_FIXED_SCALE = 64;  // 2 x 64 x log2(e) + MARGIN < 2^8, float32's exponent range
-constexpr float MARGIN = 80;           // log2 by which a logit may pass the shift
+constexpr float MAX_PLAIN_SCALE = 64;  // e^64 < 2^93, and 2^34 such terms still have a float32 sum
+constexpr float MARGIN = 80;           // log2 by which a logit may pass its row's shift
 constexpr float NO_SHIFT = -1e30f;     // before the first tile; finite, since -inf - -inf is NaN
 constexpr double LN2 = 0.693147180559945309;
 
@@ -108,7 +108,7 @@ class CeForward {
   };
 
   bool keeps_values() const { return op_.residual != nullptr || op_.attention != nullptr; }
-  bool shift_is_fixed() const { return in_.logit_scale <= MAX_FIXED_SCALE; }
+  bool is_plain() const { return in_.logit_scale <= MAX_PLAIN_SCALE; }
   // n_y of each row stands in a result until the row is finished.
   float* n_target() const { return op_.residual != nullptr ? op_.residual : op_.attention; }
 
@@ -119,7 +119,7 @@ class CeForward {
   }
 
   void clear() {
-    const float shift = shift_is_fixed() ? in_.logit_scale * LOG2E - MARGIN : NO_SHIFT;
+    const float shift = is_plain() ? 0 : NO_SHIFT;
     for (std::int64_t i = 0; i < panels_ * splits_ * PANEL; ++i) shift_[i] = shift;
     for (std::int64_t i = 0; i < panels_ * PANEL; ++i) l_target_[i] = -__builtin_inff();
     total_.zero();
@@ -148,7 +148,7 @@ class CeForward {
                         mine.logits, PANEL},
          false);
     take_targets(panel, tile, k0, count, mine.logits);
-    if (!shift_is_fixed()) raise_shift(mine.logits, count, cols, to);
+    if (!is_plain()) raise_shift(mine.logits, count, cols, to);
     const Word* p = exponentials(count, cols, to, mine);
     if (!keeps_values()) return;
     gemm(in_.student_dim, cols, words<Type>(count),
