@@ -23,14 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
 # The CPU kernels are compiled once for each instruction set; csrc/cpu/tiers.cpp picks at run time.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-TIERS = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-}
+TIERS: dict[str, list[str]] = json.loads((ROOT / "csrc" / "cpu" / "tiers.json").read_text())
 REPORT = "_build.json"  # beside the module: {"built": bool, "reason": str}
 
 

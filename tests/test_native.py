@@ -1,0 +1,80 @@
+"""tests/native/test_kernels.cpp under sanitizers: the CPU kernels against double loops in C++."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ckd.backends import cpu
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc" / "cpu"
+FLAGS = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", f"-I{ROOT / 'csrc'}"]
+
+compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+pytestmark = [
+    pytest.mark.skipif(compiler is None, reason="no C++ compiler"),
+    pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing())),
+]
+
+
+def build(folder: Path, tiers: list[str], sanitizer: list[str], sources: Path = SOURCES) -> Path:
+    """The test program with the kernels of `tiers`, as many compilers at a time as cores."""
+    flags = json.loads((sources / "tiers.json").read_text())
+    has = [f"-DCKD_HAS_{tier.upper()}" for tier in tiers if tier != "portable"]
+    units = [(sources / f"tier_{tier}.cpp", flags.get(tier, [])) for tier in tiers]
+    units += [(sources / name, has) for name in ("tiers.cpp", "memory.cpp")]
+    units += [(ROOT / "tests" / "native" / "test_kernels.cpp", [])]
+
+    def run(*command: object) -> None:
+        # gcc links some sanitizers only if they are asked for when linking too.
+        line = [str(compiler), *FLAGS, *sanitizer, *map(str, command)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    objects = [folder / f"{source.stem}.o" for source, _ in units]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda u, o: run(*u[1], "-c", u[0], "-o", o), units, objects))
+    program = folder / "test_kernels"
+    run(*objects, "-o", program)
+    return program
+
+
+def links(*sanitizer: str) -> bool:
+    """Whether the compiler has the sanitizer's library."""
+    command = [str(compiler), *sanitizer, "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
+
+
+def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
+    tmp_path: Path,
+) -> None:
+    sanitizer = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    if not links(*sanitizer):
+        pytest.skip("the compiler has no AddressSanitizer")
+    if links("-fopenmp"):
+        sanitizer.append("-fopenmp")
+    program = build(tmp_path, list(cpu.TIERS), sanitizer)
+    for tier in cpu.TIERS:
+        done = subprocess.run([program, tier], capture_output=True, text=True)
+        assert done.returncode == 0, f"{tier}: {done.stdout}{done.stderr}"
+
+
+def test_kernels_have_no_data_race(tmp_path: Path) -> None:
+    """With std::thread in place of OpenMP, whose barriers ThreadSanitizer does not see."""
+    sanitizer = ["-fsanitize=thread", "-DCKD_STD_THREADS", "-pthread"]
+    if not links(*sanitizer):
+        pytest.skip("the compiler has no ThreadSanitizer")
+    program = build(tmp_path, ["portable"], sanitizer)
+    # Older runtimes cannot map their shadow under much address-space randomisation.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run([*fixed, program, "portable", "small"], capture_output=True, text=True)
+    if "Operation not permitted" in done.stderr:
+        done = subprocess.run([program, "portable", "small"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
