@@ -120,7 +120,7 @@ def test_opcheck(backend: str) -> None:
         case = make_case(6, 11, 9, 5 if projection else None)
         case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
         for save in (True, False):
-            cache_bytes = 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
+            cache_bytes = 64 + 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
             args = (*case.arguments, save, save, cache_bytes, 0.1, -100, "mean", False, backend)
             # save=False means that student and scale need no gradient.
             if not save:

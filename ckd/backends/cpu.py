@@ -72,13 +72,14 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Memory in which the forward leaves projected bank rows for the backward (Cache of
-    csrc/cpu/arguments.h): whole panels, of words(W) rows of 64 words and 64 inverse norms."""
+    """Memory for what the forward leaves to the backward (Cache of csrc/cpu/arguments.h): a float
+    for each student, and panels of the bank, words(W) rows of 64 words and 64 inverse norms."""
     panels = (problem.bank_rows + PANEL - 1) // PANEL
     half = problem.allow_half and TIERS[_tier]
     words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim
     size = 4 * PANEL * (words + 1)
-    return CACHE_HEADER_BYTES + min(panels, MAX_CACHE_BYTES // size) * size
+    students = 64 * ((problem.batch + 15) // 16)
+    return CACHE_HEADER_BYTES + students + min(panels, MAX_CACHE_BYTES // size) * size
 
 
 def contrastive_ce_forward(

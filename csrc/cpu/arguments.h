@@ -28,10 +28,11 @@ struct Inputs {
   int threads;  // at most so many
 };
 
-// What the forward leaves for the backward: the first rows of the bank, projected and normalised,
-// as many as there is room for. A CacheHeader in 64 bytes, whole panels of words (gemm.h), and
-// their inverse norms. A backward that computes with other words (in another tier, say) makes no
-// use of it.
+// What the forward leaves for the backward: a CacheHeader in 64 bytes; for each student what
+// float32 dropped of its lse (B floats, made up to a multiple of 64 bytes); and of the first rows
+// of the bank, projected and normalised, as many panels of words (gemm.h) as there is room for, and
+// then their inverse norms. A backward that computes with other words (in another tier, say) makes
+// no use of it.
 struct Cache {
   void* data;  // null: none
   std::int64_t bytes;

@@ -63,6 +63,12 @@ class Bank {
     }
   }
 
+  // What float32 dropped of a student's lse, from the forward for the backward.
+  void keep_rest(std::int64_t i, float rest) const {
+    if (rest_ != nullptr) rest_[i] = rest;
+  }
+  float rest(std::int64_t i) const { return rest_ == nullptr ? 0 : rest_[i]; }
+
   std::int64_t panels() const { return ceil_div(in_.bank_rows, PANEL); }
   std::int64_t width() const { return width_; }
   int rows(std::int64_t panel) const {
@@ -104,19 +110,21 @@ class Bank {
 
  private:
   void find_room(Cache cache) {
-    constexpr std::int64_t HEADER = 64;
-    if (cache.data == nullptr || cache.bytes < HEADER) return;
+    const std::int64_t head = 64, rest = round_up(in_.batch * 4, 64);
+    if (cache.data == nullptr || cache.bytes < head + rest) return;
     CacheHeader header = {0, width_, Type::PER_WORD};
     if (cache.filled) {
       std::memcpy(&header, cache.data, sizeof header);
       if (header.width != width_ || header.per_word != Type::PER_WORD) return;
     } else {
-      header.panels = smaller(panels(), (cache.bytes - HEADER) / ((width_ + 1) * PANEL * 4));
-      std::memset(cache.data, 0, HEADER);
+      const std::int64_t panel = (width_ + 1) * PANEL * 4;
+      header.panels = smaller(panels(), (cache.bytes - head - rest) / panel);
+      std::memset(cache.data, 0, static_cast<std::size_t>(head + rest));
       std::memcpy(cache.data, &header, sizeof header);
     }
     cached_ = header.panels;
-    cache_ = static_cast<char*>(cache.data) + HEADER;
+    rest_ = reinterpret_cast<float*>(static_cast<char*>(cache.data) + head);
+    cache_ = static_cast<char*>(cache.data) + head + rest;
   }
 
   void project(std::int64_t panel, Scratch& scratch) const {
@@ -185,6 +193,7 @@ class Bank {
   std::int64_t width_;       // words of a row of W
   std::int64_t cached_ = 0;  // so many panels have a place in the cache
   char* cache_ = nullptr;
+  float* rest_ = nullptr;
   const Word* weight_ = nullptr;
   std::int64_t weight_ld_ = 0;
   Buffer<Word> narrow_;
@@ -207,7 +216,7 @@ class Chunk {
         rows_(needs_rows ? tiles * TILE * bank.width() : 0),
         columns_(tiles * TILE_WORDS * student_dim) {}
 
-  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`.
+  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; scratch.z holds n^T.
   void fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
     const std::int64_t at = (panel - first) * PANEL, tile = at / TILE;
     const Panel<Type> made = bank_.make(panel, scratch);

@@ -10,8 +10,9 @@
 //   nll = softplus(a)     p_other = sigmoid(a)     d nll / d (logit_scale u) = p_other (E'/Z' -
 //   n_y)
 //
-// |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials are taken as they are, which is also
-// the most accurate. Beyond, each row has a shift, raised when a logit passes it by far (rare).
+// |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials are taken as they are, which is
+// also the most accurate. Beyond, each row has a shift, raised when a logit passes it by far
+// (rare).
 //
 // Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if asked for)
 // floating-point operations and B K exponentials. Memory beside the results: the students (B W),
@@ -34,10 +35,13 @@ constexpr double LN2 = 0.693147180559945309;
 
 // The softmax sums of a panel of students over a part of the bank, without the targets.
 struct Sums {
-  float* shift;   // [64] log2
+  float* shift;   // [64] integral
   float* total;   // [64] sum of 2^(l2 - shift), where l2 = l log2(e)
   float* values;  // [W, 64] sum of 2^(l2 - shift) n; null: not kept
 };
+
+// log(1 + e^x).
+inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)); }
 
 template <class Type>
 class CeForward {
@@ -63,8 +67,10 @@ class CeForward {
         shift_(panels_ * splits_ * PANEL),
         total_(panels_ * splits_ * PANEL),
         values_(keeps_values() ? panels_ * splits_ * in_.student_dim * PANEL : 0),
-        l_target_(panels_ * PANEL),
-        n_sum_(in_.student_dim) {}
+        l_target_(in_.batch),
+        l_exact_(in_.batch),
+        n_sum_(in_.student_dim),
+        factor_(in_.logit_scale) {}
 
   void run() {
     const double b = static_cast<double>(in_.batch), k = static_cast<double>(in_.bank_rows);
@@ -78,7 +84,10 @@ class CeForward {
       each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
-        each(end - first, [&](std::int64_t p) { chunk_.fill(first, first + p, mine.panel); });
+        each(end - first, [&](std::int64_t p) {
+          chunk_.fill(first, first + p, mine.panel);
+          take_targets(first + p, mine);
+        });
         const bool smooth = op_.label_smoothing > 0;
         each(panels_ * splits_ + smooth, [&](std::int64_t item) {
           if (item == panels_ * splits_) return add_rows(first);
@@ -99,7 +108,7 @@ class CeForward {
           logits((TILE + 2) * PANEL),
           words(TILE / Type::PER_WORD * PANEL),
           rows(PANEL * (bank.width() > in.student_dim ? bank.width() : in.student_dim)),
-          row(2 * in.student_dim + PANEL) {}
+          row(2 * in.student_dim) {}
     typename Bank<Type>::Scratch panel;
     Buffer<float> logits;  // [256, 64] logits, then exponentials; a row more when count is odd
     Buffer<Word> words;    // [256 / PER_WORD, 64]
@@ -121,7 +130,7 @@ class CeForward {
   void clear() {
     const float shift = is_plain() ? 0 : NO_SHIFT;
     for (std::int64_t i = 0; i < panels_ * splits_ * PANEL; ++i) shift_[i] = shift;
-    for (std::int64_t i = 0; i < panels_ * PANEL; ++i) l_target_[i] = -__builtin_inff();
+    for (std::int64_t i = 0; i < in_.batch; ++i) l_target_[i] = l_exact_[i] = -__builtin_inf();
     total_.zero();
     values_.zero();
     n_sum_.zero();
@@ -147,7 +156,7 @@ class CeForward {
          Operands<Type>{chunk_.rows(tile), width, queries_ + panel * width * PANEL, PANEL,
                         mine.logits, PANEL},
          false);
-    take_targets(panel, tile, k0, count, mine.logits);
+    leave_out_targets(panel, k0, count, mine.logits);
     if (!is_plain()) raise_shift(mine.logits, count, cols, to);
     const Word* p = exponentials(count, cols, to, mine);
     if (!keeps_values()) return;
@@ -156,33 +165,40 @@ class CeForward {
          true);
   }
 
-  // Notes l_y and n_y of the targets in this tile, and takes them out of the block.
-  void take_targets(std::int64_t panel, std::int64_t tile, std::int64_t k0, std::int64_t count,
-                    float* logits) {
+  // n_y, and l_y beyond the precision of the words, of the students whose target stands in the bank
+  // panel just made: the loss of a row hangs on this one logit.
+  void take_targets(std::int64_t panel, Scratch& mine) {
+    const std::int64_t dim = in_.student_dim, k0 = panel * PANEL, count = bank_.rows(panel);
+    for (std::int64_t i = 0; i < in_.batch; ++i) {
+      const std::int64_t k = op_.target[i] - k0;
+      if (k < 0 || k >= count || op_.target[i] == op_.ignore_index) continue;
+      float* n = keeps_values() ? n_target() + i * dim : mine.row + dim;
+      for (std::int64_t w = 0; w < dim; ++w) n[w] = mine.panel.z[w * PANEL + k];
+      students_.unit_row(i, mine.row);
+      l_exact_[i] = static_cast<double>(in_.logit_scale) * dot(mine.row, n, dim);
+    }
+  }
+
+  void leave_out_targets(std::int64_t panel, std::int64_t k0, std::int64_t count, float* logits) {
     for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
       const std::int64_t k = op_.target[i] - k0;
-      if (op_.target[i] == op_.ignore_index || k < 0 || k >= count) continue;
+      if (k < 0 || k >= count || op_.target[i] == op_.ignore_index) continue;
       float& logit = logits[k * PANEL + i % PANEL];
-      l_target_[i] = logit * (in_.logit_scale * LOG2E);
+      l_target_[i] = static_cast<double>(in_.logit_scale) * logit;
       logit = -__builtin_inff();
-      if (keeps_values()) {
-        from_words(chunk_.rows(tile) + k * bank_.width(), in_.student_dim,
-                   n_target() + i * in_.student_dim);
-      }
     }
   }
 
   void raise_shift(const float* logits, std::int64_t count, int cols, Sums to) const {
-    const float scale = in_.logit_scale * LOG2E;
     for (int j = 0; j < cols; j += LANES) {
       Vec top = broadcast(-__builtin_inff());
       for (std::int64_t k = 0; k < count; ++k) top = larger(top, load(logits + k * PANEL + j));
-      top *= scale;
+      top = nearest_integer(top * factor_.high);
       const Vec old = load(to.shift + j);
       const IntVec above = top > old + MARGIN;
       if (!any(above)) continue;
       const Vec shift = above ? top : old;
-      const Vec factor = above ? exp2(old - shift) : broadcast(1.0f);
+      const Vec factor = above ? exp2_integral(old - shift) : broadcast(1.0f);
       store(to.shift + j, shift);
       store(to.total + j, load(to.total + j) * factor);
       for (std::int64_t w = 0; to.values != nullptr && w < in_.student_dim; ++w) {
@@ -213,7 +229,7 @@ class CeForward {
   template <int VECTORS>
   void exponentials(std::int64_t count, const float* logits, const float* shifts, float* totals,
                     Word* out) const {
-    const float scale = in_.logit_scale * LOG2E;
+    const Log2Factor factor = factor_;
     Vec shift[VECTORS], even[VECTORS] = {}, odd[VECTORS] = {};
     for (int v = 0; v < VECTORS; ++v) shift[v] = load(shifts + v * LANES);
     const std::int64_t padded = words<Type>(count) * Type::PER_WORD;
@@ -221,8 +237,8 @@ class CeForward {
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) {
         const Vec l = load(logits + v * LANES), next = load(logits + PANEL + v * LANES);
-        const Vec a = k < count ? exp2(l * scale - shift[v]) : Vec{};
-        const Vec b = k + 1 < count ? exp2(next * scale - shift[v]) : Vec{};
+        const Vec a = k < count ? exp2(l, factor, shift[v]) : Vec{};
+        const Vec b = k + 1 < count ? exp2(next, factor, shift[v]) : Vec{};
         even[v] += a;
         odd[v] += b;
         store_pair(a, b, out + v * LANES);
@@ -263,7 +279,7 @@ class CeForward {
       for (int j = 0; j < PANEL; j += LANES) {
         const Vec a = load(all.shift + j), b = load(part.shift + j);
         const Vec shift = larger(a, b);
-        const Vec left = exp2(a - shift), right = exp2(b - shift);
+        const Vec left = exp2_integral(a - shift), right = exp2_integral(b - shift);
         store(all.shift + j, shift);
         store(all.total + j, load(all.total + j) * left + load(part.total + j) * right);
         for (std::int64_t w = 0; all.values != nullptr && w < in_.student_dim; ++w) {
@@ -278,21 +294,21 @@ class CeForward {
     const std::int64_t dim = in_.student_dim;
     const float smoothing = op_.label_smoothing;
     const bool has_target = op_.target[i] != op_.ignore_index;
-    const double l_target = LN2 * static_cast<double>(l_target_[i]);
-    // +inf where there is no target; where the target is the whole bank, total 0 and log_other
-    // -inf.
-    const double odds = log_other - l_target;
+    // Where there is no target the odds are +inf; where it is the whole bank, -inf.
+    const double odds = log_other - l_target_[i];
     const double small = std::exp(odds < 0 ? odds : -odds);  // in (0, 1]
     const double other = odds < 0 ? small / (1 + small) : 1 / (1 + small);
-    double nll = (odds > 0 ? odds : 0) + std::log1p(small);
-    op_.lse[i] = static_cast<float>(has_target ? l_target + nll : log_other);
-    op_.p_other[i] = static_cast<float>(other);
+    const double lse = has_target ? l_target_[i] + softplus(odds) : log_other;
+    double nll = softplus(log_other - l_exact_[i]);
     if (smoothing > 0) {
       students_.unit_row(i, unit);
       const double l_mean = static_cast<double>(in_.logit_scale) * dot(unit, n_sum_, dim) /
                             static_cast<double>(in_.bank_rows);
-      nll += smoothing * (l_target - l_mean);
+      nll += smoothing * (l_exact_[i] - l_mean);
     }
+    op_.p_other[i] = static_cast<float>(other);
+    op_.lse[i] = static_cast<float>(lse);
+    bank_.keep_rest(i, static_cast<float>(lse - static_cast<double>(op_.lse[i])));
     op_.nll[i] = has_target ? static_cast<float>(nll) : 0.0f;
     if (!keeps_values()) return;
 
@@ -318,8 +334,11 @@ class CeForward {
   Chunk<Type> chunk_;
   Buffer<Word> queries_;  // [panels, words(W), 64]: u^T, words along W
   Buffer<float> shift_, total_, values_;
-  Buffer<float> l_target_;  // log2; -inf where there is no target
+  // [B] l_y; -inf where there is no target. As the other logits are computed, for the gradient, so
+  // that the probabilities of a row sum to one; and in full, for the loss.
+  Buffer<double> l_target_, l_exact_;
   Buffer<float> n_sum_;
+  Log2Factor factor_;
 };
 
 template <class Type>
@@ -327,15 +346,20 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   const Inputs& in = op.in;
   const std::int64_t dim = in.student_dim;
   Students<Type> students(in);
+  const Bank<Type> bank(in, op.cache);
   // g and h of each row; what no gradient reaches is dropped, since it may hold NaN.
-  Buffer<float> g(in.batch), h(in.batch), log2_sum(in.batch);
+  Buffer<float> g(in.batch), h(in.batch), shift(in.batch), rest(in.batch);
   for (std::int64_t i = 0; i < in.batch; ++i) {
     const bool has_target = op.target[i] != op.ignore_index;
     g[i] = op.d_nll != nullptr && has_target ? op.d_nll[i] : 0;
     h[i] = op.d_lse != nullptr ? op.d_lse[i] : 0;
     const bool idle = g[i] == 0 && h[i] == 0;
     if (idle) students.drop(i);
-    log2_sum[i] = idle ? 0 : static_cast<float>(op.lse[i] / LN2);
+    // exp(l - lse) = 2^(l2 - shift) rest, with an integral shift: nothing is rounded before exp2.
+    const double lse = static_cast<double>(op.lse[i]) + static_cast<double>(bank.rest(i));
+    const double log2_sum = idle ? 0 : lse / LN2;
+    shift[i] = static_cast<float>(std::nearbyint(log2_sum));
+    rest[i] = static_cast<float>(std::exp2(shift[i] - log2_sum));
   }
 
   if (op.d_student != nullptr || op.d_logit_scale != nullptr) {
@@ -351,27 +375,27 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   }
   if (op.d_weight == nullptr && op.d_bias == nullptr) return;
 
-  const float scale = in.logit_scale * LOG2E;
+  const Log2Factor factor(in.logit_scale);
   const float smoothing = op.label_smoothing / static_cast<float>(in.bank_rows);
   const auto fill = [&](Block block) {
     for (std::int64_t r = 0; r < block.rows; ++r) {
       const std::int64_t i = block.i0 + r, k = op.target[i] - block.k0;
       float* row = block.at + r * PANEL;
-      const float lse = log2_sum[i], both = g[i] + h[i], smooth = g[i] * smoothing;
+      const float both = (g[i] + h[i]) * rest[i], smooth = g[i] * smoothing;
+      const Vec by = broadcast(shift[i]);
       const bool here = k >= 0 && k < block.bank_rows && op.target[i] != op.ignore_index;
       const float target = here ? row[k] : 0;
       for (int j = 0; j < block.columns; j += LANES) {
-        store(row + j, exp2(load(row + j) * scale - lse) * both - smooth);
+        store(row + j, exp2(load(row + j), factor, by) * both - smooth);
       }
       if (!here) continue;
       // g and h are 0 where the row's own results may not be looked at.
       row[k] = g[i] == 0 ? 0 : -g[i] * (op.p_other[i] - op.label_smoothing) - smooth;
-      if (h[i] != 0) row[k] += h[i] * std::exp2(target * scale - lse);
+      if (h[i] != 0) row[k] += h[i] * std::exp(target * in.logit_scale - op.lse[i]);
     }
   };
   const double b = static_cast<double>(in.batch), k = static_cast<double>(in.bank_rows);
   const int threads = useful_threads(in, k * dim * (in.teacher_dim + 2 * b) + 20 * b * k);
-  Bank<Type> bank(in, op.cache);
   ProjectionGradient<Type>(in, students, bank, true).run(threads, fill, op.d_weight, op.d_bias);
 }
 

@@ -11,7 +11,6 @@
 namespace ckd::cpu::CKD_TIER {
 
 constexpr float MIN_NORM = 1e-6f;  // rows shorter than this count as zero
-constexpr float LOG2E = 1.44269504f;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
@@ -24,15 +23,21 @@ inline float inverse_norm(float sum_of_squares) {
   return norm <= 3.40282347e38f ? 1 / norm : __builtin_nanf("");
 }
 
-inline float dot(const float* x, const float* y, std::int64_t n) {
-  Vec sum[4] = {};
+// In double: the norm of a row, and the logit of its target, stand for all of it.
+inline double dot(const float* x, const float* y, std::int64_t n) {
+  constexpr int WAYS = 16;  // partial sums, so that compilers can use vectors
+  double sum[WAYS] = {};
   std::int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES) {
-    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * LANES) * load(y + i + j * LANES);
+  for (; i + WAYS <= n; i += WAYS) {
+    for (int j = 0; j < WAYS; ++j) {
+      sum[j] += static_cast<double>(x[i + j]) * static_cast<double>(y[i + j]);
+    }
   }
-  float rest = 0;
-  for (; i < n; ++i) rest += x[i] * y[i];
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+  for (; i < n; ++i) sum[i % WAYS] += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  for (int width = WAYS / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) sum[j] += sum[j + width];
+  }
+  return sum[0];
 }
 
 template <class Type>
@@ -42,7 +47,7 @@ class Students {
 
   explicit Students(const Inputs& in) : in_(in), inverse_(in.batch) {
     for (std::int64_t i = 0; i < in.batch; ++i) {
-      inverse_[i] = inverse_norm(dot(row(i), row(i), in.student_dim));
+      inverse_[i] = inverse_norm(static_cast<float>(dot(row(i), row(i), in.student_dim)));
     }
   }
 
@@ -78,11 +83,12 @@ class Students {
   double row_gradient(std::int64_t i, const float* slope, float* unit, float* d_student) const {
     const std::int64_t n = in_.student_dim;
     unit_row(i, unit);
-    const float along = dot(unit, slope, n);
+    const double along = dot(unit, slope, n);
+    const float part = static_cast<float>(along);
     const float scale = in_.logit_scale * inverse_[i];
     if (d_student != nullptr) {
       for (std::int64_t w = 0; w < n; ++w) {
-        d_student[w] = scale == 0 ? 0 : scale * (slope[w] - along * unit[w]);
+        d_student[w] = scale == 0 ? 0 : scale * (slope[w] - part * unit[w]);
       }
     }
     return scale == 0 ? 0.0 : along;

@@ -88,24 +88,46 @@ inline Vec exp2_fraction(Vec r) {
   return p * r + 1.0f;
 }
 
-// 2^x for x <= 127: relative error below 1e-7, exactly 0 below 2^-126, so that no subnormal (slow
-// on some processors) comes of it. NaN stays NaN.
-inline Vec exp2(Vec x) {
+// A factor that turns natural logarithms into those to base 2, in two parts for what float32 drops.
+struct Log2Factor {
+  explicit Log2Factor(double scale) {
+    const double factor = scale * 1.4426950408889634074;
+    high = broadcast(static_cast<float>(factor));
+    low = broadcast(static_cast<float>(factor - static_cast<double>(static_cast<float>(factor))));
+  }
+  Vec high, low;
+};
+
+// 2^(x factor - shift) for a result below 2^127 and an integral shift. Its relative error stays
+// near 1e-7 however large x factor and shift are, since they are reduced without being rounded
+// first. Exactly 0 below 2^-126, so that no subnormal (slow on some processors) comes of it; NaN
+// stays NaN.
+inline Vec exp2(Vec x, const Log2Factor& factor, Vec shift) {
+  const Vec y = x * factor.high - shift;
 #if defined(__AVX512F__)
-  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);
-  const __m512 n =
-      _mm512_maskz_roundscale_ps(keep, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_fraction(x - (Vec)n), n);
+  const __mmask16 keep = _mm512_cmp_ps_mask((__m512)y, (__m512)broadcast(-126.0f), _CMP_NLT_UQ);
+  const Vec n = (Vec)_mm512_maskz_roundscale_ps(keep, (__m512)y, 0);
+  const Vec r = (x * factor.high - (n + shift)) + x * factor.low;
+  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_fraction(r), (__m512)n);
 #else
-  const IntVec tiny = x < -126.0f;
-  const Vec clamped = tiny ? broadcast(-126.0f) : x;
+  const IntVec tiny = y < -126.0f;
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-  const Vec shifted = clamped + 12582912.0f;
-  const Vec p = exp2_fraction(clamped - (shifted - 12582912.0f));
+  const Vec shifted = (tiny ? broadcast(-126.0f) : y) + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  const Vec p = exp2_fraction((x * factor.high - (n + shift)) + x * factor.low);
   const Vec scaled = (Vec)((WordVec)p + ((WordVec)shifted << 23));
   return tiny ? Vec{} : x == x ? scaled : x;
 #endif
 }
+
+// 2^x for an integral x <= 127, 0 below -126.
+inline Vec exp2_integral(Vec x) {
+  const IntVec tiny = x < -126.0f;
+  const Vec shifted = (tiny ? broadcast(-126.0f) : x) + 12582912.0f + 127.0f;
+  return tiny ? Vec{} : (Vec)((WordVec)shifted << 23);
+}
+
+inline Vec nearest_integer(Vec x) { return (x + 12582912.0f) - 12582912.0f; }  // |x| < 2^22
 
 // float16 to float32, exactly; subnormals, infinities and NaN included.
 inline Vec widen_float16(const std::uint16_t* p) {

@@ -314,9 +314,10 @@ int main(int argc, char** argv) {
       const Problem problem(shape, ++seed);
       const Truth truth(problem);
       // Room for everything, for a panel, and for none.
+      const std::int64_t head = 64 + (shape.batch + 15) / 16 * 64;
       const std::int64_t panel = (shape.student_dim + 33) * 256;
       for (const std::int64_t bytes :
-           {64 + panel * (shape.bank_rows / 64 + 1), 64 + panel, std::int64_t{0}}) {
+           {head + panel * (shape.bank_rows / 64 + 1), head + panel, std::int64_t{0}}) {
         test_contrastive_ce(kernels, problem, truth, bytes);
       }
       test_similarity(kernels, problem, truth);

@@ -1,0 +1,428 @@
+"""The cpu backend, for every instruction set that runs here, against eager float64 autograd.
+
+tests/test_contrastive_ce.py and tests/test_similarity.py run on it too, in its best tier; here
+stand the edges of its own blocks, and what only it promises.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ckd
+from ckd.backends import cpu
+from tests import oracle
+from tests.oracle import GRADIENTS, Case, make_case, relative_error
+
+pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+
+ALL_TIERS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+
+# Panels of 64 bank rows and 64 students, tiles and student blocks of 256, chunks of 2048 bank rows,
+# blocks of 256 (bfloat16: 512) of D, blocks of 128 x 64 of d_weight, 6 rows of a register block:
+# each is met from either side, with the other sizes small or odd.
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 2, 1, 5),
+    (5, 63, 6, 7),
+    (64, 64, 64, 64),
+    (65, 65, 66, 65),
+    (3, 255, 12, 17),
+    (6, 256, 13, 18),
+    (7, 257, 5, 16),
+    (255, 20, 9, 33),
+    (257, 31, 8, 6),
+    (2, 2047, 4, 3),
+    (3, 2049, 5, 4),
+    (70, 2500, 7, 9),
+    (9, 70, 255, 127),
+    (4, 33, 257, 129),
+    (5, 40, 513, 130),
+    (12, 100, 130, None),
+    (33, 300, 47, None),
+]
+
+
+@pytest.fixture(params=ALL_TIERS)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in cpu.TIERS:
+        pytest.skip(f"this machine or compiler has no {request.param}")
+    with cpu.use_tier(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def half_tier(tier: str) -> str:
+    if not cpu.TIERS[tier]:
+        pytest.skip(f"{tier} has no bfloat16 arithmetic")
+    return tier
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def gradients_of(case: Case, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"loss": loss.detach(), **oracle.gradients(case, loss)}
+
+
+def ours(
+    case: Case, bank: torch.Tensor | None = None, **options: object
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the cpu backend, all of them asked for."""
+    case = case.requiring(*GRADIENTS)
+    if bank is not None:
+        case = replace(case, bank=bank)
+    loss = ckd.contrastive_cross_entropy(*case.arguments, backend="cpu", **options)
+    return gradients_of(case, loss)
+
+
+def eager(case: Case, **options: object) -> dict[str, torch.Tensor]:
+    case = case.requiring(*GRADIENTS)
+    return gradients_of(case, oracle.loss_and_lse(case, **options)[0])
+
+
+def truth(case: Case, **options: object) -> dict[str, torch.Tensor]:
+    return eager(case.cast(torch.float64), **options)
+
+
+def check(case: Case, slack: float = 2.0, **options: object) -> None:
+    """As close to float64 as eager float32, times `slack`, or to the logits' own rounding."""
+    result, exact, plain = ours(case, **options), truth(case, **options), eager(case, **options)
+    floor = 1e-6 + 1e-6 * case.logit_scale.item()
+    for name, value in exact.items():
+        size = torch.linalg.vector_norm(value).item()
+        if size < 1e-6:  # one bank row, one dimension: nothing but rounding
+            assert torch.linalg.vector_norm(result[name]) < 1e-4, name
+            continue
+        error = relative_error(result[name], value)
+        assert error <= slack * relative_error(plain[name], value) + floor, (name, error)
+
+
+@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_is_as_exact_as_eager(shape: tuple[int, ...], tau: float, tier: str) -> None:
+    check(make_case(*shape, tau=tau, learned=0.3))
+
+
+@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
+def test_float32_is_as_exact_as_eager_over_many_problems(tau: float, tier: str) -> None:
+    """Medians over seeds of the errors against float64 leave no room for chance."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(15):
+        case = make_case(24, 200, 48, 32, tau=tau, learned=0.3, seed=seed)
+        result, exact, plain = ours(case), truth(case), eager(case)
+        for name, value in exact.items():
+            pair = (relative_error(result[name], value), relative_error(plain[name], value))
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        mine, theirs = torch.tensor(pairs).median(0).values.tolist()
+        # What eager's errors happen to be on so few numbers varies by itself by some tenths; and a
+        # single number (loss, logit_scale) has an error of about its last bit.
+        assert mine < 1.3 * theirs + 2**-23, (name, mine, theirs)
+
+
+def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> None:
+    """The gradients of a loss of 1e-10 from the exact probability of all other rows."""
+    case = make_case(8, 40, 32, 24, tau=100.0, learned=0.0)
+    n = oracle.unit_rows(torch.nn.functional.linear(case.bank, case.weight, case.bias))
+    # Students whose loss is small, but not lost to float64's own cancellation.
+    mixed = n[case.target] + 1.05 * torch.nn.functional.normalize(case.student, dim=1)
+    case = replace(case, student=mixed)
+    exact, result, plain = truth(case), ours(case), eager(case)
+    assert exact["loss"] < 1e-6
+    for name, value in exact.items():
+        assert relative_error(result[name], value) < 2e-4, name
+    assert relative_error(plain["loss"], exact["loss"]) > 1e-3  # eager has lost them
+
+
+def test_loss_that_float64_rounds_to_zero_is_no_spurious_number(tier: str) -> None:
+    case = make_case(4, 30, 16, 12, tau=100.0, learned=1000.0)
+    result = ours(case)
+    assert 0 <= result["loss"] < 1e-12
+    for name in GRADIENTS:
+        assert torch.linalg.vector_norm(result[name]) < 1e-8, name
+
+
+@pytest.mark.parametrize("best", ["first", "last"])
+@pytest.mark.parametrize("tau", [63.9, 64.0, 64.1, 100.0, 300.0])
+def test_shift_follows_the_largest_logit_wherever_it_stands(
+    tau: float, best: str, tier: str
+) -> None:
+    case = make_case(6, 1500, 8, None, tau=tau, learned=0.0)
+    direction = torch.linspace(-4, 4, 1500)[:, None] * (1 if best == "last" else -1)
+    bank = (torch.randn(1500, 8) + direction).half().float()
+    check(replace(case, bank=bank, student=torch.ones(6, 8) + 0.1 * case.student), slack=3)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_same_bits_on_any_number_of_threads(half: bool, tier: str, threads: None) -> None:
+    for shape in [(70, 4500, 40, 33), (5, 3000, 33, None), (300, 150, 300, 70)]:
+        case = make_case(*shape)
+        table = torch.randn(shape[0], shape[1])
+        results = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                result = ours(case, label_smoothing=0.1)
+                moved = case.requiring(*GRADIENTS)
+                logits = ckd.normalized_similarity(*similarity_arguments(moved), backend="cpu")
+                result["logits"] = logits.detach()
+                for name, value in oracle.gradients(moved, (logits * table).sum()).items():
+                    result[f"similarity {name}"] = value
+            results.append(result)
+        for other in results[1:]:
+            for name, value in results[0].items():
+                assert torch.equal(value, other[name]), (shape, name)
+
+
+def similarity_arguments(case: Case) -> tuple[torch.Tensor | None, ...]:
+    return case.student, case.bank, case.weight, case.bias, case.logit_scale
+
+
+def eager_autocast(case: Case) -> dict[str, torch.Tensor]:
+    case = case.requiring(*GRADIENTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = torch.nn.functional.linear(case.bank.bfloat16(), case.weight, case.bias)
+        n = torch.nn.functional.normalize(z, dim=1)
+        cosines = torch.nn.functional.normalize(case.student, dim=1) @ n.T
+    loss = torch.nn.functional.cross_entropy(case.logit_scale * cosines.float(), case.target)
+    return gradients_of(case, loss)
+
+
+@pytest.mark.parametrize("tau", [14.2857, 100.0])
+def test_bfloat16_is_far_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(10):
+        case = make_case(128, 1000, 128, 96, tau=tau, learned=0.25, seed=seed)
+        exact, plain = truth(case), eager_autocast(case)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = ours(case)
+        for name, value in exact.items():
+            pair = (relative_error(result[name], value), relative_error(plain[name], value))
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
+        # Eager rounds every result to bfloat16, which tau magnifies; the kernels round only what
+        # they multiply. At a small tau that is most of the error of these two: bank, weight, and
+        # for d_weight the gradient of z as well.
+        least = 1.4 if tau < 50 and name in ("student", "weight") else 2.0
+        assert mine < theirs / least, (name, mine, theirs)
+
+
+def test_the_three_ways_to_allow_bfloat16_are_one_arithmetic(tier: str) -> None:
+    case = make_case(20, 90, 70, 40)
+    case = replace(case, student=case.student.bfloat16().float())
+    exact = ours(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = ours(case)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        medium = ours(case)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    half = ours(replace(case, student=case.student.bfloat16()))
+    for name, value in autocast.items():
+        assert torch.equal(value, medium[name]), name
+        assert torch.equal(value.to(half[name].dtype), half[name]), name
+        assert torch.equal(value, exact[name]) != cpu.TIERS[tier], name
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_right_at_every_edge(shape: tuple[int, ...], half_tier: str) -> None:
+    case = make_case(*shape, tau=5.0, learned=0.3)
+    exact = truth(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = ours(case)
+    for name, value in exact.items():
+        size = torch.linalg.vector_norm(value).item()
+        difference = torch.linalg.vector_norm(result[name].double() - value).item()
+        assert difference <= 0.04 * size + 1e-2, (name, difference, size)
+
+
+def test_bank_is_read_in_place_whatever_its_dtype_and_strides(tier: str) -> None:
+    case = make_case(20, 130, 40, 24)
+    wide = torch.randn(260, 100).half()
+    wide[::2, 30:70] = case.bank.half()
+    expected = ours(case)
+    views = [wide[::2, 30:70], case.bank.half().T.contiguous().T, case.bank.half()]
+    for view in views:
+        for name, value in ours(case, view).items():
+            assert torch.equal(value, expected[name]), name
+    for dtype in (torch.bfloat16, torch.float32):
+        bank = case.bank.to(dtype)
+        rounded = ours(replace(case, bank=bank.float()))
+        for name, value in ours(case, bank).items():
+            assert torch.equal(value, rounded[name]), name
+    same_row = case.bank[:1].half().expand(130, 40)
+    uniform = ours(case, same_row)
+    assert uniform["loss"].item() == pytest.approx(torch.tensor(130.0).log().item(), rel=1e-6)
+
+
+def test_other_arguments_may_be_strided(tier: str) -> None:
+    case = make_case(20, 50, 30, 24)
+    expected = ours(case)
+    strided = Case(
+        torch.stack([case.student, case.student], 2)[:, :, 0],
+        case.bank,
+        torch.stack([case.target, case.target], 1)[:, 0],
+        case.weight.T.contiguous().T,
+        torch.stack([case.bias, case.bias], 1)[:, 0],
+        case.logit_scale,
+    )
+    for name, value in ours(strided).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_float16_is_widened_exactly(tier: str) -> None:
+    """Every finite float16, subnormals included, in rows of eight."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    bank = bits[bits.isfinite()].reshape(-1, 8)
+    student = torch.eye(8)
+    exact = oracle.unit_rows(bank.double()).T
+    result = ckd.normalized_similarity(student, bank, backend="cpu")
+    torch.testing.assert_close(result.double(), exact, rtol=3e-7, atol=1e-7)
+
+
+def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
+    real = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        out = real(*args, **kwargs)  # type: ignore[call-overload]
+        return out.fill_(torch.nan if out.is_floating_point() else 255)
+
+    expected = {shape: ours(make_case(*shape, learned=0.3)) for shape in SHAPES}
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for shape in SHAPES:
+        for name, value in ours(make_case(*shape, learned=0.3)).items():
+            assert torch.equal(value, expected[shape][name]), (shape, name)
+
+
+def test_nan_of_an_earlier_call_does_not_come_back(tier: str) -> None:
+    """Scratch memory is used again, with whatever it held."""
+    case = make_case(70, 90, 50, 40)
+    expected = ours(case)
+    poison = replace(case, student=case.student * torch.nan)
+    assert ours(poison)["loss"].isnan()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = ours(case)
+        assert ours(poison)["loss"].isnan()
+        second = ours(case)
+    for name, value in ours(case).items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("room", [0, 64, 3])
+def test_results_do_not_depend_on_the_cache(
+    room: int, monkeypatch: pytest.MonkeyPatch, tier: str
+) -> None:
+    case = make_case(30, 400, 20, 17)
+    expected = ours(case)
+    # No room, room for some bytes, for three panels.
+    monkeypatch.setattr(cpu, "MAX_CACHE_BYTES", room if room != 3 else 3 * 256 * 18)
+    for name, value in ours(case).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_backward_in_another_tier_makes_no_use_of_the_cache(half_tier: str) -> None:
+    case = make_case(10, 100, 20, 17).requiring(*GRADIENTS)
+    exact = truth(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend="cpu")
+    with cpu.use_tier("portable"):
+        for name, value in oracle.gradients(case, loss).items():
+            assert relative_error(value, exact[name]) < 0.03, name
+
+
+def test_non_finite_bank_row_makes_every_loss_nan_as_in_the_reference(tier: str) -> None:
+    for bad in (float("nan"), float("inf")):
+        case = make_case(5, 70, 9, 8)
+        case.bank[66, 3] = bad
+        for backend in ("cpu", "reference"):
+            loss = ckd.contrastive_cross_entropy(*case.arguments, reduction="none", backend=backend)
+            assert loss.isnan().all(), backend
+
+
+def test_each_gradient_can_be_asked_for_alone(tier: str) -> None:
+    case = make_case(20, 130, 30, 24)
+    expected = ours(case)
+    for name in GRADIENTS:
+        alone = case.requiring(name)
+        loss = ckd.contrastive_cross_entropy(*alone.arguments, backend="cpu")
+        assert torch.equal(oracle.gradients(alone, loss)[name], expected[name]), name
+
+
+def test_empty_batch(tier: str) -> None:
+    case = make_case(0, 10, 8, 6)
+    result = ours(case)
+    assert result["loss"] == 0
+    assert all((result[name] == 0).all() for name in GRADIENTS)
+
+
+def test_memory_does_not_grow_with_the_bank() -> None:
+    """300,000 rows of width 64: the projected bank would be 77 MB, the logits 77 MB."""
+    code = """
+import torch, ckd
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(l.split()[1]) for l in lines if l.startswith(key)) // 1024
+bank = torch.randn(1, 64).half().expand(300_000, 64).contiguous()
+student = torch.randn(64, 64, requires_grad=True)
+weight = torch.randn(64, 64, requires_grad=True)
+target = torch.arange(64)
+ckd.contrastive_cross_entropy(student, bank[:100], target, weight, backend="cpu").backward()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+ckd.contrastive_cross_entropy(student, bank, target, weight, backend="cpu").backward()
+print(status("VmHWM") - before)
+"""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # The cache (at most 64 MiB), and a few MiB that do not depend on the bank.
+    assert int(done.stdout) < 64 + 16
+
+
+def test_unknown_tier_is_an_error_that_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="portable"), cpu.use_tier("mmx"):
+        pass
+
+
+def test_float64_student_is_left_to_the_reference() -> None:
+    case = make_case(3, 4, 5, 6).cast(torch.float64)
+    with pytest.raises(ckd.backends.BackendError, match="float64"):
+        ckd.contrastive_cross_entropy(*case.arguments, backend="cpu")
+    assert ckd.backends.explain(case.student, case.bank, case.weight).chosen == "reference"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_similarity_and_its_gradients_match_float64(shape: tuple[int, ...], tier: str) -> None:
+    case = make_case(*shape, learned=0.3)
+    table = torch.randn(shape[0], shape[1])
+
+    def results(case: Case, cosines: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {
+            "logits": cosines.detach(),
+            **oracle.gradients(case, (cosines * table.to(cosines.dtype)).sum()),
+        }
+
+    double, single = (case.cast(d).requiring(*GRADIENTS) for d in (torch.float64, torch.float32))
+    exact, plain = results(double, oracle.logits(double)), results(single, oracle.logits(single))
+    single = case.requiring(*GRADIENTS)
+    logits = ckd.normalized_similarity(*similarity_arguments(single), backend="cpu")
+    for name, value in results(single, logits).items():
+        size = torch.linalg.vector_norm(exact[name]).item()
+        error = torch.linalg.vector_norm(value.double() - exact[name]).item()
+        allowed = 2 * torch.linalg.vector_norm(plain[name].double() - exact[name]).item()
+        assert error <= allowed + 3e-6 * size + 1e-4 * (size < 1e-3), (name, error, size)
