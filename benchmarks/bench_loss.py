@@ -1,0 +1,289 @@
+"""Time, memory and errors of the distillation loss, by ckd's backends and by plain torch.
+
+    python benchmarks/bench_loss.py                      every case, some ten minutes
+    python benchmarks/bench_loss.py --quick              the small ones, a minute
+    python benchmarks/bench_loss.py --case 256,5000,768,256 --providers eager,cpu
+    python benchmarks/bench_loss.py --out mine.json
+    python benchmarks/bench_loss.py --show mine.json
+
+For each case and provider, in this order: the peak of memory, the errors against float64 (a wrong
+result is not timed), and times, in which the providers take turns. benchmarks/README.md explains
+the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import machine
+import providers
+import torch
+from problem import CASES, QUICK, Problem
+from worker import FORWARD, STEP, Errors, Failed, Worker
+
+from ckd._files import atomic_write
+
+TURN = 0.05  # seconds for which a provider computes before the next one does
+LEAST_ROUNDS = 7
+# The worst relative error of loss and gradients with which a result still counts as right. Eager
+# reaches 1e-6 and 1e-2 on these problems; a mistake gives 0.1 or more.
+ALLOWED = {False: 1e-4, True: 5e-2}
+Record = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.show:
+        show(options.show)
+        return 0
+    record: Record = {
+        "benchmark": "loss",
+        "machine": machine.describe(options.threads),
+        "limits": machine.limits(options.threads),
+        "seconds": options.seconds,
+        "competitors": options.competitors,
+        "cases": [],
+    }
+    show_machine(record)
+    for name, problem in options.cases.items():
+        record["cases"].append(run_case(name, problem, options))
+        show_case(record["cases"][-1], record["limits"])
+        if options.out:
+            atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+    wrong = [row for case in record["cases"] for row in case["rows"] if row.get("wrong")]
+    return 1 if wrong else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="CASE",
+        help=f"{', '.join(CASES)}, or B,K,D,W or B,K,D,W,frozen; may be repeated",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--providers",
+        default=",".join(providers.PROVIDERS),
+        help="comma-separated, the first is what the others are compared with; also cpu:TIER and "
+        "cpu-bf16:TIER (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--seconds", type=float, help="of calls, for each provider and mode (default: 2; quick: 1)"
+    )
+    parser.add_argument(
+        "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
+    )
+    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
+    options = parser.parse_args(arguments)
+    if options.show:
+        try:
+            options.show = json.loads(options.show.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--show: {options.show} cannot be read: {error}")
+    if options.seconds is None:
+        options.seconds = 1.0 if options.quick else 2.0
+    names = options.case or (QUICK if options.quick else CASES)
+    try:
+        options.cases = {n: CASES[n] if n in CASES else Problem.parse(n) for n in names}
+        options.providers = options.providers.split(",")
+        for provider in options.providers:
+            providers.find(provider)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.threads < 1 or options.seconds <= 0 or options.competitors < 0:
+        parser.error("--threads and --seconds must be positive, --competitors must not be negative")
+    return options
+
+
+def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record:
+    rows: list[Record] = []
+    workers: dict[str, Worker] = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            truth = write_truth(problem, f"{folder}/truth.pt", options.threads)
+            for provider in options.providers:
+                found = providers.find(provider)
+                rows.append({"provider": provider, "half": found.half})
+                missing = found.missing()
+                if missing is not None:
+                    rows[-1]["failed"] = missing
+                    continue
+                workers[provider] = Worker(provider, problem, options.threads)
+                examine(workers[provider], rows[-1], truth)
+        able = [row for row in rows if "failed" not in row and "wrong" not in row]
+        with busy(options.competitors):
+            for mode in (STEP, FORWARD):
+                take_turns(mode, able, workers, options.seconds)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return {
+        "name": name,
+        "problem": asdict(problem),
+        "step_flops": problem.step_flops(),
+        "step_bytes": problem.step_bytes(),
+        "forward_flops": problem.forward_flops(),
+        "forward_bytes": problem.forward_bytes(),
+        "rows": rows,
+    }
+
+
+def write_truth(problem: Problem, path: str, threads: int) -> str:
+    worker = Worker("eager", problem, threads)
+    try:
+        worker.ask("truth", path)
+    finally:
+        worker.stop()
+    return path
+
+
+def examine(worker: Worker, row: Record, truth: str) -> None:
+    """Memory and errors."""
+    try:
+        row["peak_mib"] = worker.ask("memory")
+        errors: Errors = worker.ask("errors", truth)
+    except Failed as failure:
+        row["failed"] = str(failure)
+        return
+    row["errors"] = errors.values
+    if not errors.worst <= ALLOWED[row["half"]]:
+        row["wrong"] = f"an error of {errors.worst:.1e} against float64"
+
+
+def take_turns(mode: str, rows: list[Record], workers: dict[str, Worker], seconds: float) -> None:
+    times: dict[str, list[float]] = {row["provider"]: [] for row in rows}
+    start, rounds = time.perf_counter(), 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() - start < seconds * len(rows):
+        rounds += 1
+        for row in [row for row in rows if "failed" not in row]:
+            try:
+                times[row["provider"]] += workers[row["provider"]].ask("time", mode, TURN)
+            except Failed as failure:
+                row["failed"] = str(failure)
+    for row in rows:
+        if "failed" not in row:
+            row[mode] = quantiles(times[row["provider"]])
+
+
+def quantiles(times: list[float]) -> Record:
+    """Seconds."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7], "calls": len(times)}
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=_spin, daemon=True) for _ in range(processes)]
+    for process in started:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def show(record: Record) -> None:
+    show_machine(record)
+    for case in record["cases"]:
+        show_case(case, record["limits"])
+
+
+def show_machine(record: Record) -> None:
+    about = record["machine"]
+    print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
+    print(
+        f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, "
+        f"tier {next(iter(about['tiers']), 'none')}, {about['date']}"
+    )
+    print(", ".join(f"{k} {v:,.0f} G/s" for k, v in record["limits"].items()))
+    if record["competitors"]:
+        print(f"competing with {record['competitors']} busy processes")
+
+
+def show_case(case: Record, limits: Record) -> None:
+    problem = Problem(**case["problem"])
+    print(f"\n### {case['name']}: B,K,D,W = {problem}\n")
+    floors = {"float32": floor(case, limits, False), "bfloat16": floor(case, limits, True)}
+    known = ", ".join(f"{name} {duration(x)}" for name, x in floors.items() if x is not None)
+    print(
+        f"{case['step_flops'] / 1e9:,.3g} G operations, {case['step_bytes'] / 1e6:,.3g} MB "
+        f"at least; floor {known or 'unknown'}\n"
+    )
+    first = case["rows"][0]
+    print(
+        "| provider | step p50 (p20 to p80) | of first | forward p50 | of first | G op/s | of peak "
+        "| extra MiB | of first | worst error |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    for row in case["rows"]:
+        why = row.get("failed") or row.get("wrong")
+        if why:
+            print(f"| {row['provider']} | {why} |" + " |" * 8)
+            continue
+        step, forward = row[STEP], row[FORWARD]
+        rate, peak = case["step_flops"] / step["p50"] / 1e9, gemm_rate(limits, row["half"])
+        spread = f"{duration(step['p20'])} to {duration(step['p80'])}"
+        cells = [
+            row["provider"],
+            f"{duration(step['p50'])} ({spread})",
+            ratio(row, first, STEP),
+            duration(forward["p50"]),
+            ratio(row, first, FORWARD),
+            f"{rate:,.0f}",
+            "" if peak is None else f"{rate / peak:.0%}",
+            "" if row["peak_mib"] is None else f"{row['peak_mib']:,.1f}",
+            ratio(row, first, "peak_mib"),
+            f"{max(row['errors'].values()):.1e}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+    sys.stdout.flush()
+
+
+def gemm_rate(limits: Record, half: bool) -> float | None:
+    return limits.get("gemm_bfloat16" if half else "gemm_float32")
+
+
+def floor(case: Record, limits: Record, half: bool) -> float | None:
+    """Seconds below which no step gets on this machine: arithmetic or memory."""
+    rate = gemm_rate(limits, half)
+    if rate is None:
+        return None
+    return max(case["step_flops"] / rate, case["step_bytes"] / limits["read"]) / 1e9
+
+
+def ratio(row: Record, first: Record, key: str) -> str:
+    mine, other = row.get(key), first.get(key)
+    if isinstance(mine, dict) and isinstance(other, dict):
+        mine, other = mine["p50"], other["p50"]
+    return f"{mine / other:.3f}" if mine is not None and other else ""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.4g} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""What a measurement was made on: hardware, versions, commit, and the machine's own limits."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ckd
+from ckd.backends import cpu
+
+
+def describe(threads: int) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ckd": ckd.__version__,
+        "commit": commit(),
+        "tiers": list(cpu.TIERS),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """The name that the system gives; virtual machines often hide the model."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    numbers = "/".join(fields.get(name, "?") for name in ("cpu family", "model", "stepping"))
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family/model/stepping {numbers})"
+
+
+def commit() -> str:
+    """The commit of the working tree, with a + behind it where files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def limits(threads: int) -> dict[str, float]:
+    """Best of several short measurements: 10^9 operations or bytes a second.
+
+    gemm_float32 and gemm_bfloat16: the kernels' own inner product on operands in the cache, in the
+    first tier; matmul_*: torch.mm of 1024 x 1024; read: torch.sum over 256 MiB.
+    """
+    torch.set_num_threads(threads)
+    found: dict[str, float] = {}
+    if cpu.missing() is None:
+        from ckd import _C  # type: ignore[attr-defined]
+
+        tier, half = next(iter(cpu.TIERS.items()))
+        for name, wanted in (("gemm_float32", False), ("gemm_bfloat16", True)):
+            if half or not wanted:
+                found[name] = max(_C.cpu_gemm_peak(tier, wanted, threads, 0.2) for _ in range(5))
+    for name, dtype in (("matmul_float32", torch.float32), ("matmul_bfloat16", torch.bfloat16)):
+        a, b = torch.randn(2, 1024, 1024).to(dtype)
+        found[name] = 2 * 1024**3 / _best(partial(torch.mm, a, b)) / 1e9
+    block = torch.ones(64 << 20)
+    found["read"] = 4 * block.numel() / _best(block.sum) / 1e9
+    return found
+
+
+def _best(function: Callable[[], Any], repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)

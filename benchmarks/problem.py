@@ -1,0 +1,155 @@
+"""The problems that bench_loss.py times: sizes, inputs, and what they cost at least."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOGIT_SCALE = 14.0
+LEARNED = 0.25  # how much of its target's row a student holds: a loss well above 0
+TRUTH_LOGITS = 1 << 27  # the float64 truth holds at most so many logits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes as in the op's docstring; `learned`: with a projection, and gradients for it."""
+
+    batch: int
+    bank_rows: int
+    teacher_dim: int
+    student_dim: int
+    learned: bool = True
+
+    def __str__(self) -> str:
+        sizes = f"{self.batch},{self.bank_rows},{self.teacher_dim},{self.student_dim}"
+        return sizes if self.learned else sizes + ",frozen"
+
+    @classmethod
+    def parse(cls, text: str) -> Problem:
+        """From B,K,D,W or B,K,D,W,frozen (no projection: D must equal W). Raises ValueError."""
+        parts = text.split(",")
+        learned = parts[-1] != "frozen"
+        try:
+            sizes = [int(part) for part in (parts if learned else parts[:-1])]
+        except ValueError:
+            sizes = []
+        if len(sizes) != 4 or min(sizes) < 1:
+            raise ValueError(
+                f"a case is one of {', '.join(CASES)}, or B,K,D,W or B,K,D,W,frozen with positive "
+                f"sizes, such as 256,1000,1024,256; got {text!r}"
+            )
+        if not learned and sizes[2] != sizes[3]:
+            raise ValueError(f"a frozen case has no projection, so D must equal W; got {text!r}")
+        batch, bank_rows, teacher_dim, student_dim = sizes
+        return cls(batch, bank_rows, teacher_dim, student_dim, learned)
+
+    # What the loss and its gradients need, counted once: a multiply-add is two operations, and
+    # what some provider computes again, copies or converts is not work done.
+
+    def forward_flops(self) -> int:
+        b, k, d, w = self.batch, self.bank_rows, self.teacher_dim, self.student_dim
+        return 2 * b * k * w + (2 * k * d * w if self.learned else 0)
+
+    def step_flops(self) -> int:
+        """Forward and backward, without ever holding the logits.
+
+        The sums that give the student's gradient (2 B K W); for the projection's the logits once
+        more, dZ (2 B K W each) and d_weight (2 K D W).
+        """
+        b, k, d, w = self.batch, self.bank_rows, self.teacher_dim, self.student_dim
+        learned = 4 * b * k * w + 2 * k * d * w if self.learned else 0
+        return self.forward_flops() + 2 * b * k * w + learned
+
+    def forward_bytes(self) -> int:
+        """The float16 bank once, students and projection once."""
+        weight = 4 * self.student_dim * (self.teacher_dim + 1) if self.learned else 0
+        return 2 * self.bank_rows * self.teacher_dim + 4 * self.batch * self.student_dim + weight
+
+    def step_bytes(self) -> int:
+        """As forward_bytes, and the gradients once; for d_weight the bank a second time."""
+        gradients = self.forward_bytes() - 2 * self.bank_rows * self.teacher_dim
+        return self.forward_bytes() + (self.forward_bytes() if self.learned else gradients)
+
+
+CASES = {
+    "call": Problem(1, 10, 64, 64),
+    "centroids-100": Problem(64, 100, 1024, 256),
+    "centroids-1k": Problem(256, 1000, 1024, 256),
+    "bank-20k": Problem(1024, 20000, 768, 256),
+    "ragged-20k": Problem(1000, 19997, 771, 250),
+    "bank-100k": Problem(512, 100000, 768, 256),
+    "frozen-50k": Problem(1024, 50000, 512, 512, learned=False),
+}
+QUICK = ("call", "centroids-100", "centroids-1k")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves that require their gradients, and the bank in float16."""
+
+    student: Tensor
+    bank: Tensor
+    target: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    logit_scale: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        every = (self.student, self.weight, self.bias, self.logit_scale)
+        return [x for x in every if x is not None]
+
+    def cast(self, dtype: torch.dtype, students: int | None = None) -> Inputs:
+        """Copies in `dtype`, the bank too, of the first `students`."""
+
+        def leaf(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().to(dtype, copy=True).requires_grad_()
+
+        student, scale = leaf(self.student[:students]), leaf(self.logit_scale)
+        assert student is not None
+        assert scale is not None
+        return Inputs(
+            student,
+            self.bank.to(dtype),
+            self.target[:students],
+            leaf(self.weight),
+            leaf(self.bias),
+            scale,
+        )
+
+
+def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
+    """The same numbers in every process."""
+    g = torch.Generator().manual_seed(seed)
+    b, k, d, w = problem.batch, problem.bank_rows, problem.teacher_dim, problem.student_dim
+    bank = torch.empty(k, d, dtype=torch.float16)
+    for part in bank.split(4096):  # never the whole bank in float32
+        part.copy_(torch.randn(part.shape, generator=g))
+    target = torch.randint(k, (b,), generator=g)
+    weight = bias = None
+    own = bank[target].float()
+    if problem.learned:
+        weight = torch.randn(w, d, generator=g) / math.sqrt(d)
+        bias = 0.1 * torch.randn(w, generator=g)
+        own = F.linear(own, weight, bias)
+        weight.requires_grad_()
+        bias.requires_grad_()
+    student = (LEARNED * own + torch.randn(b, w, generator=g)).detach().requires_grad_()
+    return Inputs(student, bank, target, weight, bias, torch.tensor(LOGIT_SCALE).requires_grad_())
+
+
+def checked_students(problem: Problem) -> int:
+    """Of how many students the truth is computed: all, where their logits fit."""
+    return max(1, min(problem.batch, TRUTH_LOGITS // problem.bank_rows))
+
+
+def eager(inputs: Inputs) -> Tensor:
+    """The loss as one writes it in plain torch; in the inputs' own dtypes."""
+    bank = inputs.bank.to(inputs.student.dtype)
+    z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
+    cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
+    return F.cross_entropy(inputs.logit_scale * cosines, inputs.target)

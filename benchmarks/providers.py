@@ -1,0 +1,131 @@
+"""Who computes the loss in bench_loss.py: a name, and how it turns inputs into a loss."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from problem import Inputs, eager
+from torch import Tensor
+
+import ckd
+from ckd import backends
+from ckd.backends import cpu
+
+Loss = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """make() is called once, in the provider's own process, and returns what is timed."""
+
+    about: str
+    make: Callable[[], Loss]
+    half: bool = False  # computes with bfloat16
+    compiles: bool = False  # its first call does more than compute
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+
+
+def eager_malloc() -> Loss:
+    """glibc gives large blocks back to the system after every call, and page faults cost more than
+    some of the arithmetic; many training scripts raise the thresholds."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max, top_pad = -1, -4, -2  # malloc.h
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
+        if not libc.mallopt(option, value):
+            raise RuntimeError(f"mallopt({option}, {value}) was refused")
+    return eager
+
+
+def eager_bf16(inputs: Inputs) -> Tensor:
+    """Autocast; the bank, which autocast would convert to bfloat16 by way of float32, at once."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        bank = inputs.bank.bfloat16()
+        z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
+        cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
+    return F.cross_entropy(inputs.logit_scale * cosines.float(), inputs.target)
+
+
+def by_backend(name: str, half: bool, tier: str | None = None) -> Loss:
+    def loss(inputs: Inputs) -> Tensor:
+        i = inputs
+        chosen: AbstractContextManager[None] = cpu.use_tier(tier) if tier else NOTHING
+        permitted = torch.autocast("cpu", dtype=torch.bfloat16) if half else NOTHING
+        with chosen, permitted:
+            return ckd.contrastive_cross_entropy(
+                i.student, i.bank, i.target, i.weight, i.bias, i.logit_scale, backend=name
+            )
+
+    return loss
+
+
+NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def _no_glibc() -> str | None:
+    return None if sys.platform == "linux" else "mallopt is glibc's"
+
+
+def _no_compiler() -> str | None:
+    return None if shutil.which("c++") or shutil.which("g++") else "needs a C++ compiler"
+
+
+def _no_half() -> str | None:
+    reason = backends.ORDER["cpu"].missing()
+    if reason is None and not next(iter(cpu.TIERS.values())):
+        reason = "this processor has no bfloat16 arithmetic"
+    return reason
+
+
+PROVIDERS = {
+    "eager": Provider("plain torch, float32", lambda: eager),
+    "eager-malloc": Provider(
+        "the same, malloc keeping what is freed", eager_malloc, missing=_no_glibc
+    ),
+    "eager-bf16": Provider("plain torch under CPU autocast", lambda: eager_bf16, half=True),
+    "compile": Provider(
+        "torch.compile of eager",
+        lambda: torch.compile(eager, dynamic=False),
+        compiles=True,
+        missing=_no_compiler,
+    ),
+    "reference": Provider("ckd, plain torch by tiles", lambda: by_backend("reference", False)),
+    "cpu": Provider(
+        "ckd, C++ kernels, float32",
+        lambda: by_backend("cpu", False),
+        missing=lambda: backends.ORDER["cpu"].missing(),
+    ),
+    "cpu-bf16": Provider(
+        "ckd, C++ kernels, bfloat16 arithmetic",
+        lambda: by_backend("cpu", True),
+        half=True,
+        missing=_no_half,
+    ),
+}
+
+
+def find(name: str) -> Provider:
+    """A provider by its name; cpu:TIER and cpu-bf16:TIER force an instruction set.
+
+    Raises ValueError for an unknown one.
+    """
+    base, _, tier = name.partition(":")
+    if base not in PROVIDERS or (tier and not base.startswith("cpu")):
+        raise ValueError(
+            f"a provider is one of {', '.join(PROVIDERS)}, cpu:TIER or cpu-bf16:TIER; got {name!r}"
+        )
+    provider = PROVIDERS[base]
+    if not tier:
+        return provider
+    half = provider.half
+    if tier not in cpu.TIERS or (half and not cpu.TIERS[tier]):
+        fit = [t for t, has_half in cpu.TIERS.items() if has_half or not half]
+        raise ValueError(f"{name!r}: the tiers for {base} here are {', '.join(fit) or 'none'}")
+    return Provider(f"{provider.about}, {tier}", lambda: by_backend("cpu", half, tier), half)

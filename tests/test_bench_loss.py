@@ -1,0 +1,207 @@
+"""benchmarks/bench_loss.py: what it counts, that wrong results are not timed, that files show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import bench_loss
+import problem
+import providers
+import pytest
+import torch
+from torch import Tensor
+from worker import Errors, Failed, Worker
+
+import ckd
+from tests import oracle
+
+BENCH = Path(bench_loss.__file__)
+TINY = "3,7,5,4"
+PROVIDERS = "eager,reference,eager-bf16"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH), "--seconds", "0.01", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_measures_and_shows_what_it_wrote(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    done = run("--case", TINY, "--providers", PROVIDERS, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    assert record["machine"]["torch"] == torch.__version__
+    assert {"commit", "date", "processor", "threads"} <= record["machine"].keys()
+    assert record["limits"]["matmul_float32"] > 0
+    (case,) = record["cases"]
+    assert [row["provider"] for row in case["rows"]] == PROVIDERS.split(",")
+    for row in case["rows"]:
+        assert set(row["errors"]) == {"loss", "student", "weight", "bias", "logit_scale"}
+        for mode in ("step", "forward"):
+            assert 0 < row[mode]["p20"] <= row[mode]["p50"] <= row[mode]["p80"]
+            assert row[mode]["calls"] >= bench_loss.LEAST_ROUNDS
+    shown = run("--show", str(out))
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == done.stdout
+
+
+def test_wrong_and_failing_providers_are_rows_and_never_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class InProcess:
+        """A worker without a process, so that providers can be planted."""
+
+        def __init__(self, provider: str, *_: object) -> None:
+            self.provider = provider
+
+        def ask(self, call: str, *arguments: object) -> object:
+            if self.provider == "wrong" and call == "errors":
+                return Errors({"loss": 1e-7, "student": 2e-3})
+            if self.provider == "broken" and call == "memory":
+                raise Failed("out of memory")
+            if self.provider == "dies" and call == "time":
+                raise Failed("killed, out of memory?")
+            if self.provider == "nan" and call == "errors":
+                return Errors({"loss": float("nan")})
+            results = {"truth": None, "memory": 1.0, "errors": Errors({"loss": 1e-7})}
+            if call == "time":
+                assert self.provider in ("eager", "dies")
+                return [1.0, 2.0]
+            return results[call]
+
+        def stop(self) -> None:
+            pass
+
+    names = ("wrong", "broken", "dies", "nan")
+    planted = {name: providers.Provider("", lambda: problem.eager) for name in names}
+    absent = providers.Provider("", lambda: problem.eager, missing=lambda: "not installed")
+    monkeypatch.setattr(
+        providers, "PROVIDERS", {**providers.PROVIDERS, **planted, "absent": absent}
+    )
+    monkeypatch.setattr(bench_loss, "Worker", InProcess)
+    out = tmp_path / "result.json"
+    every = ",".join(["eager", *names, "absent"])
+    arguments = ["--case", TINY, "--providers", every, "--seconds", "0.001", "--out", str(out)]
+    assert bench_loss.main(arguments) == 1
+    rows = {row["provider"]: row for row in json.loads(out.read_text())["cases"][0]["rows"]}
+    assert rows["eager"]["step"]["p50"] == 1.5
+    assert rows["wrong"]["wrong"] == "an error of 2.0e-03 against float64"
+    assert "nan" in rows["nan"]["wrong"]
+    assert rows["broken"]["failed"] == "out of memory"
+    assert rows["dies"]["failed"] == "killed, out of memory?"
+    assert rows["absent"]["failed"] == "not installed"
+    assert all("step" not in rows[name] for name in (*names, "absent"))
+
+
+def test_worker_that_is_killed_says_so() -> None:
+    worker = Worker("eager", problem.Problem.parse(TINY), 1)
+    worker._process.kill()
+    with pytest.raises(Failed, match="killed"):
+        worker.ask("memory")
+    worker.stop()
+
+
+@pytest.mark.parametrize("name", sorted(providers.PROVIDERS))
+@pytest.mark.parametrize("text", [TINY, "40,90,16,16,frozen"])
+def test_providers_compute_the_same_loss(name: str, text: str) -> None:
+    provider = providers.find(name)
+    if name in ("compile", "eager-malloc"):
+        pytest.skip("takes long, or changes the process")
+    if provider.missing():
+        pytest.skip(str(provider.missing()))
+    inputs = problem.make_inputs(problem.Problem.parse(text))
+    case = oracle.Case(
+        inputs.student,
+        inputs.bank.float(),
+        inputs.target,
+        inputs.weight,
+        inputs.bias,
+        inputs.logit_scale,
+    )
+    exact = oracle.loss_and_lse(case.cast(torch.float64))[0]
+    loss = provider.make()(inputs)
+    assert oracle.relative_error(loss, exact) < (2e-2 if provider.half else 1e-5)
+    assert len(torch.autograd.grad(loss, inputs.leaves)) == len(inputs.leaves)
+
+
+def test_inputs_are_the_same_in_every_process() -> None:
+    small = problem.Problem.parse(TINY)
+    one, other = problem.make_inputs(small), problem.make_inputs(small)
+    assert torch.equal(one.bank, other.bank)
+    assert torch.equal(one.student, other.student)
+    assert not torch.equal(one.bank, problem.make_inputs(small, seed=1).bank)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_operations_are_those_of_the_products(learned: bool) -> None:
+    """Against torch's own counter: eager's products, with the logits once more for d_weight."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = problem.Problem(6, 10, 8 if not learned else 12, 8, learned)
+    inputs = problem.make_inputs(size)
+
+    def count(function: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    def forward() -> Tensor:
+        return problem.eager(inputs)
+
+    assert count(forward) == size.forward_flops()
+    again = 2 * 6 * 10 * 8 if learned else 0
+    # Eager's autograd computes d_student from logits that it kept; all else is counted alike.
+    step = count(lambda: torch.autograd.grad(forward(), inputs.leaves))
+    assert step + again == size.step_flops()
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    size = problem.Problem.parse("6,10,12,8")
+    inputs = problem.make_inputs(size)
+    read = sum(x.numel() * x.element_size() for x in (inputs.bank, *inputs.leaves[:-1]))
+    assert size.forward_bytes() == read
+    assert size.step_bytes() == 2 * read  # gradients, and the bank again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--case", "nonsense"], "a case is one of call, "),
+        (["--case", "1,2,3"], "B,K,D,W"),
+        (["--case", "1,2,0,4"], "positive"),
+        (["--case", "1,2,3,4,frozen"], "D must equal W"),
+        (["--providers", "eager,best"], "a provider is one of eager, "),
+        (["--providers", "eager:avx2"], "a provider is one of eager, "),
+        (["--providers", "cpu:mmx"], "the tiers for cpu here are"),
+        (["--threads", "0"], "must be positive"),
+        (["--show", "/nowhere/result.json"], "cannot be read"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_bad_arguments_are_named(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_loss.main(arguments)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = ckd.contrastive_cross_entropy
+
+    def spy(*arguments: object, **options: object) -> object:
+        asked.append(options)
+        return real(*arguments, **{**options, "backend": "reference"})
+
+    monkeypatch.setattr(ckd, "contrastive_cross_entropy", spy)
+    providers.by_backend("cpu", False)(problem.make_inputs(problem.Problem.parse(TINY)))
+    assert asked == [{"backend": "cpu"}]
