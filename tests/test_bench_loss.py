@@ -194,6 +194,15 @@ def test_bad_arguments_are_named(
     assert words in capsys.readouterr().err
 
 
+def test_committed_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((BENCH.parent / "results").glob("loss-*.json"))
+    assert files
+    for file in files:
+        bench_loss.main(["--show", str(file)])
+        assert "+" not in json.loads(file.read_text())["machine"]["commit"], "uncommitted changes"
+    assert "| eager |" in capsys.readouterr().out
+
+
 def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     real = ckd.contrastive_cross_entropy
