@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -121,20 +122,38 @@ def draw(seed: int) -> Drawn:
     )
 
 
-def compare(drawn: Drawn, result: Results, exact: Results, plain: Results) -> None:
-    """As close to float64 as three times eager float32, or as the rounding of the logits allows."""
+def eager_in_other_orders(
+    drawn: Drawn, by_oracle: Callable[[Drawn, torch.dtype], Results]
+) -> list[Results]:
+    """Eager float32 with the teacher's dimensions in other orders: other roundings of z."""
+    case, results = drawn.case, []
+    if case.weight is None:
+        return []
+    for seed in range(8):
+        order = torch.randperm(case.bank.shape[1], generator=torch.Generator().manual_seed(seed))
+        moved = replace(case, bank=case.bank[:, order], weight=case.weight[:, order])
+        result = by_oracle(replace(drawn, case=moved), torch.float32)
+        if "weight" in result:
+            result["weight"] = result["weight"][:, order.argsort()]
+        results.append(result)
+    return results
+
+
+def compare(drawn: Drawn, result: Results, exact: Results, plain: list[Results]) -> None:
+    """As close to float64 as three times eager float32, in the worst of the orders of its sums that
+    are given, or as the rounding of the logits allows."""
     tau = drawn.case.logit_scale.item()
     eager_float64 = 1e-13 * tau * drawn.weights[0].abs().sum().item()  # probabilities near 1
     assert result.keys() == exact.keys()
     for name, value in exact.items():
-        ours, eager = result[name], plain[name]
+        ours, eager = result[name], [p[name] for p in plain]
         size = torch.linalg.vector_norm(value).item()
         if name == "logit_scale":  # the sum over students may be far smaller than its terms
             size = value.abs().sum().item()
-            value, eager = value.sum(), eager.sum()
+            value, eager = value.sum(), [e.sum() for e in eager]
         assert ours.isfinite().all(), name
         error = torch.linalg.vector_norm(ours.double() - value).item()
-        theirs = torch.linalg.vector_norm(eager.double() - value).item()
+        theirs = max(torch.linalg.vector_norm(e.double() - value).item() for e in eager)
         allowed = max(3 * theirs, 3e-6 * tau * size) + eager_float64
         assert error <= allowed, (name, error, theirs, size)
 
@@ -151,16 +170,25 @@ def test_random_problems_against_float64(run: int, restored_threads: None) -> No
     for seed in range(run * PROBLEMS, (run + 1) * PROBLEMS):
         drawn = draw(seed)
         torch.set_num_threads(drawn.threads)
-        table = seed % 4 == 0
-        op = drawn.similarity if table else drawn.contrastive_ce
-        by_oracle = drawn.similarity_by_oracle if table else drawn.contrastive_ce_by_oracle
+        op, by_oracle = (
+            (Drawn.similarity, Drawn.similarity_by_oracle)
+            if seed % 4 == 0
+            else (Drawn.contrastive_ce, Drawn.contrastive_ce_by_oracle)
+        )
         with cpu.use_tier(drawn.tier):
-            result = op()
+            result = op(drawn)
+        exact, plain = by_oracle(drawn, torch.float64), [by_oracle(drawn, torch.float32)]
         try:
-            compare(drawn, result, by_oracle(torch.float64), by_oracle(torch.float32))
+            compare(drawn, result, exact, plain)
+            continue
+        except AssertionError:
+            # A projected row near 0 magnifies roundings, from which eager may have been spared.
+            plain += eager_in_other_orders(drawn, by_oracle)
+        try:
+            compare(drawn, result, exact, plain)
         except AssertionError as error:
             sizes = {n: tuple(getattr(drawn.case, n).shape) for n in ("student", "bank")}
             raise AssertionError(
-                f"draw({seed}) in {drawn.tier}, {'similarity' if table else 'loss'}, {sizes}, "
+                f"draw({seed}) in {drawn.tier}, {op.__name__}, {sizes}, "
                 f"tau {drawn.case.logit_scale.item():g}: {error}"
             ) from None
