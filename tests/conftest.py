@@ -6,13 +6,26 @@ import pytest
 import torch
 
 import ckd
+from ckd.backends import triton
 from ckd.train import loop
+
+if triton.missing() is None and triton.interpreted():
+    from tests import triton_interpreter
+
+    triton_interpreter.repair()
 
 
 @pytest.fixture(params=ckd.backends.available())
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of this installation; they may not differ in results."""
-    return request.param
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend of this installation; they may not differ in results. Tensors are made on its
+    device."""
+    name = request.param
+    if name != "triton" or triton.interpreted():
+        yield name
+        return
+    torch.set_default_device("cuda")
+    yield name
+    torch.set_default_device("cpu")
 
 
 @pytest.fixture(autouse=True)

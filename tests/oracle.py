@@ -62,22 +62,25 @@ def make_case(
     learned: float = 0.5,
     seed: int = 0,
 ) -> Case:
-    """A float32 case over a float16-representable bank.
+    """A float32 case over a float16-representable bank, the same on every default device.
 
     `learned` mixes the target's own projected row into the student: 0 gives a near-uniform
     softmax, 100 a peaked one. student_dim None: no projection.
     """
-    g = torch.Generator().manual_seed(seed)
-    bank = torch.randn(bank_rows, teacher_dim, generator=g).half().float()
+    g = torch.Generator("cpu").manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device="cpu").to(torch.get_default_device())
+
+    bank = randn(bank_rows, teacher_dim).half().float()
     weight = b = None
     projected = bank
     if student_dim is not None:
-        weight = torch.randn(student_dim, teacher_dim, generator=g) / math.sqrt(teacher_dim)
-        b = 0.1 * torch.randn(student_dim, generator=g) if bias else None
+        weight = randn(student_dim, teacher_dim) / math.sqrt(teacher_dim)
+        b = 0.1 * randn(student_dim) if bias else None
         projected = F.linear(bank, weight, b)
-    target = torch.randint(bank_rows, (batch,), generator=g)
-    noise = torch.randn(batch, projected.shape[1], generator=g)
-    student = learned * projected[target] + noise
+    target = torch.randint(bank_rows, (batch,), generator=g, device="cpu").to(bank.device)
+    student = learned * projected[target] + randn(batch, projected.shape[1])
     return Case(student, bank, target, weight, b, torch.tensor(float(tau)))
 
 

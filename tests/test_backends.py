@@ -38,6 +38,29 @@ def test_no_backend_that_serves_is_an_error_with_every_reason(
         ckd.normalized_similarity(*tensors())
 
 
+def test_cache_limit_bounds_what_a_forward_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    module = backends.ORDER["reference"]
+
+    def keep(problem: backends.Problem) -> int:
+        sizes.append(problem.cache_limit)
+        return 0
+
+    monkeypatch.setattr(module, "contrastive_ce_cache_bytes", keep)
+    student, bank = tensors()
+    weight = torch.eye(4, requires_grad=True)
+    before = backends.cache_limit()
+    try:
+        for limit in (0, 1 << 30):
+            backends.set_cache_limit(limit)
+            assert backends.cache_limit() == limit
+            target = torch.tensor([0, 1, 2])
+            ckd.contrastive_cross_entropy(student, bank, target, weight, backend="reference")
+    finally:
+        backends.set_cache_limit(before)
+    assert sizes == [0, 1 << 30]
+
+
 def test_forward_and_backward_use_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = backends.ORDER["reference"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import cpu
+from ckd.backends import cpu, interface
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 
@@ -329,7 +329,7 @@ def test_results_do_not_depend_on_the_cache(
     case = make_case(30, 400, 20, 17)
     expected = ours(case)
     # No room, room for some bytes, for three panels.
-    monkeypatch.setattr(cpu, "MAX_CACHE_BYTES", room if room != 3 else 3 * 256 * 18)
+    monkeypatch.setattr(interface, "_cache_limit", room if room != 3 else 3 * 256 * 18)
     for name, value in ours(case).items():
         assert torch.equal(value, expected[name]), name
 

@@ -13,16 +13,25 @@ from types import ModuleType
 from torch import Tensor
 
 from ckd import _hints
-from ckd.backends import cpu, reference
-from ckd.backends.interface import Problem
+from ckd.backends import cpu, reference, triton
+from ckd.backends.interface import Problem, cache_limit, set_cache_limit
 
 # "auto" takes the first that serves the problem, so the fastest stands first.
-ORDER: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+ORDER: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "reference": reference}
+
+__all__ = [
+    "BackendError",
+    "Explanation",
+    "available",
+    "cache_limit",
+    "explain",
+    "set_cache_limit",
+]
 
 OPS = ("contrastive_ce", "similarity")
 
 # Names that the API reserves and this version does not ship; asking for one says so.
-NOT_SHIPPED = ("cuda", "triton")
+NOT_SHIPPED = ("cuda",)
 
 
 class BackendError(RuntimeError):

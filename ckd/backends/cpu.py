@@ -31,7 +31,6 @@ ELEMENTS = {
 }  # Element of csrc/cpu/arguments.h
 PANEL = 64  # bank rows of a panel of the cache
 CACHE_HEADER_BYTES = 64
-MAX_CACHE_BYTES = 64 << 20  # at most so much of the projected bank waits for the backward
 
 _tier = next(iter(TIERS), "")
 
@@ -79,7 +78,7 @@ def contrastive_ce_cache_bytes(problem: Problem) -> int:
     words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim
     size = 4 * PANEL * (words + 1)
     students = 64 * ((problem.batch + 15) // 16)
-    return CACHE_HEADER_BYTES + students + min(panels, MAX_CACHE_BYTES // size) * size
+    return CACHE_HEADER_BYTES + students + min(panels, problem.cache_limit // size) * size
 
 
 def contrastive_ce_forward(

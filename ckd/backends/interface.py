@@ -8,6 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEFAULT_CACHE_LIMIT = 64 << 20
+_cache_limit = DEFAULT_CACHE_LIMIT
+
+
+def cache_limit() -> int:
+    """Bytes of the projected bank that a forward may keep for its backward; see
+    `set_cache_limit`."""
+    return _cache_limit
+
+
+def set_cache_limit(limit: int) -> None:
+    """Let a forward keep up to `limit` bytes of the projected bank for its backward.
+
+    Without it the backward for weight and bias projects the bank again: 2 K D W operations. Kept
+    rows take W float16 numbers on a GPU and W bfloat16 ones on the CPU where half precision is
+    permitted, else W float32 ones; a GPU keeps all rows or none. 64 MiB unless it is set.
+
+    Raises ValueError for a negative limit.
+
+    >>> ckd.backends.set_cache_limit(1 << 30)  # 1 GiB: a bank of 1.28 M rows at W = 256
+    """
+    global _cache_limit
+    if not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"limit must be a number of bytes, an int >= 0, got {limit!r}")
+    _cache_limit = limit
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,6 +53,7 @@ class Problem:
     bank_dtype: torch.dtype
     weight_dtype: torch.dtype | None  # None: no projection
     allow_half: bool
+    cache_limit: int  # bytes that the forward may keep of the projected bank
 
     @classmethod
     def of(cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None) -> Problem:
@@ -42,7 +69,9 @@ class Problem:
             student_dtype=student.dtype,
             bank_dtype=bank.dtype,
             weight_dtype=None if weight is None else weight.dtype,
-            allow_half=half_student or torch.is_autocast_enabled(device_type),
+            allow_half=half_student
+            or (device_type != "meta" and torch.is_autocast_enabled(device_type)),
+            cache_limit=_cache_limit,
         )
 
 

@@ -207,6 +207,12 @@ CASES = [
         ("weight", "float64", "torch.float32)"),
     ),
     Case(
+        "negative cache limit",
+        lambda _: ckd.backends.set_cache_limit(-1),
+        ValueError,
+        ("limit", "bytes", "-1"),
+    ),
+    Case(
         "explain another op",
         lambda _: ckd.backends.explain(torch.ones(2, 2), torch.ones(2, 2), op="contrastive"),
         ValueError,

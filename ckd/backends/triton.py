@@ -1,0 +1,190 @@
+"""The ops in Triton kernels (triton_kernels/, installed as ckd._triton), for any GPU it serves.
+
+The bank is projected and normalised a chunk at a time into a workspace, in float16 where half
+precision is permitted, else float32 ("ieee", or "tf32" as torch's float32 matmul precision says);
+then every kernel reads unit rows. No logits in memory, no atomics, no host synchronisation but for
+measuring which tiles are fastest, once for each kind of problem.
+
+With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDTH_MULTIPLE = 16  # rows of the projected bank are whole 32-byte sectors
+
+
+_installed = importlib.util.find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton, too, looks once
+
+
+def missing() -> str | None:
+    """Why no problem at all can be served here."""
+    if not _installed:
+        return "triton is not installed; pip install triton"
+    if interpreted() or torch.cuda.is_available():
+        return None
+    return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return _interpreted
+
+
+def unsupported(problem: Problem) -> str | None:
+    device = "cpu" if interpreted() else "cuda"
+    if problem.device_type != device:  # first: asking for GPUs takes longer
+        return f"the tensors are on {problem.device_type}, not on {device}"
+    reason = missing()
+    if reason is not None:
+        return reason
+    if problem.student_dtype not in DTYPES:
+        return f"has no {str(problem.student_dtype).removeprefix('torch.')} arithmetic"
+    if max(problem.batch, problem.bank_rows) >= 2**31:
+        return "has 32-bit row numbers: less than 2^31 students and bank rows"
+    if problem.student_dim == 0 or problem.teacher_dim == 0:
+        return "rows of width 0"
+    return None
+
+
+def contrastive_ce_cache_bytes(problem: Problem) -> int:
+    """Room for the whole projected bank and its inverse norms, or none."""
+    size = 2 if problem.allow_half else 4
+    width = -(-problem.student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    needed = problem.bank_rows * (width * size + 4)
+    return needed if needed <= problem.cache_limit else 0
+
+
+def contrastive_ce_forward(
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    options: Options,
+    *,
+    save_residual: bool,
+    save_attention: bool,
+    cache_bytes: int,
+) -> Forward:
+    from ckd.backends.triton_launch import Call, SoftmaxSums
+
+    call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    cache = call.empty(cache_bytes, dtype=torch.uint8)
+    nll, lse, p_other = (call.empty(call.batch) for _ in range(3))
+    residual = call.empty(student.shape if save_residual else 0)
+    attention = call.empty(student.shape if save_attention else 0)
+    if call.batch > 0:
+        with call.on_device():
+            sums = SoftmaxSums(
+                call, target.contiguous(), options, save_residual or save_attention, cache
+            )
+            for chunk in call.chunks(sums.chunk_rows, cache):
+                sums.add(chunk)
+            sums.combine(
+                nll,
+                lse,
+                p_other,
+                residual if save_residual else None,
+                attention if save_attention else None,
+            )
+    return Forward(nll, lse, p_other, residual, attention, cache)
+
+
+def contrastive_ce_backward(
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    saved: Saved,
+    needs: Needs,
+    options: Options,
+) -> Gradients:
+    from ckd.backends.triton_launch import Call, ProjectionGradient, Students
+
+    call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    if call.batch == 0:
+        return call.zero_gradients(needs)
+    target = target.contiguous()
+    pair = (d_nll, d_lse)
+    with call.on_device():
+        d_student, d_scale = call.student_gradient(
+            *pair, saved.residual, saved.attention, needs, target, options.ignore_index
+        )
+        if not (needs.weight or needs.bias):
+            return call.gradients(d_student, None, d_scale, needs)
+        students = Students.of(call, target, *pair, saved, options)
+        projection = ProjectionGradient(call, needs)
+        for chunk in call.chunks(call.chunk_rows(saved.cache), saved.cache, filled=True):
+            projection.add_softmax(chunk, students, options.label_smoothing > 0)
+        return call.gradients(d_student, projection, d_scale, needs)
+
+
+def similarity_forward(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    allow_half: bool,
+) -> Tensor:
+    from ckd.backends.triton_launch import Call
+
+    call = Call(student, bank, weight, bias, logit_scale, allow_half)
+    out = call.empty(call.batch, call.bank_rows)
+    if call.batch > 0:
+        with call.on_device():
+            u = call.students()
+            for chunk in call.chunks(call.chunk_rows()):
+                call.similarities(u, chunk, out)
+    return out
+
+
+def similarity_backward(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Needs,
+    allow_half: bool,
+) -> Gradients:
+    from ckd.backends.triton_launch import Call, Product, ProjectionGradient
+
+    call = Call(student, bank, weight, bias, logit_scale, allow_half)
+    if call.batch == 0:
+        return call.zero_gradients(needs)
+    d_logits = d_logits.float().contiguous()
+    largest = d_logits.abs().amax()
+    with call.on_device():
+        u = call.students()
+        slope = Product(call, call.batch, call.student_dim)
+        projection = ProjectionGradient(call, needs)
+        for chunk in call.chunks(call.chunk_rows()):
+            part = d_logits[:, chunk.first : chunk.first + len(chunk.n)]
+            if needs.student or needs.logit_scale:
+                slope.add(part, chunk.n, largest, call.operand)
+            if needs.weight or needs.bias:
+                d_n = Product(call, len(chunk.n), call.width)
+                d_n.add(part.T, u, largest, call.operand)
+                projection.add(chunk, d_n.sum() * call.scale)
+        d_student = d_scale = None
+        if needs.student or needs.logit_scale:
+            ones = torch.ones(call.batch, device=student.device)
+            d_student, d_scale = call.student_gradient(ones, None, slope.sum(), slope.sum(), needs)
+        return call.gradients(d_student, projection, d_scale, needs)

@@ -1,0 +1,477 @@
+"""How the triton backend launches its kernels: inputs as they take them, chunks of the bank, tiles.
+
+Imports Triton, so `ckd/backends/triton.py` imports it inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from ckd._triton import tiles
+from ckd._triton.contrastive_ce import (
+    bank_gradient_kernel,
+    combine_kernel,
+    forward_kernel,
+    join_kernel,
+    student_factors_kernel,
+    targets_kernel,
+)
+from ckd._triton.products import product_kernel, project_kernel
+from ckd._triton.rows import bank_norm_backward_kernel, student_gradient_kernel, unit_rows_kernel
+from ckd._triton.similarity import similarity_kernel
+from ckd._triton.tiles import ProductTiles, Tiles, power_of_two
+from ckd._triton.tuning import bucket, choose
+from ckd.backends.interface import Gradients, Needs, Options, Saved
+from ckd.backends.triton import WIDTH_MULTIPLE
+
+# A chunk of the bank with what is computed about it.
+WORKSPACE_BYTES = 32 << 20
+CHUNK_MULTIPLE = 1024
+FACTORS_BLOCK = 1024
+
+
+class Chunk(NamedTuple):
+    """Rows first, first + 1, ... of the bank."""
+
+    first: int
+    t: Tensor  # [rows, D] as stored
+    n: Tensor  # [rows, width] unit rows in the operands' dtype
+    inverse: Tensor  # [rows] 1 / |z|
+
+
+class Call:
+    """The inputs as the kernels take them, and what both ops do with them."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        bank: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: Tensor,
+        allow_half: bool,
+    ) -> None:
+        self.half = allow_half
+        self.operand = torch.float16 if allow_half else torch.float32
+        # float16 would overflow on what a bank in another dtype may hold.
+        self.bank_operand = self.operand
+        if allow_half and bank.dtype != torch.float16:
+            self.bank_operand = torch.bfloat16
+        tf32 = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
+        self.precision = tiles.TF32 if tf32 and not allow_half else tiles.IEEE
+        self.arithmetic = tiles.HALF if allow_half else self.precision
+        self.student = student if student.stride(1) == 1 else student.contiguous()
+        self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
+        self.scale = logit_scale.float()
+        self.weight_like, self.bias_like = weight, bias
+        self.weight = None if weight is None else weight.to(self.bank_operand).contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.batch, self.student_dim = student.shape
+        self.bank_rows, self.teacher_dim = bank.shape
+        self.width = padded(self.student_dim)
+        self.processors = processors(student.device)
+        self.family = family(student.device)
+
+    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.student.device)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        device = self.student.device
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+    def key(self, kernel: str, *sizes: int) -> tuple[object, ...]:
+        """What the fastest tiles of a kernel depend on."""
+        arithmetic = (self.operand, self.bank_operand, self.precision, self.bank.dtype)
+        return (kernel, self.student.device, *arithmetic, *map(bucket, sizes))
+
+    def students(self, keep: Tensor | None = None) -> Tensor:
+        """u [B, width]; rows that are not kept are zero."""
+        u = self.empty(self.batch, self.width, dtype=self.operand)
+        self._unit_rows(self.student, self.student_dim, u, self.empty(self.batch), keep)
+        return u
+
+    def chunk_rows(self, cache: Tensor | None = None) -> int:
+        """Bank rows that are worked on at once: all, if they have a place in the cache."""
+        if cache is not None and len(cache):
+            return self.bank_rows
+        row = self.width * (self.operand.itemsize + 4) + 8  # n, and z or its gradient in float32
+        count = max(1, WORKSPACE_BYTES // (row * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
+        return min(count, self.bank_rows)
+
+    def chunks(
+        self, chunk_rows: int, cache: Tensor | None = None, filled: bool = False
+    ) -> Iterator[Chunk]:
+        n, inverse = self._room(chunk_rows, cache)
+        for first in range(0, self.bank_rows, chunk_rows):
+            t = self.bank[first : first + chunk_rows]
+            chunk = Chunk(first, t, n[: len(t)], inverse[: len(t)])
+            if not (filled and cache is not None and len(cache)):
+                self._fill(chunk)
+            yield chunk
+
+    def _room(self, count: int, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        if cache is None or not len(cache):
+            return self.empty(count, self.width, dtype=self.operand), self.empty(count)
+        end = count * self.width * self.operand.itemsize
+        n = cache[:end].view(self.operand).view(count, self.width)
+        return n, cache[end:].view(torch.float32)
+
+    def _fill(self, chunk: Chunk) -> None:
+        count = len(chunk.t)
+        if self.weight is None:
+            self._unit_rows(chunk.t, self.teacher_dim, chunk.n, chunk.inverse)
+            return
+        aligned = is_aligned(chunk.t)
+        candidates = tiles.project_tiles(self.width, self.arithmetic, self.family, aligned)
+        fused = candidates[0].columns >= self.width
+        z = chunk.n if fused else self.empty(count, self.student_dim)
+
+        def launch(chosen: ProductTiles) -> None:
+            grid = (-(-count // chosen.rows), -(-self.width // chosen.columns))
+            project_kernel[grid](
+                chunk.t, self.weight, self.bias, z, chunk.inverse,
+                count, self.teacher_dim, self.student_dim, chunk.t.stride(0), z.shape[1],
+                HAS_BIAS=self.bias is not None, FUSED=fused, PRECISION=self.precision,
+                BLOCK_ROWS=chosen.rows, BLOCK_WIDTH=chosen.columns, BLOCK_DIM=chosen.sums,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+
+        key = self.key("project", count, self.teacher_dim, self.width, aligned)
+        launch(choose(key, candidates, launch))
+        if not fused:
+            self._unit_rows(z, self.student_dim, chunk.n, chunk.inverse)
+
+    def _unit_rows(
+        self, x: Tensor, dim: int, unit: Tensor, inverse: Tensor, keep: Tensor | None = None
+    ) -> None:
+        unit_rows_kernel[(-(-len(x) // 8),)](
+            x, keep, unit, inverse, len(x), dim, x.stride(0), self.width,
+            HAS_KEEP=keep is not None, BLOCK_ROWS=8,
+            BLOCK_WIDTH=min(256, power_of_two(self.width)),
+        )  # fmt: skip
+
+    def similarities(self, u: Tensor, chunk: Chunk, out: Tensor) -> None:
+        """The columns of out [B, K] that belong to a chunk."""
+        count = len(chunk.n)
+
+        def launch(chosen: Tiles) -> None:
+            similarity_kernel[(-(-self.batch // chosen.batch), -(-count // chosen.bank))](
+                u, chunk.n, self.scale, out[:, chunk.first :], self.batch, count, self.width,
+                self.bank_rows, PRECISION=self.precision,
+                BLOCK_BATCH=chosen.batch, BLOCK_BANK=chosen.bank, BLOCK_INNER=chosen.inner,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+
+        candidates = tiles.similarity_tiles(self.arithmetic, self.family)
+        key = self.key("similarity", self.batch, count, self.width)
+        launch(choose(key, candidates, launch))
+
+    def student_gradient(
+        self,
+        g: Tensor | None,
+        h: Tensor | None,
+        residual: Tensor,
+        attention: Tensor,
+        needs: Needs,
+        target: Tensor | None = None,
+        ignore_index: int = 0,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """d_student and d_logit_scale, from slope = g residual + h attention; g is of account where
+        there is a target."""
+        if not (needs.student or needs.logit_scale):
+            return None, None
+        d_student = along = self.empty(self.batch)
+        if needs.student:
+            d_student = self.empty(self.batch, self.student_dim, dtype=self.student.dtype)
+        student_gradient_kernel[(-(-self.batch // 8),)](
+            self.student, self.scale, target, g, h, residual, attention, d_student, along,
+            self.batch, self.student_dim, self.student.stride(0), stride(g), stride(h),
+            ignore_index, self.bank_rows,
+            HAS_TARGET=target is not None, HAS_G=g is not None, HAS_H=h is not None,
+            HAS_STUDENT=needs.student,
+            BLOCK_ROWS=8, BLOCK_WIDTH=min(256, power_of_two(self.student_dim)),
+        )  # fmt: skip
+        return d_student if needs.student else None, along.sum() if needs.logit_scale else None
+
+    def zero_gradients(self, needs: Needs) -> Gradients:
+        """Of no students."""
+        every = (self.student, self.weight_like, self.bias_like, self.scale)
+        pairs = zip(every, needs)
+        return Gradients(
+            *(torch.zeros_like(x) if x is not None and need else self.empty(0) for x, need in pairs)
+        )
+
+    def gradients(
+        self,
+        d_student: Tensor | None,
+        projection: ProjectionGradient | None,
+        d_scale: Tensor | None,
+        needs: Needs,
+    ) -> Gradients:
+        """Each in its input's dtype, [0] where none was asked for."""
+        d_weight = d_bias = None
+        if projection is not None and needs.weight and self.weight_like is not None:
+            d_weight = projection.weight.sum().to(self.weight_like.dtype)
+        if projection is not None and needs.bias and self.bias_like is not None:
+            d_bias = projection.bias[: self.student_dim].to(self.bias_like.dtype)
+        asked = (d_student, d_weight, d_bias, d_scale)
+        return Gradients(*(self.empty(0) if d is None else d for d in asked))
+
+
+class SoftmaxSums:
+    """The forward of contrastive_ce, chunk by chunk."""
+
+    def __init__(
+        self, call: Call, target: Tensor, options: Options, keep_values: bool, cache: Tensor
+    ) -> None:
+        self._call, self._target, self._options = call, target, options
+        self._keep_values = keep_values
+        self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family)
+        self._tiles: Tiles | None = None
+        self.chunk_rows = call.chunk_rows(cache)
+        first = self._candidates[0]
+        others = self._programs(first)[0] * self._programs(first)[1]
+        splits = tiles.splits(self.chunk_rows, first.bank, others, call.processors)
+        batch, width = call.batch, call.width
+        self._u = call.students()
+        # A part for each split, and with several chunks one that joins those of all before.
+        self._splits, parts = splits, splits + (self.chunk_rows < call.bank_rows)
+        self._shift, self._total = call.empty(parts, batch), call.empty(parts, batch)
+        self._values = call.empty((parts, batch, width) if keep_values else 0)
+        self._l_target = call.empty(batch)
+        self._n_target = call.empty(batch, width, dtype=call.operand)
+        smooth = options.label_smoothing > 0
+        self._n_sum = torch.zeros(width, device=target.device) if smooth else None
+
+    def _programs(self, chosen: Tiles) -> tuple[int, int]:
+        """Of students, and of blocks of the width."""
+        call = self._call
+        columns = -(-call.width // chosen.columns) if self._keep_values else 1
+        return -(-call.batch // chosen.batch), columns
+
+    def add(self, chunk: Chunk) -> None:
+        call, count = self._call, len(chunk.n)
+        sizes = (call.batch, count, chunk.first, call.bank_rows, self._options.ignore_index)
+        targets_kernel[(-(-call.batch // 16),)](
+            self._u, chunk.n, self._target, call.scale, self._l_target, self._n_target, *sizes,
+            call.width, BLOCK_BATCH=16, BLOCK_WIDTH=min(128, power_of_two(call.width)),
+        )  # fmt: skip
+
+        def launch(chosen: Tiles) -> None:
+            students, columns = self._programs(chosen)
+            forward_kernel[(students, self._splits, columns)](
+                self._u, chunk.n, self._target, call.scale, self._shift,
+                self._total, self._values, *sizes, call.width,
+                KEEP_VALUES=self._keep_values, HALF=call.half,
+                PRECISION=call.precision, **chosen.launch(call.width),
+            )  # fmt: skip
+
+        if self._tiles is None:  # of the first chunk, whose launch may be repeated
+            key = call.key("forward", call.batch, count, call.width, self._keep_values)
+            self._tiles = choose(key, self._candidates, launch)
+        launch(self._tiles)
+        if len(self._shift) > self._splits:
+            join_kernel[(-(-call.batch // 4),)](
+                self._shift, self._total, self._values, call.batch, self._splits, call.width,
+                HAS_STATE=chunk.first > 0, KEEP_VALUES=self._keep_values,
+                BLOCK_BATCH=4, BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            )  # fmt: skip
+        if self._n_sum is not None:
+            self._n_sum += chunk.n.sum(0, dtype=torch.float32)
+
+    def combine(
+        self,
+        nll: Tensor,
+        lse: Tensor,
+        p_other: Tensor,
+        residual: Tensor | None,
+        attention: Tensor | None,
+    ) -> None:
+        """The results of all chunks; residual and attention where they are asked for."""
+        call, options = self._call, self._options
+        shift, total, values, count = self._shift, self._total, self._values, self._splits
+        if len(shift) > count:
+            shift, total, values, count = shift[count:], total[count:], values[count:], 1
+        combine_kernel[(-(-call.batch // 4),)](
+            self._u, self._target, call.scale, shift, total, values,
+            self._l_target, self._n_target, self._n_sum, nll, lse, p_other, residual, attention,
+            call.batch, count, call.bank_rows, options.ignore_index,
+            options.label_smoothing, call.width, call.student_dim,
+            SMOOTH=self._n_sum is not None, KEEP_RESIDUAL=residual is not None,
+            KEEP_ATTENTION=attention is not None,
+            BLOCK_BATCH=4, BLOCK_WIDTH=min(256, power_of_two(call.width)),
+        )  # fmt: skip
+
+
+class Students(NamedTuple):
+    """What the bank's gradient needs of each student (student_factors_kernel)."""
+
+    u: Tensor  # [B, width]; zeros where no gradient comes from
+    column: Tensor
+    log2_sum: Tensor
+    by_p: Tensor
+    at_target: Tensor
+    by_all: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        target: Tensor,
+        g: Tensor | None,
+        h: Tensor | None,
+        saved: Saved,
+        options: Options,
+    ) -> Students:
+        """For g = d loss / d nll and h = d loss / d lse."""
+        busy = call.empty(call.batch, dtype=torch.bool)
+        column = call.empty(call.batch, dtype=torch.int32)
+        log2_sum, by_p, at_target, by_all = (call.empty(call.batch) for _ in range(4))
+        size = call.empty(1)
+        student_factors_kernel[(-(-call.batch // FACTORS_BLOCK),)](
+            target, g, h, saved.lse, saved.p_other, busy, column,
+            log2_sum, by_p, at_target, by_all, size, call.batch, stride(g), stride(h),
+            options.ignore_index, call.bank_rows, options.label_smoothing,
+            HAS_G=g is not None, HAS_H=h is not None, BLOCK=FACTORS_BLOCK,
+        )  # fmt: skip
+        u = call.students(keep=busy)
+        return cls(u, column, log2_sum, by_p, at_target, by_all, size)
+
+
+class ProjectionGradient:
+    """d_weight = dZ^T T and d_bias = sum_k dZ_k, chunk by chunk."""
+
+    def __init__(self, call: Call, needs: Needs) -> None:
+        self._call, self._needs = call, needs
+        self._tiles: Tiles | None = None
+        self.weight = Product(call, call.student_dim, call.teacher_dim)
+        self.bias = torch.zeros(call.width, device=call.student.device)
+
+    def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
+        """The rows of a chunk, of a loss over softmax probabilities."""
+        call, count = self._call, len(chunk.n)
+        gradient, largest_row = call.empty(count, call.width), call.empty(count)
+
+        def launch(chosen: Tiles) -> None:
+            grid = (-(-count // chosen.bank), -(-call.width // chosen.columns))
+            bank_gradient_kernel[grid](
+                students.u, chunk.n, chunk.inverse, call.scale, *students[1:],
+                gradient, largest_row, call.batch, count, chunk.first, call.width, SMOOTH=smooth,
+                HALF=call.half, PRECISION=call.precision, **chosen.launch(call.width),
+            )  # fmt: skip
+
+        if self._tiles is None:  # chunks but the last are of one size
+            candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family)
+            key = call.key("bank_gradient", call.batch, count, call.width)
+            self._tiles = choose(key, candidates, launch)
+        launch(self._tiles)
+        if self._tiles.columns < call.width:
+            self._through_norm(gradient, chunk, largest_row)
+        self._add(gradient, chunk, largest_row)
+
+    def add(self, chunk: Chunk, d_n: Tensor) -> None:
+        """The rows of a chunk; d_n [rows, width] becomes d_z."""
+        largest_row = self._call.empty(len(d_n))
+        self._through_norm(d_n, chunk, largest_row)
+        self._add(d_n, chunk, largest_row)
+
+    def _through_norm(self, d_n: Tensor, chunk: Chunk, largest_row: Tensor) -> None:
+        width = self._call.width
+        bank_norm_backward_kernel[(-(-len(d_n) // 8),)](
+            d_n, chunk.n, chunk.inverse, largest_row, len(d_n), width,
+            BLOCK_ROWS=8, BLOCK_WIDTH=min(256, power_of_two(width)),
+        )  # fmt: skip
+
+    def _add(self, d_z: Tensor, chunk: Chunk, largest_row: Tensor) -> None:
+        if self._needs.weight:
+            columns = d_z[:, : self._call.student_dim].T
+            self.weight.add(columns, chunk.t, largest_row.amax(), self._call.bank_operand)
+        if self._needs.bias:
+            self.bias += d_z.sum(0)
+
+
+class Product:
+    """A sum of products a b over chunks, in parts that are summed at the end."""
+
+    def __init__(self, call: Call, count: int, columns: int) -> None:
+        self._call, self._rows, self._columns = call, count, columns
+        self._parts: Tensor | None = None
+        self._tiles: ProductTiles | None = None
+
+    def add(self, a: Tensor, b: Tensor, largest: Tensor, operand: torch.dtype) -> None:
+        """a: float32 [rows, sums] of any strides, |a| <= largest; b: [sums, at least columns]."""
+        call, sums = self._call, a.shape[1]
+        aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
+        candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)
+        added = self._parts is not None
+        if self._parts is None:
+            first = candidates[0]
+            others = -(-self._rows // first.rows) * -(-self._columns // first.columns)
+            count = tiles.splits(sums, first.sums, others, call.processors, 16)
+            self._parts = call.empty(count, self._rows, self._columns)
+        parts = self._parts
+
+        def launch(chosen: ProductTiles) -> None:
+            grid = (-(-self._rows // chosen.rows), -(-self._columns // chosen.columns), len(parts))
+            product_kernel[grid](
+                a, b, largest, parts, self._rows, self._columns, sums,
+                a.stride(0), a.stride(1), b.stride(0),
+                ADD=added, HALF=call.half, PRECISION=call.precision,
+                OPERAND=getattr(tl, str(operand).removeprefix("torch.")),
+                BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=chosen.sums,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+
+        if self._tiles is None:
+            key = call.key("product", self._rows, self._columns, sums, aligned)
+            self._tiles = choose((*key, operand), candidates, launch)
+        launch(self._tiles)
+
+    def sum(self) -> Tensor:
+        if self._parts is None:
+            return torch.zeros(self._rows, self._columns, device=self._call.student.device)
+        return self._parts[0] if len(self._parts) == 1 else self._parts.sum(0)
+
+
+def stride(row: Tensor | None) -> int:
+    return 0 if row is None else row.stride(0)
+
+
+def padded(student_dim: int) -> int:
+    """Row length of the workspaces: whole 32-byte sectors."""
+    return -(-student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether every row begins where 16 bytes can be read at once."""
+    size = matrix.element_size()
+    return matrix.stride(0) * size % 16 == 0 and matrix.storage_offset() * size % 16 == 0
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # interpreted: enough for several splits
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """Which tiles fit (ckd._triton.tiles)."""
+    if device.type != "cuda":
+        return tiles.INTERPRETER
+    properties = driver.active.utils.get_device_properties(device.index)
+    shared = properties["max_shared_mem"]
+    if torch.version.hip is not None or shared < 163 << 10:
+        return tiles.SMALL
+    return tiles.HOPPER if shared >= 227 << 10 else tiles.AMPERE

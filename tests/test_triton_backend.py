@@ -1,0 +1,314 @@
+"""What only the triton backend promises: chunks, splits and blocks that do not show in the results.
+
+Runs on a GPU, or in Triton's interpreter (tests/test_triton_interpreter.py starts it there).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ckd
+from ckd.backends import interface, triton
+from tests import oracle
+from tests.oracle import GRADIENTS, Case, make_case, relative_error
+
+if triton.missing() is not None:
+    pytest.skip(str(triton.missing()), allow_module_level=True)
+
+from ckd.backends import triton_launch as launch
+from ckd.ops import _arguments
+
+DEVICE = "cpu" if triton.interpreted() else "cuda"
+Results = dict[str, torch.Tensor]
+
+# Against tiles of 32 students, 32 bank rows and 32 of the width (the interpreter's): several of
+# each, one more and one less than whole, widths that are no multiple of the workspaces' 16.
+SHAPES = [(33, 65, 31, 33), (31, 64, 40, 32), (64, 97, 17, 65), (5, 200, 33, None), (70, 31, 50, 1)]
+
+
+def on_device(case: Case) -> Case:
+    moved = {n: x.to(DEVICE) for n, x in vars(case).items() if x is not None}
+    return replace(case, **moved)
+
+
+def ours(case: Case, half: bool = False, **options: object) -> Results:
+    case = on_device(case).requiring(*GRADIENTS)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=half):
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton", **options)
+    return {"loss": loss.detach().cpu()} | {
+        n: x.cpu() for n, x in oracle.gradients(case, loss).items()
+    }
+
+
+def eager(case: Case, dtype: torch.dtype = torch.float64) -> Results:
+    case = case.cast(dtype).requiring(*GRADIENTS)
+    loss = oracle.loss_and_lse(case)[0]
+    return {"loss": loss.detach(), **oracle.gradients(case, loss)}
+
+
+def eager_autocast(case: Case) -> Results:
+    case = case.requiring(*GRADIENTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = torch.nn.functional.linear(case.bank.bfloat16(), case.weight, case.bias)
+        n = torch.nn.functional.normalize(z, dim=1)
+        cosines = torch.nn.functional.normalize(case.student, dim=1) @ n.T
+    loss = torch.nn.functional.cross_entropy(case.logit_scale * cosines.float(), case.target)
+    return {"loss": loss.detach(), **oracle.gradients(case, loss)}
+
+
+@pytest.fixture(params=["one chunk", "several chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Several: the bank projected anew for the backward, and 48 rows at a time."""
+    if request.param == "one chunk":
+        return 1
+    monkeypatch.setattr(interface, "_cache_limit", 0)
+    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 0)
+    monkeypatch.setattr(launch, "CHUNK_MULTIPLE", 48)
+    return 2
+
+
+@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_at_every_edge(shape: tuple[int, ...], tau: float, chunks: int) -> None:
+    case = make_case(*shape, tau=tau)
+    exact, plain, result = eager(case), eager(case, torch.float32), ours(case)
+    for name, value in exact.items():
+        size = torch.linalg.vector_norm(value).item()
+        error = torch.linalg.vector_norm(result[name].double() - value).item()
+        limit = 2 * relative_error(plain[name], value) + 3e-6 * tau
+        assert error <= limit * size + 1e-7, (name, error, size)
+
+
+@pytest.mark.parametrize("tau", [5.0, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_half_precision_at_every_edge(shape: tuple[int, ...], tau: float, chunks: int) -> None:
+    case = make_case(*shape, tau=tau, learned=0.3)
+    case = replace(case, bank=case.bank.half())
+    exact, result = eager(case), ours(case, half=True)
+    for name, value in exact.items():
+        size = torch.linalg.vector_norm(value).item()
+        error = torch.linalg.vector_norm(result[name].double() - value).item()
+        assert error <= 1e-3 * tau * size + 2e-3, (name, error, size)
+
+
+def test_half_precision_is_far_more_exact_than_eager_autocast() -> None:
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(4):
+        case = make_case(64, 300, 96, 48, tau=14.2857, learned=0.25, seed=seed)
+        exact, plain = eager(case), eager_autocast(case)
+        result = ours(replace(case, bank=case.bank.half()), half=True)
+        for name, value in exact.items():
+            pair = (relative_error(result[name], value), relative_error(plain[name], value))
+            errors.setdefault(name, []).append(pair)
+    for name, pairs in errors.items():
+        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
+        assert mine < theirs / 4, (name, mine, theirs)
+
+
+def test_small_probabilities_and_gradients_survive_float16() -> None:
+    """A loss weight of 1e-6 over a flat softmax of 500 rows: products far below float16's range."""
+    case = make_case(32, 500, 24, 16, tau=1.0, learned=0.0)
+    case = replace(case, bank=case.bank.half())
+    exact = eager(case)
+    case = on_device(case).requiring(*GRADIENTS)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+    for name, value in oracle.gradients(case, 1e-6 * loss).items():
+        assert relative_error(1e6 * value.cpu(), exact[name]) < 4e-3, name
+
+
+def test_opposite_rows_survive_float16() -> None:
+    """Every other row at the far side of the sphere: weights of e^-2tau against the target's."""
+    case = make_case(1, 4, 16, None, tau=30.0)
+    case.bank[:] = -case.bank[0] + 0.1 * case.bank
+    case = replace(case, student=-case.bank[:1].clone(), target=torch.tensor([1]))
+    case = replace(case, bank=case.bank.half())
+    exact, result = eager(case), ours(case, half=True)
+    for name, value in exact.items():
+        # d_logit_scale is a difference of cosines near -1, which float16 rounds by up to 2^-12.
+        error = torch.linalg.vector_norm(result[name].double() - value).item()
+        size = torch.linalg.vector_norm(value).item()
+        assert error < 2e-2 * size + (2**-12 if name == "logit_scale" else 0), name
+
+
+def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    original = launch.Call.empty
+
+    def poisoned(self: launch.Call, *shape: object, **options: object) -> torch.Tensor:
+        tensor = original(self, *shape, **options)
+        poison = {torch.uint8: 255, torch.int32: -7, torch.bool: True}
+        return tensor.fill_(poison.get(tensor.dtype, torch.nan))
+
+    case = make_case(33, 100, 24, 20)
+    case.target[3] = -100
+    clean = ours(case, label_smoothing=0.1)
+    monkeypatch.setattr(launch.Call, "empty", poisoned)
+    for name, value in ours(case, label_smoothing=0.1).items():
+        assert torch.equal(value, clean[name]), name
+
+
+def test_results_are_the_same_bits_every_time(chunks: int) -> None:
+    case = make_case(40, 300, 24, 20)
+    first, again = ours(case), ours(case)
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_bank_is_read_in_place_whatever_its_strides(chunks: int) -> None:
+    case = make_case(20, 70, 24, 16)
+    wide = torch.randn(140, 60).half()
+    wide[::2, 9:33] = case.bank.half()
+    expected = ours(replace(case, bank=case.bank.half()))
+    for bank in (wide[::2, 9:33], case.bank.half().T.contiguous().T):
+        for name, value in ours(replace(case, bank=bank)).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_cache_is_used_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = []
+    original = launch.Call._fill
+
+    def spy(self: launch.Call, chunk: launch.Chunk) -> None:
+        filled.append(len(chunk.t))
+        original(self, chunk)
+
+    monkeypatch.setattr(launch.Call, "_fill", spy)
+    case = make_case(8, 100, 24, 16)
+    ours(case)
+    assert filled == [100]  # the backward projects nothing
+    filled.clear()
+    monkeypatch.setattr(interface, "_cache_limit", 100 * (16 * 4 + 4) - 1)
+    ours(case)
+    assert filled == [100, 100]
+
+
+def test_targets_out_of_range_give_nan_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nothing looks at the targets first."""
+    case = make_case(6, 40, 24, 20)
+    case.target[:3] = torch.tensor([-100, 40, -1])
+    kept = replace(case, student=case.student[3:], target=case.target[3:])
+    monkeypatch.setattr(_arguments, "check_values", lambda *arguments: None)
+    case = on_device(case).requiring(*GRADIENTS)
+    nll, lse = ckd.contrastive_cross_entropy(
+        *case.arguments, label_smoothing=0.1, reduction="none", return_lse=True, backend="triton"
+    )
+    assert nll.isnan().tolist() == [False, True, True, False, False, False]
+    assert nll[0] == 0
+    assert lse.isfinite().all()
+    exact = kept.cast(torch.float64).requiring(*GRADIENTS)
+    truth = oracle.gradients(exact, oracle.loss_and_lse(exact, label_smoothing=0.1)[0] * 3)
+    result = {n: x.cpu() for n, x in oracle.gradients(case, nll.sum()).items()}
+    assert (result["student"][:3] == 0).all()
+    result["student"] = result["student"][3:]
+    for name, value in truth.items():
+        assert relative_error(result[name], value) < 1e-5, name
+
+
+def test_huge_and_tiny_loss_weights(chunks: int) -> None:
+    """Loss scales of AMP, and weights that float16 does not hold."""
+    case = make_case(20, 70, 24, 20)
+    case = replace(case, bank=case.bank.half())
+    exact = eager(case)
+    for weight in (2.0**-40, 65536.0, -1.0):
+        moved = on_device(case).requiring(*GRADIENTS)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = ckd.contrastive_cross_entropy(*moved.arguments, backend="triton")
+        for name, value in oracle.gradients(moved, weight * loss).items():
+            assert relative_error(value.cpu() / weight, exact[name]) < 4e-3, (weight, name)
+
+
+def similarity(case: Case, backend: str) -> Results:
+    case = on_device(case).requiring(*GRADIENTS)
+    student, bank, _, weight, bias, scale = case.arguments
+    table = ckd.normalized_similarity(student, bank, weight, bias, scale, backend=backend)
+    weights = torch.linspace(-1, 1, table.numel(), device=DEVICE).view(table.shape)
+    return {"table": table.detach().cpu()} | {
+        n: x.cpu() for n, x in oracle.gradients(case, (table * weights).sum()).items()
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_similarity_at_every_edge(shape: tuple[int, ...], chunks: int) -> None:
+    case = make_case(*shape)
+    expected = similarity(case, "reference")
+    for name, value in similarity(case, "triton").items():
+        # At W = 1 every gradient through a norm is 0, and what comes is rounding.
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=4e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda case: case.cast(torch.float64), "has no float64 arithmetic"),
+        (lambda case: on_meta(case), "the tensors are on meta"),
+    ],
+)
+def test_says_what_it_does_not_serve(change: Callable[[Case], Case], words: str) -> None:
+    case = change(on_device(make_case(3, 4, 5, 6)))
+    with pytest.raises(ckd.backends.BackendError, match=words):
+        ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+
+
+def on_meta(case: Case) -> Case:
+    return replace(case, **{n: x.to("meta") for n, x in vars(case).items() if x is not None})
+
+
+gpu = pytest.mark.skipif(triton.interpreted(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@gpu
+def test_runs_in_a_cuda_graph_without_a_synchronisation() -> None:
+    case = make_case(64, 500, 96, 64)
+    case = on_device(replace(case, bank=case.bank.half())).requiring(*GRADIENTS)
+    leaves = [getattr(case, n) for n in GRADIENTS]
+
+    def step() -> list[torch.Tensor]:
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    expected = step()  # also compiles and measures
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in captured:
+        value.fill_(torch.nan)
+    graph.replay()
+    for value, wanted in zip(captured, expected):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("shape", [(64, 3_000_000, 768, 64), (8, 40_000_000, 64, None)], ids=str)
+def test_offsets_beyond_2_to_the_31(shape: tuple[int, ...]) -> None:
+    """The targets lie in the last rows, all others are equal."""
+    batch, bank_rows, teacher_dim, student_dim = shape
+    others = bank_rows - batch
+    bank = torch.zeros(bank_rows, teacher_dim, dtype=torch.float16, device=DEVICE)
+    bank[:, 0] = 1
+    bank[others:] = torch.randn(batch, teacher_dim, device=DEVICE)
+    weight = torch.eye(teacher_dim, device=DEVICE)
+    weight = None if student_dim is None else torch.randn_like(weight)[:student_dim]
+    few = torch.cat([bank[:1], bank[others:]]).double()
+    n = oracle.unit_rows(few if weight is None else few @ weight.double().T)
+    table = 20.0 * n[1:] @ n.T
+    table[:, 0] += math.log(others)
+    truth = torch.nn.functional.cross_entropy(table, torch.arange(1, batch + 1, device=DEVICE))
+    target = torch.arange(others, bank_rows, device=DEVICE)
+    loss = ckd.contrastive_cross_entropy(
+        n[1:].float(), bank, target, weight, logit_scale=20.0, backend="triton"
+    )
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,284 @@
+"""Compiles the Triton kernels for GPUs that need not be there.
+
+`python -m tests.triton_compile` prints the table of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ckd.backends import triton as backend
+from ckd.backends import triton_launch
+from ckd.backends.interface import Needs, Options, Problem, Saved
+
+T = TypeVar("T")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+FAMILIES = {"sm_80": "ampere", "sm_86": "small", "sm_90": "hopper", "gfx942": "small"}
+# Shared memory of a thread block (LDS of a workgroup), in bytes.
+SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it is compiled for a call: types, what is known of the numbers, constants."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # parameters that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__.removesuffix("_kernel")
+
+    @property
+    def label(self) -> str:
+        """What tells it from the kernel's other launches."""
+        flags = [k.lower() for k, v in self.constants if v is True and k != "HALF"]
+        return " ".join([self.tiles, self.arithmetic, *flags])
+
+    @property
+    def tiles(self) -> str:
+        constants = dict(self.constants)
+        blocks = {k.removeprefix("BLOCK_").lower(): v for k, v in self.constants if "BLOCK_" in k}
+        if constants.get("BLOCKS", 1) > 1:
+            blocks["width"] *= constants["BLOCKS"]
+        if constants.get("WHOLE"):
+            del blocks["inner"]
+        return ", ".join(f"{name} {size}" for name, size in blocks.items())
+
+    @property
+    def arithmetic(self) -> str:
+        if any(t in ("*fp16", "*bf16") for _, t in self.signature):
+            return "half"
+        return dict(self.constants).get("PRECISION", "float32")
+
+    @property
+    def uses_matrix_units(self) -> bool:
+        half_weight = dict(self.signature).get("weight") in ("*fp16", "*bf16")
+        return ("HALF", True) in self.constants or half_weight
+
+    def compile(self, target: GPUTarget) -> Any:
+        attributes = {(i,): [["tt.divisibility", 16]] for i in self.divisible}
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants), attributes)
+        return triton.compile(source, target=target, options=dict(self.options))
+
+
+@contextmanager
+def recorded() -> Iterator[dict[Launch, None]]:
+    """The launches made inside, none of which runs."""
+    launches: dict[Launch, None] = {}
+
+    def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches[_launch(self, arguments, options)] = None
+
+    before, JITFunction.run = JITFunction.run, run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = before
+
+
+def _launch(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    chosen = tuple((name, options.pop(name)) for name in OPTIONS if name in options)
+    values = dict(zip(kernel.arg_names, arguments)) | options
+    signature, constants, divisible = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if parameter.is_constexpr or value is None or (number and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((parameter.name, "*" + TYPES[value.dtype]))
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(i)
+        elif number:
+            signature.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
+            if value % 16 == 0:
+                divisible.append(i)
+        else:
+            signature.append((parameter.name, "fp32"))
+    return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), chosen)
+
+
+def launches_of(
+    batch: int,
+    bank_rows: int,
+    teacher_dim: int,
+    student_dim: int,
+    *,
+    half: bool,
+    learned: bool = True,
+    precision: str = "highest",
+    smoothing: float = 0.0,
+    family: str,
+) -> dict[Launch, None]:
+    """Every launch of both ops, forward and backward, for tensors that hold nothing."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    student = empty(batch, student_dim, dtype=torch.float16 if half else torch.float32)
+    bank = empty(bank_rows, teacher_dim, dtype=torch.float16)
+    weight = empty(student_dim, teacher_dim) if learned else None
+    bias = empty(student_dim) if learned else None
+    target, scale, row = empty(batch, dtype=torch.int64), empty(), empty(batch)
+    options, needs = Options(smoothing, -100, half), Needs(True, learned, learned, True)
+    problem = Problem(
+        "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
+        student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,
+    )  # fmt: skip
+    cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
+    inputs = (student, bank, target, weight, bias, scale)
+    with recorded() as launches, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "family", lambda device: family)
+        patch.setattr(triton_launch, "processors", lambda device: 100)
+        patch.setattr(triton_launch, "choose", every)
+        patch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+        attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
+        saved = backend.contrastive_ce_forward(
+            *inputs, options, save_residual=True, save_attention=attention, cache_bytes=cache_bytes
+        )
+        backend.contrastive_ce_forward(
+            *inputs, options, save_residual=False, save_attention=False, cache_bytes=0
+        )
+        d_lse = row if attention else None
+        backend.contrastive_ce_backward(row, d_lse, *inputs, Saved(*saved[1:]), needs, options)
+        pair = (student, bank, weight, bias, scale)
+        table = backend.similarity_forward(*pair, half)
+        backend.similarity_backward(table, *pair, needs, half)
+    return launches
+
+
+def every(key: object, candidates: Sequence[T], run: Callable[[T], None]) -> T:
+    """Launches all that tuning may choose from."""
+    for candidate in candidates:
+        run(candidate)
+    return candidates[0]
+
+
+@dataclass
+class Resources:
+    """Of one program on one target."""
+
+    registers: int
+    spilled: int  # bytes (NVIDIA) or registers (AMD)
+    shared: int  # bytes
+    matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
+
+
+def resources(launch: Launch, target: str) -> Resources:
+    compiled = launch.compile(TARGETS[target])
+    shared = compiled.metadata.shared
+    if TARGETS[target].backend == "hip":
+        code = compiled.asm["amdgcn"]
+        return Resources(
+            registers=_number(r"\.vgpr_count:\s+(\d+)", code),
+            spilled=_number(r"\.vgpr_spill_count:\s+(\d+)", code),
+            shared=shared,
+            matrix=set(re.findall(r"\bv_(mfma)_f32", code)),
+        )
+    usage = _cuobjdump(compiled.asm["cubin"])
+    return Resources(
+        registers=_number(r"REG:(\d+)", usage),
+        spilled=_number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
+        shared=shared,
+        matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, (pattern, text[:2000])
+    return int(found[1])
+
+
+def _cuobjdump(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+# Of every branch that the launch code takes: one block of the width or several, projection fused
+# with the norm or not, chunks of the bank or all of it, sizes that divide by 16 or not.
+PROBLEMS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
+    "W 64": ((256, 1000, 1024, 64), {"half": True}),
+    "W 128, smoothing": ((4096, 100_000, 1024, 128), {"half": True, "smoothing": 0.1}),
+    "W 250": ((1000, 19997, 771, 250), {"half": True}),
+    "W 256": ((4096, 1_280_000, 1024, 256), {"half": True}),
+    "W 768": ((4096, 100_000, 768, 768), {"half": True}),
+    "W 512, frozen": ((1024, 50_000, 512, 512), {"half": True, "learned": False}),
+    "W 256, float32": ((1024, 20_000, 768, 256), {"half": False}),
+    "W 48, float32": ((64, 1000, 96, 48), {"half": False}),
+    "W 256, tf32": ((1024, 20_000, 768, 256), {"half": False, "precision": "high"}),
+    "W 512, tf32": ((1024, 20_000, 768, 512), {"half": False, "precision": "high"}),
+}
+
+
+def every_launch(target: str) -> dict[Launch, str]:
+    found: dict[Launch, str] = {}
+    for problem, (sizes, options) in PROBLEMS.items():
+        for launch in launches_of(*sizes, family=FAMILIES[target], **options):
+            found.setdefault(launch, problem)
+    return found
+
+
+def main() -> None:
+    """The most that any launch with the same tiles takes."""
+    for target in TARGETS:
+        rows: dict[tuple[str, str, str], Resources] = {}
+        for launch in every_launch(target):
+            r = resources(launch, target)
+            if not r.matrix:
+                continue  # row by row: few registers, no shared memory to speak of
+            most = rows.setdefault((launch.name, launch.tiles, launch.arithmetic), r)
+            most.registers = max(most.registers, r.registers)
+            most.spilled = max(most.spilled, r.spilled)
+            most.shared = max(most.shared, r.shared)
+            most.matrix |= r.matrix
+        print(f"\n### {target}\n")
+        print("| kernel | tiles | operands | registers | spilled | shared KiB | instruction |")
+        print("| --- | --- | --- | ---: | ---: | ---: | --- |")
+        for (name, blocks, arithmetic), r in sorted(rows.items()):
+            print(
+                f"| `{name}` | {blocks} | {arithmetic} | {r.registers} | {r.spilled} | "
+                f"{r.shared / 1024:.0f} | {' '.join(sorted(r.matrix))} |"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""How much of a problem one program holds, and how many programs share it.
+
+Every function gives the tiles that may be launched, best guess first: tuning.py takes the first or
+measures all. They are bounded by registers (65,536 of 32 bits a thread block) and by shared memory.
+docs/kernels.md lists what the compilers make of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Devices that get tiles of their own, by the shared memory of a thread block: 227 KiB (H100 and
+# later), 163 KiB (A100), 64 KiB (AMD's CDNA, and NVIDIA's for desktops, which have 99).
+HOPPER, AMPERE, SMALL = "hopper", "ampere", "small"
+INTERPRETER = "interpreter"  # whose tiles are small too, so that tests meet edges
+# Of the matrix operands: float16 (bfloat16), or float32 in the matrix units, or outside them.
+HALF, TF32, IEEE = "half", "tf32", "ieee"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of the kernels over students and bank: powers of two from 16 up."""
+
+    batch: int
+    bank: int
+    width: int  # columns of a block of the sums over rows
+    inner: int  # steps of the logits' sums, where the blocks are not the whole width
+    blocks: int = 1  # of the sums over rows that one program keeps in registers
+    warps: int = 8
+    stages: int = 2
+
+    @property
+    def columns(self) -> int:
+        return self.blocks * self.width
+
+    def launch(self, width: int) -> dict[str, int | bool]:
+        """For rows of `width`."""
+        return {
+            "BLOCK_BATCH": self.batch,
+            "BLOCK_BANK": self.bank,
+            "BLOCK_WIDTH": self.width,
+            "BLOCKS": self.blocks,
+            "WHOLE": self.columns >= width,
+            "BLOCK_INNER": self.inner,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """Of a matrix product."""
+
+    rows: int
+    columns: int
+    sums: int
+    warps: int = 8
+    stages: int = 2
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def forward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
+    """The sums of the values, batch x width in float32, stay in registers."""
+    whole = power_of_two(width)
+    if family == INTERPRETER:
+        return (Tiles(32, 32, min(32, whole), min(32, whole), blocks=2 if 32 < width <= 64 else 1),)
+    if arithmetic == IEEE:
+        return (Tiles(32, 32, min(64, whole), 32, warps=4),)
+    if arithmetic == TF32:
+        part = Tiles(64, 64, min(128, whole), 32)
+        return (Tiles(64, 32, 256, 32), part) if family == HOPPER and whole == 256 else (part,)
+    if family == SMALL:
+        return (Tiles(64, 64, min(128, whole), 64),)
+    if whole <= 128:
+        return (
+            Tiles(128, 64, whole, whole),
+            Tiles(128, 128, whole, whole),
+            Tiles(64, 64, whole, whole, warps=4, stages=3),
+        )
+    if family == AMPERE:
+        return (Tiles(64, 64, 256, 64),)
+    if whole == 256:
+        return (
+            Tiles(128, 64, 256, 64),
+            Tiles(64, 128, 256, 64),
+            Tiles(64, 64, 256, 64, warps=4, stages=3),
+        )
+    # Where the width does not fit, each program of axis 2 computes the logits anew.
+    parts = (Tiles(128, 64, 256, 64, stages=3), Tiles(64, 128, 256, 64, stages=3))
+    return (Tiles(64, 32, 512, 64), *parts) if whole == 512 else parts
+
+
+def backward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
+    """Bank x width stay in registers."""
+    whole = power_of_two(width)
+    if arithmetic == HALF and family == SMALL:
+        return (Tiles(32, 64, min(128, whole), 64, warps=4),)
+    if arithmetic == HALF and family == AMPERE and whole <= 256:
+        return (Tiles(64, 64, whole, 64),)
+    if arithmetic == HALF and family == HOPPER:
+        if whole <= 128:
+            return (Tiles(64, 128, whole, 64), Tiles(128, 128, whole, 64))
+        if whole == 256:
+            return (Tiles(128, 64, 256, 64), Tiles(64, 64, 256, 64))
+        return (Tiles(128, 64, 256, 64), Tiles(64, 128, 256, 64))
+    return forward_tiles(width, arithmetic, family)
+
+
+def project_tiles(
+    width: int, arithmetic: str, family: str, aligned: bool
+) -> tuple[ProductTiles, ...]:
+    """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
+    at once), steps of D. Rows that are not aligned cost registers for addresses."""
+    whole = power_of_two(width)
+    if family == INTERPRETER:
+        return (ProductTiles(32, min(32, whole), 16),)
+    if arithmetic != HALF:
+        return (ProductTiles(32, 64, 32, warps=4),)
+    if whole > 256:
+        return (ProductTiles(128, 128, 64 if aligned else 32),)
+    if not aligned:
+        return (ProductTiles(64, whole, 32),)
+    if family == HOPPER:
+        return (ProductTiles(128, whole, 64, stages=3), ProductTiles(64, whole, 64, stages=3))
+    return (ProductTiles(64, whole, 64),)
+
+
+def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductTiles, ...]:
+    if family == INTERPRETER:
+        return (ProductTiles(32, 32, 32),)
+    if arithmetic != HALF:
+        return (ProductTiles(64, 64, 16),)
+    if not aligned:
+        return (ProductTiles(64, 128, 32),)
+    return (ProductTiles(128, 128, 64), ProductTiles(64, 128, 64))
+
+
+def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
+    """width and blocks are not used."""
+    if family == INTERPRETER:
+        return (Tiles(32, 32, 16, 16),)
+    if arithmetic != HALF:
+        return (Tiles(32, 32, 32, 32, warps=4),)
+    return (Tiles(128, 128 if family == HOPPER else 64, 64, 64),)
+
+
+def splits(rows: int, block: int, others: int, processors: int, most: int = 64) -> int:
+    """Into how many parts to cut `rows`, so that `others` programs a part keep all processors busy
+    to the end, in two rounds at most; a part is worth its start: four blocks at least."""
+    best, busiest = 1, 0.0
+    for parts in range(1, min(most, rows // (4 * block), -(-2 * processors // others)) + 1):
+        programs = parts * others
+        busy = programs / (-(-programs // processors) * processors)
+        if busy > busiest + 0.02:  # more parts are more sums to join
+            best, busiest = parts, busy
+    return best

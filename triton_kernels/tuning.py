@@ -1,0 +1,59 @@
+"""The fastest of a kernel's tiles, measured on the device that is there.
+
+Measuring waits for the device, the first time that a kernel meets a kind of problem; nothing else
+does. Tiles decide in which order sums are taken, so another process may measure otherwise and get
+other last bits: with `torch.use_deterministic_algorithms(True)` the first candidate is taken.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+T = TypeVar("T")
+
+REPEATS = 5
+_fastest: dict[Hashable, object] = {}
+
+
+def bucket(n: int) -> int:
+    """Sizes within a factor of two are one kind of problem."""
+    return n.bit_length()
+
+
+def choose(key: Hashable, candidates: Sequence[T], launch: Callable[[T], None]) -> T:
+    """The candidate whose launch takes the least time, measured once for each key.
+
+    `launch` may run several times, and has to leave the same each time. The first candidate where
+    there is nothing to choose, and where nothing may be measured: under deterministic algorithms,
+    and while a CUDA graph is captured that has not been warmed up.
+    """
+    if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
+        return candidates[0]
+    found = _fastest.get(key)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            return candidates[0]
+        found = _fastest[key] = min(candidates, key=lambda c: seconds(launch, c))
+    return found  # type: ignore[return-value]
+
+
+def seconds(launch: Callable[[T], None], candidate: T) -> float:
+    """Median time of a launch; infinite for one that this device has no room for."""
+    times = []
+    try:
+        launch(candidate)  # compiles
+    except OutOfResources:
+        return float("inf")
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        launch(candidate)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
