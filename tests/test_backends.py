@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -59,6 +61,22 @@ def test_cache_limit_bounds_what_a_forward_keeps(monkeypatch: pytest.MonkeyPatch
     finally:
         backends.set_cache_limit(before)
     assert sizes == [0, 1 << 30]
+
+
+def test_both_ways_of_permitting_less_than_float32_are_read() -> None:
+    """In processes of their own: torch does not go back from the newer settings to the older."""
+    old = "torch.set_float32_matmul_precision('medium')"
+    new = "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
+    new += "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'"
+    expected = {"pass": "ieee ieee", old: "tf32 bf16"}
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        expected[new] = "tf32 bf16"
+    for setting, answer in expected.items():
+        code = "import torch, ckd; from ckd.backends.precision import float32_products as f\n"
+        code += setting + "\n"
+        code += "print(f('cuda'), f('cpu')); x = torch.ones(2, 3); ckd.normalized_similarity(x, x)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.strip() == answer, done.stderr
 
 
 def test_forward_and_backward_use_the_same_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,12 +214,25 @@ def test_huge_and_tiny_loss_weights(chunks: int) -> None:
     case = make_case(20, 70, 24, 20)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
-    for weight in (2.0**-40, 65536.0, -1.0):
+    for weight in (1e-35, 2.0**-40, 65536.0, -1.0):
         moved = on_device(case).requiring(*GRADIENTS)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             loss = ckd.contrastive_cross_entropy(*moved.arguments, backend="triton")
         for name, value in oracle.gradients(moved, weight * loss).items():
             assert relative_error(value.cpu() / weight, exact[name]) < 4e-3, (weight, name)
+        for value in oracle.gradients(moved, 1e-39 * loss).values():
+            assert value.isfinite().all()
+
+
+def test_projection_gradients_hold_where_every_row_is_confident(chunks: int) -> None:
+    """G is as small as the loss, 1e-12 here, in every row: far below float16 times the weights."""
+    case = make_case(24, 60, 96, 64, tau=50.0, learned=3.0)
+    case = replace(case, bank=case.bank.half())
+    exact = eager(case)
+    assert 1e-13 < exact["loss"] < 1e-11
+    result = ours(case, half=True)
+    for name in ("weight", "bias"):
+        assert relative_error(result[name], exact[name]) < 2e-2, name
 
 
 def similarity(case: Case, backend: str) -> Results:

@@ -44,6 +44,13 @@ def test_the_fastest_is_taken_and_remembered_for_its_key(times: dict[str, float]
     assert times["measured"] == 6
 
 
+def test_what_is_remembered_is_one_of_the_candidates(times: dict[str, float]) -> None:
+    """Widths that share a bucket may have other tiles."""
+    times |= {"a": 3.0, "b": 1.0, "c": 2.0, "d": 1.0}
+    assert choose("key", "a", "b") == "b"
+    assert choose("key", "c", "d") == "d"
+
+
 def test_one_candidate_is_not_measured(times: dict[str, float]) -> None:
     assert choose("key", "a") == "a"
     assert times["measured"] == 0

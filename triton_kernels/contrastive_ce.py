@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import load_scale, load_targets, load_weights
+from .rows import SMALLEST, load_scale, load_targets, load_weights
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -399,7 +399,7 @@ def student_factors_kernel(
     by_p,  # [batch] G_ik / size is by_p p_ik - by_all, and at_target - by_all at the target
     at_target,  # [batch]
     by_all,  # [batch]
-    size,  # [1] the largest |g| + |h|
+    size,  # [1] the largest that G may be but at the target: |g| p_other + |h|
     batch,
     g_stride,
     h_stride,
@@ -414,17 +414,20 @@ def student_factors_kernel(
     may hold NaN. At the target G is h p - g p_other, where nothing cancels."""
     largest = tl.zeros([BLOCK], tl.float32)
     for start in range(0, batch, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
         y = load_targets(target, i, i < batch, ignore_index, bank_rows)
         by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK)
         by_h = load_weights(h, i * h_stride, i < batch, HAS_H, BLOCK)
-        largest = tl.maximum(largest, tl.abs(by_g) + tl.abs(by_h))
+        other = tl.load(p_other + i, mask=i < batch, other=0.0)
+        of_g = tl.abs(by_g) * tl.maximum(other, label_smoothing)
+        largest = tl.maximum(largest, of_g + tl.abs(by_h))
     top = tl.max(largest, 0)
+    top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
     if tl.program_id(0) == 0:
         tl.store(size, top)
     down = tl.where(top > 0, 1.0 / top, 0.0)
 
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < batch
     y = load_targets(target, i, here, ignore_index, bank_rows)
     by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK) * down

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import inverse_norm
+from .rows import SMALLEST, inverse_norm
 
 # A float32 operand is scaled so that its largest element is this before it becomes half precision:
 # 34 binary orders of magnitude then lie between it and the smallest float16.
@@ -48,7 +48,7 @@ def project_kernel(
             other=0.0,
         )
         p = tl.load(
-            weight + w[None, :] * dim + d[:, None],
+            weight + w[None, :].to(tl.int64) * dim + d[:, None],
             mask=inside[None, :] & (d < dim)[:, None],
             other=0.0,
         )
@@ -95,6 +95,7 @@ def product_kernel(
     down, up = 1.0, 1.0
     if HALF:
         top = tl.load(largest)
+        top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
         down = tl.where(top > 0, HALF_TOP / top, 0.0)
         up = top / HALF_TOP
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 MIN_NORM = tl.constexpr(1e-6)
+SMALLEST = tl.constexpr(1e-30)  # that a float16 operand's scale may be: its inverse is finite
 MAX_FLOAT32 = tl.constexpr(3.4028235e38)
 
 

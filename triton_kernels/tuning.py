@@ -34,6 +34,8 @@ def choose(key: Hashable, candidates: Sequence[T], launch: Callable[[T], None]) 
     """
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
+    # Sizes that share a bucket may have other candidates.
+    key = (key, tuple(candidates))
     found = _fastest.get(key)
     if found is None:
         if torch.cuda.is_current_stream_capturing():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+from ckd.backends.precision import float32_products
 
 _missing: str | None = None
 try:
@@ -199,7 +200,7 @@ class _Inputs:
         logit_scale: Tensor,
         allow_half: bool,
     ) -> None:
-        half = allow_half or torch.get_float32_matmul_precision() == "medium"
+        half = allow_half or float32_products("cpu") == "bf16"
         self.student = student.float().contiguous()
         self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
         self.weight = None if weight is None else weight.float().contiguous()

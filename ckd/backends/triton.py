@@ -23,7 +23,8 @@ WIDTH_MULTIPLE = 16  # rows of the projected bank are whole 32-byte sectors
 
 
 _installed = importlib.util.find_spec("triton") is not None
-_interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"  # Triton, too, looks once
+# As Triton reads it, once.
+_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def missing() -> str | None:
@@ -86,10 +87,9 @@ def contrastive_ce_forward(
     attention = call.empty(student.shape if save_attention else 0)
     if call.batch > 0:
         with call.on_device():
-            sums = SoftmaxSums(
-                call, target.contiguous(), options, save_residual or save_attention, cache
-            )
-            for chunk in call.chunks(sums.chunk_rows, cache):
+            keep_values = save_residual or save_attention
+            sums = SoftmaxSums(call, target.contiguous(), options, keep_values)
+            for chunk in call.chunks(cache):
                 sums.add(chunk)
             sums.combine(
                 nll,
@@ -129,7 +129,7 @@ def contrastive_ce_backward(
             return call.gradients(d_student, None, d_scale, needs)
         students = Students.of(call, target, *pair, saved, options)
         projection = ProjectionGradient(call, needs)
-        for chunk in call.chunks(call.chunk_rows(saved.cache), saved.cache, filled=True):
+        for chunk in call.chunks(saved.cache, filled=True):
             projection.add_softmax(chunk, students, options.label_smoothing > 0)
         return call.gradients(d_student, projection, d_scale, needs)
 
@@ -149,7 +149,7 @@ def similarity_forward(
     if call.batch > 0:
         with call.on_device():
             u = call.students()
-            for chunk in call.chunks(call.chunk_rows()):
+            for chunk in call.chunks():
                 call.similarities(u, chunk, out)
     return out
 
@@ -170,19 +170,19 @@ def similarity_backward(
     if call.batch == 0:
         return call.zero_gradients(needs)
     d_logits = d_logits.float().contiguous()
-    largest = d_logits.abs().amax()
+    largest = torch.linalg.vector_norm(d_logits, torch.inf)
     with call.on_device():
         u = call.students()
         slope = Product(call, call.batch, call.student_dim)
         projection = ProjectionGradient(call, needs)
-        for chunk in call.chunks(call.chunk_rows()):
+        for chunk in call.chunks():
             part = d_logits[:, chunk.first : chunk.first + len(chunk.n)]
             if needs.student or needs.logit_scale:
                 slope.add(part, chunk.n, largest, call.operand)
             if needs.weight or needs.bias:
                 d_n = Product(call, len(chunk.n), call.width)
                 d_n.add(part.T, u, largest, call.operand)
-                projection.add(chunk, d_n.sum() * call.scale)
+                projection.add(chunk, d_n.sum() * call.positive_scale)
         d_student = d_scale = None
         if needs.student or needs.logit_scale:
             ones = torch.ones(call.batch, device=student.device)

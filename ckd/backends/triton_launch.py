@@ -31,6 +31,7 @@ from ckd._triton.similarity import similarity_kernel
 from ckd._triton.tiles import ProductTiles, Tiles, power_of_two
 from ckd._triton.tuning import bucket, choose
 from ckd.backends.interface import Gradients, Needs, Options, Saved
+from ckd.backends.precision import float32_products
 from ckd.backends.triton import WIDTH_MULTIPLE
 
 # A chunk of the bank with what is computed about it.
@@ -66,8 +67,9 @@ class Call:
         self.bank_operand = self.operand
         if allow_half and bank.dtype != torch.float16:
             self.bank_operand = torch.bfloat16
-        tf32 = torch.get_float32_matmul_precision() != "highest" and torch.version.hip is None
-        self.precision = tiles.TF32 if tf32 and not allow_half else tiles.IEEE
+        self.precision = tiles.IEEE
+        if not allow_half and torch.version.hip is None:
+            self.precision = float32_products("cuda")
         self.arithmetic = tiles.HALF if allow_half else self.precision
         self.student = student if student.stride(1) == 1 else student.contiguous()
         self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
@@ -84,6 +86,11 @@ class Call:
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.student.device)
 
+    @property
+    def positive_scale(self) -> Tensor:
+        """NaN in place of a scale that the op refuses."""
+        return torch.where((self.scale > 0) & self.scale.isfinite(), self.scale, torch.nan)
+
     def on_device(self) -> AbstractContextManager[Any]:
         device = self.student.device
         return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -99,30 +106,31 @@ class Call:
         self._unit_rows(self.student, self.student_dim, u, self.empty(self.batch), keep)
         return u
 
-    def chunk_rows(self, cache: Tensor | None = None) -> int:
-        """Bank rows that are worked on at once: all, if they have a place in the cache."""
-        if cache is not None and len(cache):
-            return self.bank_rows
+    @property
+    def chunk_rows(self) -> int:
+        """Bank rows that are worked on at once."""
         row = self.width * (self.operand.itemsize + 4) + 8  # n, and z or its gradient in float32
         count = max(1, WORKSPACE_BYTES // (row * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
         return min(count, self.bank_rows)
 
-    def chunks(
-        self, chunk_rows: int, cache: Tensor | None = None, filled: bool = False
-    ) -> Iterator[Chunk]:
-        n, inverse = self._room(chunk_rows, cache)
-        for first in range(0, self.bank_rows, chunk_rows):
-            t = self.bank[first : first + chunk_rows]
-            chunk = Chunk(first, t, n[: len(t)], inverse[: len(t)])
-            if not (filled and cache is not None and len(cache)):
+    def chunks(self, cache: Tensor | None = None, filled: bool = False) -> Iterator[Chunk]:
+        """The bank, projected; a cache has room for all of it and may be filled already."""
+        has_cache = cache is not None and len(cache) > 0
+        n, inverse = self._room(cache if has_cache else None)
+        for first in range(0, self.bank_rows, self.chunk_rows):
+            t = self.bank[first : first + self.chunk_rows]
+            at = first if has_cache else 0
+            chunk = Chunk(first, t, n[at : at + len(t)], inverse[at : at + len(t)])
+            if not (filled and has_cache):
                 self._fill(chunk)
             yield chunk
 
-    def _room(self, count: int, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        if cache is None or not len(cache):
+    def _room(self, cache: Tensor | None) -> tuple[Tensor, Tensor]:
+        if cache is None:
+            count = self.chunk_rows
             return self.empty(count, self.width, dtype=self.operand), self.empty(count)
-        end = count * self.width * self.operand.itemsize
-        n = cache[:end].view(self.operand).view(count, self.width)
+        end = self.bank_rows * self.width * self.operand.itemsize
+        n = cache[:end].view(self.operand).view(self.bank_rows, self.width)
         return n, cache[end:].view(torch.float32)
 
     def _fill(self, chunk: Chunk) -> None:
@@ -230,21 +238,18 @@ class Call:
 class SoftmaxSums:
     """The forward of contrastive_ce, chunk by chunk."""
 
-    def __init__(
-        self, call: Call, target: Tensor, options: Options, keep_values: bool, cache: Tensor
-    ) -> None:
+    def __init__(self, call: Call, target: Tensor, options: Options, keep_values: bool) -> None:
         self._call, self._target, self._options = call, target, options
         self._keep_values = keep_values
         self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family)
         self._tiles: Tiles | None = None
-        self.chunk_rows = call.chunk_rows(cache)
         first = self._candidates[0]
         others = self._programs(first)[0] * self._programs(first)[1]
-        splits = tiles.splits(self.chunk_rows, first.bank, others, call.processors)
+        splits = tiles.splits(call.chunk_rows, first.bank, others, call.processors)
         batch, width = call.batch, call.width
         self._u = call.students()
         # A part for each split, and with several chunks one that joins those of all before.
-        self._splits, parts = splits, splits + (self.chunk_rows < call.bank_rows)
+        self._splits, parts = splits, splits + (call.chunk_rows < call.bank_rows)
         self._shift, self._total = call.empty(parts, batch), call.empty(parts, batch)
         self._values = call.empty((parts, batch, width) if keep_values else 0)
         self._l_target = call.empty(batch)
