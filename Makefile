@@ -1,5 +1,5 @@
 .PHONY: install test lint format
-NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 install:
 	pip install -e ".[dev,plots,parquet]"

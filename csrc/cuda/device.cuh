@@ -1,0 +1,154 @@
+// All that a kernel uses of the GPU beyond plain C++, and the only file with PTX: each wrapper is
+// one instruction, so that there is little here that only a GPU can test. With CKD_EMULATION the
+// same names come from csrc/emulation, where kernels run on the CPU (docs/emulation.md).
+
+#pragma once
+
+#ifdef CKD_EMULATION
+#include "../emulation/emulation.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#define CKD_KERNEL __global__
+#define CKD_DEVICE __device__ __forceinline__
+
+// Starts a kernel; an int, the cudaError or 0. A kernel's name with a comma goes in parentheses:
+// CKD_LAUNCH((name<A, B>), grid, block, shared_bytes, stream, arguments...).
+#define CKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::ckd::cuda::launch(kernel, grid, block, shared_bytes, stream, ##__VA_ARGS__)
+
+// Declares `unsigned char* name`: the dynamic shared memory, 1024-byte aligned.
+#define CKD_SHARED(name)                                            \
+  extern __shared__ __align__(1024) unsigned char ckd_shared_all[]; \
+  unsigned char* name = ckd_shared_all
+
+namespace ckd::cuda {
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+           cudaStream_t stream, Arguments... arguments) {
+  constexpr int ALWAYS_ALLOWED = 48 << 10;
+  if (shared_bytes > ALWAYS_ALLOWED) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // it has been told; the next launch shall not report it again
+      return static_cast<int>(error);
+    }
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// What Carve takes for `count` elements: pieces are multiples of 16 bytes.
+template <class T>
+__host__ __device__ constexpr int carve_bytes(int count) {
+  return (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
+}
+
+// Cuts shared memory into arrays, each 16-byte aligned.
+class Carve {
+ public:
+  CKD_DEVICE explicit Carve(unsigned char* memory) : next_(memory) {}
+
+  template <class T>
+  CKD_DEVICE T* take(int count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += carve_bytes<T>(count);
+    return piece;
+  }
+
+ private:
+  unsigned char* next_;
+};
+
+CKD_DEVICE void sync_block() { __syncthreads(); }
+CKD_DEVICE void sync_warp() { __syncwarp(); }
+
+template <class T>
+CKD_DEVICE T shuffle_xor(T value, int mask) {
+  static_assert(sizeof(T) == 4, "a shuffle moves 32 bits");
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+CKD_DEVICE std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j names row j of matrix i, 16 bytes;
+// lane l gets into r[i] elements 2 (l % 4) and the next one of row l / 4.
+CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same with each matrix transposed: lane l gets elements of column l / 4.
+CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b for a 16 x 16 (rows first), b 16 x 8 (columns first) and c 16 x 8, held by a warp as the
+// PTX manual lays out m16n8k16; sums in float32.
+template <class T>
+CKD_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                             std::uint32_t b1) {
+  static_assert(std::is_same<T, __half>::value || std::is_same<T, __nv_bfloat16>::value,
+                "multiply_add takes __half or __nv_bfloat16");
+  if constexpr (std::is_same<T, __half>::value) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Starts a copy of `bytes` (0 to 16) from global to 16 bytes of shared memory, the rest zeros. Both
+// addresses are multiples of 16. The copy belongs to the group that commit_copies closes.
+CKD_DEVICE void copy_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
+CKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the N newest groups of this thread are under way. Other threads see its
+// copies only after a barrier.
+template <int N>
+CKD_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2^x to 2 units in the last place; subnormal results are 0.
+CKD_DEVICE float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// For numbers that are not negative, whose bits are ordered as integers are.
+CKD_DEVICE void atomic_max(float* address, float value) {
+  atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
+}
+
+}  // namespace ckd::cuda
+
+#endif  // CKD_EMULATION
