@@ -49,7 +49,8 @@ struct Warp {
 
 // The launch and the block that run. There is one at a time.
 const char* kernel = "";
-const std::function<void()>* body;
+void (*body)(const void*);
+const void* body_context;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Site barrier_site = {"", 0};
@@ -123,7 +124,7 @@ void finish_thread(Fiber& fiber) {
 void run_thread() {
   entered();
   Fiber& fiber = *running();
-  (*body)();
+  body(body_context);
   release(end_of_launch);  // the launch waits for all of them
   finish_thread(fiber);
   suspend(fiber, true);
@@ -193,7 +194,7 @@ void run_block(int shared_bytes) {
     current = &*stuck;
     fail(std::string("deadlock: waits forever in ") + stuck->wait, stuck->site);
   }
-  if (shared_overrun()) fail("shared memory was written past its end", {kernel, 0});
+  if (shared_overrun()) fail("shared memory was written past its end", {"the launch", 0});
 }
 
 void read_schedule() {
@@ -206,7 +207,8 @@ void read_schedule() {
   } else if (wanted == "random") {
     schedule = Schedule::random;
   } else {
-    fail("CKD_EMULATION_SCHEDULE must be ordered, eager or random, got " + wanted, {kernel, 0});
+    fail("CKD_EMULATION_SCHEDULE must be ordered, eager or random, got " + wanted,
+         {"the launch", 0});
   }
   const char* seed = std::getenv("CKD_EMULATION_SEED");
   random_numbers.seed(seed == nullptr ? 0 : static_cast<unsigned>(std::atoll(seed)));
@@ -219,8 +221,10 @@ Fiber* running() { return static_cast<Fiber*>(current); }
 std::string place(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
 void fail(const std::string& what, Site site) {
+  std::string name = kernel;
+  if (name.front() == '(') name = name.substr(1, name.size() - 2);  // (name<A, B>)
   std::fprintf(stderr, "ckd emulation: %s\n  kernel %s, at %s, block %s, thread %s\n", what.c_str(),
-               kernel, place(site).c_str(), text(block_index).c_str(),
+               name.c_str(), place(site).c_str(), text(block_index).c_str(),
                current == nullptr ? "none" : text(current->index).c_str());
   print_stack();
   std::abort();
@@ -292,8 +296,8 @@ void wait_for_warp(const Collective& collective, const void* in, std::size_t in_
   if (out_bytes > 0) std::memcpy(out, warp.exchange.out[fiber.lane], out_bytes);
 }
 
-int run(const char* name, dim3 grid, dim3 block, int shared_bytes,
-        const std::function<void()>& thread) {
+int run(const char* name, dim3 grid, dim3 block, int shared_bytes, void (*thread)(const void*),
+        const void* context) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   constexpr unsigned MAX_THREADS = 1024, MAX_GRID = 65535;
@@ -306,9 +310,10 @@ int run(const char* name, dim3 grid, dim3 block, int shared_bytes,
     return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes < 0 || shared_bytes > MAX_SHARED) return cudaErrorInvalidValue;
-  if (threads % LANES != 0) fail("blocks must be whole warps of 32 threads", {name, 0});
+  if (threads % LANES != 0) fail("blocks must be whole warps of 32 threads", {"the launch", 0});
   read_schedule();
-  body = &thread;
+  body = thread;
+  body_context = context;
   block_size = block;
   grid_size = grid;
   fibers.resize(threads);

@@ -17,7 +17,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 // The toolkit's headers give these meanings for nvcc alone.
@@ -70,14 +69,17 @@ extern Thread* current;
 extern uint3 block_index;
 extern dim3 block_size, grid_size;
 
-// Runs `thread` once for each thread of the grid, block after block; a cudaError or 0.
-int run(const char* kernel, dim3 grid, dim3 block, int shared_bytes,
-        const std::function<void()>& thread);
+// Calls `thread` once for each thread of the grid, block after block; a cudaError or 0.
+int run(const char* kernel, dim3 grid, dim3 block, int shared_bytes, void (*thread)(const void*),
+        const void* context);
 
 template <class... Parameters, class... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
            cudaStream_t, Arguments... arguments) {
-  return run(name, grid, block, shared_bytes, [&] { kernel(arguments...); });
+  const auto call = [&] { kernel(arguments...); };
+  return run(
+      name, grid, block, shared_bytes,
+      [](const void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
 
 unsigned char* shared_begin();
