@@ -47,6 +47,8 @@ struct Warp {
   Ordering ordering;
 };
 
+constexpr Site LAUNCH = {"the launch", 0};
+
 // The launch and the block that run. There is one at a time.
 const char* kernel = "";
 void (*body)(const void*);
@@ -194,7 +196,7 @@ void run_block(int shared_bytes) {
     current = &*stuck;
     fail(std::string("deadlock: waits forever in ") + stuck->wait, stuck->site);
   }
-  if (shared_overrun()) fail("shared memory was written past its end", {"the launch", 0});
+  if (shared_overrun()) fail("shared memory was written past its end", LAUNCH);
 }
 
 void read_schedule() {
@@ -207,8 +209,7 @@ void read_schedule() {
   } else if (wanted == "random") {
     schedule = Schedule::random;
   } else {
-    fail("CKD_EMULATION_SCHEDULE must be ordered, eager or random, got " + wanted,
-         {"the launch", 0});
+    fail("CKD_EMULATION_SCHEDULE must be ordered, eager or random, got " + wanted, LAUNCH);
   }
   const char* seed = std::getenv("CKD_EMULATION_SEED");
   random_numbers.seed(seed == nullptr ? 0 : static_cast<unsigned>(std::atoll(seed)));
@@ -218,7 +219,9 @@ void read_schedule() {
 
 Fiber* running() { return static_cast<Fiber*>(current); }
 
-std::string place(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+std::string place(Site site) {
+  return site.line == 0 ? site.file : std::string(site.file) + ":" + std::to_string(site.line);
+}
 
 void fail(const std::string& what, Site site) {
   std::string name = kernel;
@@ -310,7 +313,7 @@ int run(const char* name, dim3 grid, dim3 block, int shared_bytes, void (*thread
     return cudaErrorInvalidConfiguration;
   }
   if (shared_bytes < 0 || shared_bytes > MAX_SHARED) return cudaErrorInvalidValue;
-  if (threads % LANES != 0) fail("blocks must be whole warps of 32 threads", {"the launch", 0});
+  if (threads % LANES != 0) fail("blocks must be whole warps of 32 threads", LAUNCH);
   read_schedule();
   body = thread;
   body_context = context;

@@ -14,7 +14,7 @@ Fiber* running();
 // Ends the process: says what is wrong, in which kernel, where, in which block and thread.
 [[noreturn]] void fail(const std::string& what, Site site);
 
-std::string place(Site site);  // file:line
+std::string place(Site site);  // file:line, or what stands for it where line is 0
 
 // Makes the shared memory of a block, all NaN.
 void begin_shared(int bytes);

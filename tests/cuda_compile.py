@@ -1,0 +1,86 @@
+"""Compiles CUDA kernels for GPUs that need not be there, and reads what ptxas says of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+
+
+class Unit(NamedTuple):
+    kernel: str
+    registers: int
+    spilled: int  # bytes stored and loaded for want of registers
+    shared: int  # bytes, without what the launch adds
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def architectures() -> list[str]:
+    """sm_80, sm_90a and the newest that this nvcc knows."""
+    command = [str(nvcc()), "--list-gpu-arch"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    newest = max(int(number) for number in re.findall(r"compute_(\d+)", listed))
+    return ["sm_80", "sm_90a", f"sm_{newest}"]
+
+
+def compile_units(sources: Iterable[Path], arch: str, options: Iterable[str] = ()) -> list[Unit]:
+    """Every kernel of the sources as it is compiled for `arch`, such as "sm_90a".
+
+    Compilers run as many at a time as MAX_JOBS or the cores.
+    """
+    number = arch.removeprefix("sm_")
+    flags = [*FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}", *options]
+
+    def compile_one(source: Path) -> list[Unit]:
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "kernels.cubin")
+            command = [str(nvcc()), *flags, str(source), "-o", target]
+            done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return read_units(done.stdout + done.stderr)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return [unit for units in pool.map(compile_one, sources) for unit in units]
+
+
+def read_units(report: str) -> list[Unit]:
+    """The kernels in what `ptxas -v` printed; a function that is not inlined counts as one."""
+    found = []
+    # Each function's properties, then what it uses where it is a kernel.
+    for part in report.split("Function properties for ")[1:]:
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
+        found.append(
+            Unit(
+                kernel=demangled(part.split()[0]),
+                registers=_number(r"Used (\d+) registers", part),
+                spilled=sum(map(int, spills)),
+                shared=_number(r"(\d+) bytes smem", part),
+            )
+        )
+        assert len(spills) == 2, part
+    return found
+
+
+def demangled(name: str) -> str:
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None:
+        return name
+    return subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
