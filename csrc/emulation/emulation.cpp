@@ -79,7 +79,9 @@ std::string text(uint3 index) {
          std::to_string(index.z) + ")";
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 Fiber* lane_in(int warp, State state) {
   const auto first = fibers.begin() + warp * LANES;
