@@ -6,17 +6,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <mutex>
-#include <numeric>
-#include <random>
 
 #include "runtime.h"
 #include "sanitizers.h"
-
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
+#include "schedule.h"
 
 namespace ckd::emulation {
 
@@ -25,12 +20,6 @@ uint3 block_index;
 dim3 block_size, grid_size;
 
 namespace {
-
-enum class Schedule {
-  ordered,  // every thread as far as it can, by number
-  eager,    // every warp as far as it can, in random order
-  random,   // a few steps of a random warp
-};
 
 // Barriers use the two addresses in turn: a thread that is already at the next barrier must not
 // seem to come before one that has yet to leave this one.
@@ -47,8 +36,6 @@ struct Warp {
   Ordering ordering;
 };
 
-constexpr Site LAUNCH = {"the launch", 0};
-
 // The launch and the block that run. There is one at a time.
 const char* kernel = "";
 void (*body)(const void*);
@@ -57,22 +44,8 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 Site barrier_site = {"", 0};
 std::size_t at_barrier, returned;
-Ordering block_ordering;
+std::unique_ptr<Ordering> block_ordering;
 char end_of_launch;
-
-Schedule schedule;
-std::mt19937 random_numbers;
-
-int random_below(int end) {
-  return static_cast<int>(random_numbers() % static_cast<unsigned>(end));
-}
-
-template <class T>
-void shuffle(std::vector<T>& items) {
-  for (std::size_t i = items.size(); i > 1; --i) {
-    std::swap(items[i - 1], items[random_numbers() % i]);
-  }
-}
 
 std::string text(uint3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
@@ -135,50 +108,13 @@ void run_thread() {
   std::abort();
 }
 
-bool run_fiber(Fiber& fiber) {
-  if (fiber.state != State::ready) return false;
-  current = &fiber;
-  resume(fiber);
-  current = nullptr;
-  return true;
-}
-
-// Runs the lanes of a warp, each to its next wait, until none can go on or the rounds are over.
-bool run_warp(int warp, int rounds) {
-  bool ran_any = false, ran = true;
-  while (ran && rounds-- > 0) {
-    ran = false;
-    const int first = random_below(LANES), step = random_below(2) == 0 ? 1 : LANES - 1;
-    for (int i = 0; i < LANES; ++i) {
-      const int lane = (first + i * step) % LANES;
-      ran |= run_fiber(fibers[static_cast<std::size_t>(warp * LANES + lane)]);
-    }
-    ran_any |= ran;
-  }
-  return ran_any;
-}
-
-bool run_some() {
-  bool ran = false;
-  if (schedule == Schedule::ordered) {
-    for (Fiber& fiber : fibers) ran |= run_fiber(fiber);
-    return ran;
-  }
-  std::vector<int> order(warps.size());
-  std::iota(order.begin(), order.end(), 0);
-  shuffle(order);
-  constexpr int UNTIL_STUCK = 1 << 30;
-  for (int warp : order) {
-    ran |= run_warp(warp, schedule == Schedule::eager ? UNTIL_STUCK : 1 + random_below(4));
-  }
-  return ran;
-}
-
 void run_block(int shared_bytes) {
   begin_shared(shared_bytes);
   at_barrier = returned = 0;
-  block_ordering = {};
-  for (Warp& warp : warps) warp = {};
+  // On the heap and new for each block: ThreadSanitizer forgets what was released in memory that is
+  // freed, and else a barrier would order its block after the blocks before.
+  block_ordering = std::make_unique<Ordering>();
+  warps = std::vector<Warp>(fibers.size() / LANES);
   for (std::size_t i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
     const auto number = static_cast<unsigned>(i);
@@ -192,29 +128,13 @@ void run_block(int shared_bytes) {
   }
   prepare(fibers, run_thread);
   while (returned < fibers.size()) {
-    if (run_some()) continue;
+    if (run_some(fibers)) continue;
     const auto stuck = std::find_if(fibers.begin(), fibers.end(),
                                     [](const Fiber& f) { return f.state != State::returned; });
     current = &*stuck;
     fail(std::string("deadlock: waits forever in ") + stuck->wait, stuck->site);
   }
   if (shared_overrun()) fail("shared memory was written past its end", LAUNCH);
-}
-
-void read_schedule() {
-  const char* name = std::getenv("CKD_EMULATION_SCHEDULE");
-  const std::string wanted = name == nullptr ? "eager" : name;
-  if (wanted == "ordered") {
-    schedule = Schedule::ordered;
-  } else if (wanted == "eager") {
-    schedule = Schedule::eager;
-  } else if (wanted == "random") {
-    schedule = Schedule::random;
-  } else {
-    fail("CKD_EMULATION_SCHEDULE must be ordered, eager or random, got " + wanted, LAUNCH);
-  }
-  const char* seed = std::getenv("CKD_EMULATION_SEED");
-  random_numbers.seed(seed == nullptr ? 0 : static_cast<unsigned>(std::atoll(seed)));
 }
 
 }  // namespace
@@ -253,11 +173,11 @@ void wait_for_block(Site site) {
   fiber.wait = "sync_block";
   fiber.state = State::at_block_barrier;
   ++warp.at_block_barrier;
-  char& ordering = block_ordering.address[block_ordering.turn];
+  char& ordering = block_ordering->address[block_ordering->turn];
   release(ordering);
   if (++at_barrier == fibers.size()) {
     at_barrier = 0;
-    block_ordering.turn ^= 1;
+    block_ordering->turn ^= 1;
     for (Warp& each : warps) each.at_block_barrier = 0;
     set_states(fibers.begin(), fibers.size(), State::ready);
   }
@@ -322,12 +242,8 @@ int run(const char* name, dim3 grid, dim3 block, int shared_bytes, void (*thread
   block_size = block;
   grid_size = grid;
   fibers.resize(threads);
-  warps.resize(threads / LANES);
 
-  std::vector<unsigned> order(static_cast<std::size_t>(grid.x) * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0u);
-  if (schedule != Schedule::ordered) shuffle(order);
-  for (unsigned number : order) {
+  for (unsigned number : block_order(grid.x * grid.y * grid.z)) {
     block_index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
     run_block(shared_bytes);
   }
