@@ -85,11 +85,11 @@ def build(
         (folder / kind).mkdir(parents=True, exist_ok=True)
         units += [(kind, source, KINDS[kind].kernel) for source in kernels]
         units += [(kind, source, KINDS[kind].emulation) for source in EMULATION]
-    common = [*FLAGS, "-DCKD_EMULATION", "-isystem", str(cuda_headers())]
+    common = [*FLAGS, "-DCKD_EMULATION", f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_headers())]
 
     def compile_unit(unit: tuple[str, Path, tuple[str, ...]]) -> Path:
         kind, source, flags = unit
-        target = folder / kind / f"{source.stem}.o"
+        target = folder / kind / f"{source.parent.name}_{source.stem}.o"
         _run(*common, *flags, *options, "-x", "c++", "-c", source, "-o", target)
         return target
 

@@ -25,11 +25,14 @@
 #undef __host__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __shared__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __shared__ \
+  static_assert(false, "the emulation has no __shared__ variables: use CKD_SHARED");
 
 #define CKD_KERNEL
 #define CKD_DEVICE inline
