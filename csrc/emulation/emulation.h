@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <driver_types.h>
+#include <vector_functions.h>
 #include <vector_types.h>
 
 #include <cfloat>
