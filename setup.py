@@ -1,8 +1,11 @@
 """Builds `ckd._C` from csrc/ with ninja, without torch headers. All metadata is in pyproject.toml.
 
 No compiler is no error: the package then installs without the module, and `python -m ckd.info`
-tells why. A compiler that fails on the sources is an error. MAX_JOBS bounds parallel compilation
-and CXX names the compiler.
+tells why. Nor is no nvcc: the module then has no CUDA kernels. A compiler that fails on the sources
+is an error.
+
+MAX_JOBS bounds parallel compilation, CXX names the compiler, CKD_CUDA=0 leaves the CUDA kernels out
+and CKD_CUDA=1 demands them, and CKD_CUDA_ARCHS lists what they are compiled for ("80;90").
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -24,11 +29,13 @@ ROOT = Path(__file__).parent
 # csrc/emulation runs the CUDA kernels on the CPU, in tests alone.
 SOURCES = sorted(
     str(p.relative_to(ROOT))
-    for p in (ROOT / "csrc").glob("**/*.cpp")
-    if p.parent.name != "emulation"
+    for p in (ROOT / "csrc").glob("**/*.c*")
+    if p.suffix in (".cpp", ".cu") and p.parent.name != "emulation"
 )
 # The CPU kernels are compiled once for each instruction set; csrc/cpu/tiers.cpp picks at run time.
 TIERS: dict[str, list[str]] = json.loads((ROOT / "csrc" / "cpu" / "tiers.json").read_text())
+# sm_80 serves Ampere and Ada, sm_90 Hopper, and its PTX what comes later.
+CUDA_ARCHS = "80;90"
 REPORT = "_build.json"  # beside the module: {"built": bool, "reason": str}
 
 
@@ -47,12 +54,13 @@ class NinjaBuild(build_ext):
             reason = "no C++ compiler was found (looked for $CXX, c++, g++, clang++)"
             print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
         else:
-            reason = f"built with {compiler}"
-            self.ninja(compiler, ext.sources, module)
+            cuda = Cuda.find()
+            reason = f"built with {compiler}; {cuda.about}"
+            self.ninja(compiler, cuda, ext.sources, module)
         report = {"built": compiler is not None, "reason": reason}
         (package / REPORT).write_text(json.dumps(report) + "\n")
 
-    def ninja(self, compiler: str, sources: list[str], module: Path) -> None:
+    def ninja(self, compiler: str, cuda: Cuda, sources: list[str], module: Path) -> None:
         import pybind11
 
         folder = Path(self.build_temp).resolve()
@@ -65,25 +73,45 @@ class NinjaBuild(build_ext):
         tiers = {name: own for name, own in TIERS.items() if accepts(compiler, own)}
         flags += [f"-DCKD_HAS_{name.upper()}" for name in tiers]
         flags += [f'-DCKD_VERSION="{self.distribution.get_version()}"']
+        flags += [f'-DCKD_CUDA_ABOUT="{cuda.about}"', f"-DCKD_HAS_CUDA={int(bool(cuda.nvcc))}"]
+        flags += ["-isystem", str(cuda.headers)] if cuda.nvcc else []
         flags += [f"-I{path}" for path in includes]
         link = ["-shared", *(["-fopenmp"] if "-fopenmp" in flags else [])]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
+        cxx, openmp = compiler.split()[0], "-fopenmp" in link
+        linker = f"$cxx {' '.join(link)}"
+        if cuda.nvcc:
+            # nvcc links what CUDA needs, statically: the module loads where there is no driver.
+            linker = f"{cuda.nvcc} -ccbin {cxx} -shared -cudart static"
+            linker += " -Xcompiler -fopenmp" * openmp
         lines = [
             f"cxx = {compiler}",
             f"cflags = {' '.join(shlex.quote(flag).replace('$', '$$') for flag in flags)}",
-            f"ldflags = {' '.join(link)}",
+            f"nvcc = {cuda.nvcc} -ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden",
             "rule compile",
             "  command = $cxx $cflags $tier -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $cxx $ldflags $in -o $out",
+            f"  command = {linker} $in -o $out",
+            "rule cuda",
+            f"  command = $nvcc {' '.join(cuda.arch_flags)} -I{ROOT / 'csrc'} "
+            "-MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
         ]
         objects = []
         for source in sources:
             stem = Path(source).stem
+            if "cuda" in Path(source).parts:
+                if not cuda.nvcc:
+                    continue
+                if source.endswith(".cu"):
+                    objects.append(escape(folder / f"{source.replace('/', '_')}.o"))
+                    lines.append(f"build {objects[-1]}: cuda {escape((ROOT / source).resolve())}")
+                    continue
             tier = stem.removeprefix("tier_") if stem.startswith("tier_") else "portable"
             if tier != "portable" and tier not in tiers:
                 continue  # this compiler, or this architecture, does not have it
@@ -94,6 +122,49 @@ class NinjaBuild(build_ext):
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([*ninja_command(), "-C", str(folder), *jobs], check=True)
+
+
+class Cuda(NamedTuple):
+    """The CUDA compiler, if the kernels are to be built."""
+
+    nvcc: str | None
+    about: str  # in words
+    headers: Path | None = None
+    arch_flags: tuple[str, ...] = ()
+
+    @classmethod
+    def find(cls) -> Cuda:
+        wanted = os.environ.get("CKD_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise ValueError(f"CKD_CUDA must be 0, 1 or not set, got {wanted!r}")
+        if wanted == "0":
+            return cls(None, "no CUDA kernels: CKD_CUDA=0")
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        candidates = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
+        for nvcc in candidates:
+            # The toolkit's folder, which the nvcc on PATH may be a link into.
+            headers = Path(nvcc).resolve().parents[1] / "include" if nvcc else Path()
+            if nvcc and Path(nvcc).exists() and (headers / "cuda_fp16.h").exists():
+                return cls(nvcc, cls.described(nvcc), headers, tuple(cls.flags()))
+        if wanted == "1":
+            raise RuntimeError("CKD_CUDA=1, but no nvcc was found; put it on PATH or set CUDA_HOME")
+        return cls(None, "no CUDA kernels: no nvcc was found on PATH or in CUDA_HOME")
+
+    @staticmethod
+    def archs() -> list[str]:
+        return os.environ.get("CKD_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+
+    @classmethod
+    def flags(cls) -> Iterator[str]:
+        for arch in cls.archs():
+            yield f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        yield f"-gencode=arch=compute_{arch},code=compute_{arch}"
+
+    @classmethod
+    def described(cls, nvcc: str) -> str:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = text.partition("release ")[2].partition(",")[0] or "of an unknown release"
+        return f"nvcc {release} for {' '.join(f'sm_{arch}' for arch in cls.archs())}"
 
 
 def ninja_command() -> list[str]:

@@ -46,6 +46,11 @@ def cpu_tiers() -> str:
     return f"{', '.join(names)}; takes the first" if names else "none"
 
 
+def cuda_kernels() -> str:
+    """What the CUDA kernels were compiled with and for, or why there are none."""
+    return "none" if cpu.missing() is not None else cpu._C.build_info()["cuda"]
+
+
 def devices() -> str:
     if not torch.cuda.is_available():
         return "no GPU"
@@ -69,6 +74,7 @@ def report() -> str:
         ("gpu", devices()),
         ("ckd._C", native_module()),
         ("cpu kernels", cpu_tiers()),
+        ("cuda kernels", cuda_kernels()),
     ]
     rows += [(name, version(name) or "missing") for name in CORE]
     for extra, distributions in EXTRAS.items():

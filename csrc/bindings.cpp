@@ -2,6 +2,9 @@
 // every torch version: functions take raw pointers, sizes and a stream, never tensors.
 
 #include "cpu/bindings.h"
+#if CKD_HAS_CUDA
+#include "cuda/bindings.h"
+#endif
 
 #include <pybind11/pybind11.h>
 
@@ -42,6 +45,7 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+  info["cuda"] = CKD_CUDA_ABOUT;
   return info;
 }
 
@@ -51,4 +55,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native half of ckd; see csrc/.";
   m.def("build_info", &build_info, "What this module was compiled from and with, as a dict.");
   ckd::cpu::bind(m);
+#if CKD_HAS_CUDA
+  ckd::cuda::bind(m);
+#endif
 }

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import ckd
-from ckd.backends import triton
+from ckd.backends import cuda, triton
 from ckd.train import loop
 
 if triton.missing() is None and triton.interpreted():
@@ -15,12 +17,19 @@ if triton.missing() is None and triton.interpreted():
     triton_interpreter.repair()
 
 
+if "CKD_TEST_EMULATED" in os.environ:
+    from tests import cuda_emulation
+
+    cuda_emulation.use(Path(os.environ["CKD_TEST_EMULATED"]))
+
+
 @pytest.fixture(params=ckd.backends.available())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of this installation; they may not differ in results. Tensors are made on its
     device."""
     name = request.param
-    if name != "triton" or triton.interpreted():
+    on_gpu = {"triton": not triton.interpreted(), "cuda": cuda.DEVICE == "cuda"}
+    if not on_gpu.get(name, False):
         yield name
         return
     torch.set_default_device("cuda")

@@ -84,3 +84,41 @@ def demangled(name: str) -> str:
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     return int(found[1]) if found else 0
+
+
+# Dynamic shared memory in KiB, as the host code of csrc/cuda asks for it.
+SHARED = {
+    "softmax_sums<64": 24, "softmax_sums<128, false": 48, "softmax_sums<128, true": 32,
+    "softmax_sums<256": 64, "bank_gradient<64": 26.5, "bank_gradient<128, false": 50.5,
+    "bank_gradient<128, true": 33.25, "bank_gradient<256": 65.25, "sum_of_products": 32,
+    "project<": 32, "project_exactly": 16,
+}  # fmt: skip
+SHARED_OF_PROCESSOR = {"sm_80": 164, "sm_90a": 228, "sm_120": 100, "sm_121": 100}
+THREADS = 128
+
+
+def main() -> None:
+    """Prints the table of docs/kernels.md."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    for arch in architectures():
+        print(f"\n### {arch}\n")
+        print("| kernel | registers | spilled | shared KiB | blocks a processor |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        for unit in sorted(
+            {u._replace(kernel=short(u.kernel)) for u in compile_units(sources, arch)}
+        ):
+            shared = next((kib for k, kib in SHARED.items() if unit.kernel.startswith(k)), 0)
+            allocated = -(-unit.registers // 8) * 8 * THREADS
+            blocks = min(2048 // THREADS, 65536 // allocated)
+            if shared and arch in SHARED_OF_PROCESSOR:
+                blocks = min(blocks, int(SHARED_OF_PROCESSOR[arch] // (shared + 1)))
+            print(f"| `{unit.kernel}` | {unit.registers} | {unit.spilled} | {shared} | {blocks} |")
+
+
+def short(kernel: str) -> str:
+    name = kernel.removeprefix("void ").split("(")[0]
+    return name.replace("ckd::cuda::", "").replace("__nv_", "").replace("__half", "half")
+
+
+if __name__ == "__main__":
+    main()

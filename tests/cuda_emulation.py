@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -103,6 +105,31 @@ def build(
     with ThreadPoolExecutor(jobs()) as pool:
         objects = list(pool.map(compile_unit, units))
         return dict(zip(kinds, pool.map(link, kinds)))
+
+
+def build_module(folder: Path) -> Path:
+    """The CUDA kernels of ckd._C, as a Python module for the CPU."""
+    import pybind11
+
+    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
+    sources.append(ROOT / "tests" / "emulation" / "module.cpp")
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    options = ["-shared", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    module = folder / "ckd_emulated.so"
+    shutil.copy(build(sources, folder, ["plain"], options)["plain"], module)
+    return module
+
+
+def use(module: Path) -> None:
+    """From now on the cuda backend serves tensors on the CPU, by the emulated kernels."""
+    from ckd.backends import cuda
+
+    spec = importlib.util.spec_from_file_location("ckd_emulated", module)
+    assert spec is not None
+    assert spec.loader is not None
+    cuda._C = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cuda._C)
+    cuda._missing, cuda.DEVICE = None, "cpu"
 
 
 def jobs() -> int:

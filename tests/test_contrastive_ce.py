@@ -244,8 +244,9 @@ def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
     assert loss.dtype == torch.float32
     assert relative_error(loss, truth) < 1e-3
     # The cpu backend multiplies half-precision students as bfloat16, whichever half they are, and
-    # triton a bank that is not in float16.
-    by_bfloat16 = backend == "cpu" or (backend == "triton" and bank_dtype != torch.float16)
+    # GPU backends a bank that is not in float16.
+    on_gpu = backend in ("triton", "cuda")
+    by_bfloat16 = backend == "cpu" or (on_gpu and bank_dtype != torch.float16)
     half = dtype != torch.float32
     eps = torch.finfo(torch.bfloat16 if half and by_bfloat16 else dtype).eps
     true_gradients = oracle.gradients(exact, truth)

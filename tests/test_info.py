@@ -18,6 +18,7 @@ def test_report_names_versions_backends_and_reasons() -> None:
         "torch",
         "ckd._C",
         "cpu kernels",
+        "cuda kernels",
         "reference",
         "triton: ",
         "auto takes",

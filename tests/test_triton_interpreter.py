@@ -21,7 +21,7 @@ FILES = {
     "test_contrastive_ce.py": "triton and not million",
     "test_contrastive_ce_autograd.py": "triton",
     "test_similarity.py": "triton and not 40000",
-    "test_triton_backend.py": "triton",
+    "test_gpu_backends.py": "triton",
 }
 
 

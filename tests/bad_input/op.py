@@ -174,7 +174,7 @@ CASES = [
         ValueError,
         ("backend", "'refrence'", "nearest first: reference"),
     ),
-    Case("backend not shipped", loss(backend="cuda"), BackendError, ("'cuda'", "not ship")),
+    Case("backend elsewhere", loss(backend="cuda"), BackendError, ("'cuda'", "not on cuda")),
     Case("second derivative", second_derivative, RuntimeError, ("contrastive_ce_backward",)),
     Case("similarity bank dtype", similarity(bank=torch.ones(K, D).int()), ValueError, ("bank",)),
     Case("similarity scale", similarity(logit_scale=-1.0), ValueError, ("logit_scale", "> 0")),

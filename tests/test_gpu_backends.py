@@ -1,6 +1,7 @@
-"""What only the triton backend promises: chunks, splits and blocks that do not show in the results.
+"""What the GPU backends promise beside: chunks, parts and blocks that do not show in the results.
 
-Runs on a GPU, or in Triton's interpreter (tests/test_triton_interpreter.py starts it there).
+Runs on a GPU; for triton in Triton's interpreter, and for cuda on emulated kernels
+(tests/test_triton_interpreter.py and tests/test_cuda_emulated.py start it there).
 """
 
 from __future__ import annotations
@@ -13,33 +14,66 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import interface, triton
+from ckd.backends import cuda, interface, triton
+from ckd.ops import _arguments
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 
-if triton.missing() is not None:
-    pytest.skip(str(triton.missing()), allow_module_level=True)
-
-from ckd.backends import triton_launch as launch
-from ckd.ops import _arguments
-
-DEVICE = "cpu" if triton.interpreted() else "cuda"
 Results = dict[str, torch.Tensor]
 
-# Against tiles of 32 students, 32 bank rows and 32 of the width (the interpreter's): several of
-# each, one more and one less than whole, widths that are no multiple of the workspaces' 16.
-SHAPES = [(33, 65, 31, 33), (31, 64, 40, 32), (64, 97, 17, 65), (5, 200, 33, None), (70, 31, 50, 1)]
+# Against tiles of 32 (triton in the interpreter) and 64 students and bank rows, blocks of 32 and 64
+# of the width: several of each, one more and one less than whole, widths no multiple of 16.
+SHAPES = [
+    (33, 65, 31, 33), (31, 64, 40, 32), (64, 97, 17, 65), (5, 200, 33, None), (70, 131, 50, 2),
+]  # fmt: skip
+WIDE = [(65, 129, 40, 130), (20, 70, 24, 300)]  # several blocks of 128 and of 256
 
 
-def on_device(case: Case) -> Case:
-    moved = {n: x.to(DEVICE) for n, x in vars(case).items() if x is not None}
+class Gpu:
+    """A backend that serves tensors on a GPU, or on the CPU in its place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if name == "cuda":
+            self.device, self.call = cuda.DEVICE, cuda._Call
+        else:
+            from ckd.backends import triton_launch
+
+            self.device = "cpu" if triton.interpreted() else "cuda"
+            self.call = triton_launch.Call
+
+    def in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The bank projected anew for the backward, and 48 or 64 rows at a time."""
+        monkeypatch.setattr(interface, "_cache_limit", 0)
+        if self.name == "cuda":
+            monkeypatch.setattr(cuda, "MOST_CHUNK_ROWS", 64)
+            return
+        from ckd.backends import triton_launch
+
+        monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 0)
+        monkeypatch.setattr(triton_launch, "CHUNK_MULTIPLE", 48)
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
+
+
+AVAILABLE = [name for name in ("triton", "cuda") if ckd.backends.ORDER[name].missing() is None]
+
+
+@pytest.fixture(params=AVAILABLE)
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    return Gpu(request.param)
+
+
+def on_device(gpu: Gpu, case: Case) -> Case:
+    moved = {n: x.to(gpu.device) for n, x in vars(case).items() if x is not None}
     return replace(case, **moved)
 
 
-def ours(case: Case, half: bool = False, **options: object) -> Results:
-    case = on_device(case).requiring(*GRADIENTS)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=half):
-        loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton", **options)
+def ours(gpu: Gpu, case: Case, half: bool = False, **options: object) -> Results:
+    case = on_device(gpu, case).requiring(*GRADIENTS)
+    with gpu.autocast(half):
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name, **options)
     return {"loss": loss.detach().cpu()} | {
         n: x.cpu() for n, x in oracle.gradients(case, loss).items()
     }
@@ -62,21 +96,18 @@ def eager_autocast(case: Case) -> Results:
 
 
 @pytest.fixture(params=["one chunk", "several chunks"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Several: the bank projected anew for the backward, and 48 rows at a time."""
+def chunks(request: pytest.FixtureRequest, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> int:
     if request.param == "one chunk":
         return 1
-    monkeypatch.setattr(interface, "_cache_limit", 0)
-    monkeypatch.setattr(launch, "WORKSPACE_BYTES", 0)
-    monkeypatch.setattr(launch, "CHUNK_MULTIPLE", 48)
+    gpu.in_several_chunks(monkeypatch)
     return 2
 
 
 @pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_float32_at_every_edge(shape: tuple[int, ...], tau: float, chunks: int) -> None:
+def test_float32_at_every_edge(gpu: Gpu, shape: tuple[int, ...], tau: float, chunks: int) -> None:
     case = make_case(*shape, tau=tau)
-    exact, plain, result = eager(case), eager(case, torch.float32), ours(case)
+    exact, plain, result = eager(case), eager(case, torch.float32), ours(gpu, case)
     for name, value in exact.items():
         size = torch.linalg.vector_norm(value).item()
         error = torch.linalg.vector_norm(result[name].double() - value).item()
@@ -85,23 +116,25 @@ def test_float32_at_every_edge(shape: tuple[int, ...], tau: float, chunks: int) 
 
 
 @pytest.mark.parametrize("tau", [5.0, 100.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_half_precision_at_every_edge(shape: tuple[int, ...], tau: float, chunks: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+def test_half_precision_at_every_edge(
+    gpu: Gpu, shape: tuple[int, ...], tau: float, chunks: int
+) -> None:
     case = make_case(*shape, tau=tau, learned=0.3)
     case = replace(case, bank=case.bank.half())
-    exact, result = eager(case), ours(case, half=True)
+    exact, result = eager(case), ours(gpu, case, half=True)
     for name, value in exact.items():
         size = torch.linalg.vector_norm(value).item()
         error = torch.linalg.vector_norm(result[name].double() - value).item()
         assert error <= 1e-3 * tau * size + 2e-3, (name, error, size)
 
 
-def test_half_precision_is_far_more_exact_than_eager_autocast() -> None:
+def test_half_precision_is_far_more_exact_than_eager_autocast(gpu: Gpu) -> None:
     errors: dict[str, list[tuple[float, float]]] = {}
     for seed in range(4):
         case = make_case(64, 300, 96, 48, tau=14.2857, learned=0.25, seed=seed)
         exact, plain = eager(case), eager_autocast(case)
-        result = ours(replace(case, bank=case.bank.half()), half=True)
+        result = ours(gpu, replace(case, bank=case.bank.half()), half=True)
         for name, value in exact.items():
             pair = (relative_error(result[name], value), relative_error(plain[name], value))
             errors.setdefault(name, []).append(pair)
@@ -110,25 +143,25 @@ def test_half_precision_is_far_more_exact_than_eager_autocast() -> None:
         assert mine < theirs / 4, (name, mine, theirs)
 
 
-def test_small_probabilities_and_gradients_survive_float16() -> None:
+def test_small_probabilities_and_gradients_survive_float16(gpu: Gpu) -> None:
     """A loss weight of 1e-6 over a flat softmax of 500 rows: products far below float16's range."""
     case = make_case(32, 500, 24, 16, tau=1.0, learned=0.0)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
-    case = on_device(case).requiring(*GRADIENTS)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+    case = on_device(gpu, case).requiring(*GRADIENTS)
+    with gpu.autocast():
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
     for name, value in oracle.gradients(case, 1e-6 * loss).items():
         assert relative_error(1e6 * value.cpu(), exact[name]) < 4e-3, name
 
 
-def test_opposite_rows_survive_float16() -> None:
+def test_opposite_rows_survive_float16(gpu: Gpu) -> None:
     """Every other row at the far side of the sphere: weights of e^-2tau against the target's."""
     case = make_case(1, 4, 16, None, tau=30.0)
     case.bank[:] = -case.bank[0] + 0.1 * case.bank
     case = replace(case, student=-case.bank[:1].clone(), target=torch.tensor([1]))
     case = replace(case, bank=case.bank.half())
-    exact, result = eager(case), ours(case, half=True)
+    exact, result = eager(case), ours(gpu, case, half=True)
     for name, value in exact.items():
         # d_logit_scale is a difference of cosines near -1, which float16 rounds by up to 2^-12.
         error = torch.linalg.vector_norm(result[name].double() - value).item()
@@ -136,66 +169,70 @@ def test_opposite_rows_survive_float16() -> None:
         assert error < 2e-2 * size + (2**-12 if name == "logit_scale" else 0), name
 
 
-def test_nothing_unwritten_is_read(monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
-    original = launch.Call.empty
+def test_nothing_unwritten_is_read(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+    original = gpu.call.empty
 
-    def poisoned(self: launch.Call, *shape: object, **options: object) -> torch.Tensor:
+    def poisoned(self: gpu.call, *shape: object, **options: object) -> torch.Tensor:
         tensor = original(self, *shape, **options)
         poison = {torch.uint8: 255, torch.int32: -7, torch.bool: True}
         return tensor.fill_(poison.get(tensor.dtype, torch.nan))
 
     case = make_case(33, 100, 24, 20)
     case.target[3] = -100
-    clean = ours(case, label_smoothing=0.1)
-    monkeypatch.setattr(launch.Call, "empty", poisoned)
-    for name, value in ours(case, label_smoothing=0.1).items():
+    clean = ours(gpu, case, label_smoothing=0.1)
+    monkeypatch.setattr(gpu.call, "empty", poisoned)
+    for name, value in ours(gpu, case, label_smoothing=0.1).items():
         assert torch.equal(value, clean[name]), name
 
 
-def test_results_are_the_same_bits_every_time(chunks: int) -> None:
+def test_results_are_the_same_bits_every_time(gpu: Gpu, chunks: int) -> None:
     case = make_case(40, 300, 24, 20)
-    first, again = ours(case), ours(case)
+    first, again = ours(gpu, case), ours(gpu, case)
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
 
 
-def test_bank_is_read_in_place_whatever_its_strides(chunks: int) -> None:
+def test_bank_is_read_in_place_whatever_its_strides(gpu: Gpu, chunks: int) -> None:
     case = make_case(20, 70, 24, 16)
     wide = torch.randn(140, 60).half()
     wide[::2, 9:33] = case.bank.half()
-    expected = ours(replace(case, bank=case.bank.half()))
+    expected = ours(gpu, replace(case, bank=case.bank.half()))
     for bank in (wide[::2, 9:33], case.bank.half().T.contiguous().T):
-        for name, value in ours(replace(case, bank=bank)).items():
+        for name, value in ours(gpu, replace(case, bank=bank)).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_cache_is_used_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    filled = []
-    original = launch.Call._fill
+def test_cache_is_used_and_bounded(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = on_device(gpu, make_case(8, 100, 24, 16)).requiring(*GRADIENTS)
 
-    def spy(self: launch.Call, chunk: launch.Chunk) -> None:
-        filled.append(len(chunk.t))
-        original(self, chunk)
+    def weight_gradient_after_the_bank_is_lost() -> torch.Tensor:
+        bank = case.bank.half()
+        moved = replace(case, bank=bank)
+        loss = ckd.contrastive_cross_entropy(*moved.arguments, backend=gpu.name)
+        bank.data[:, 1:] = 0  # what is projected again is not the same
+        return torch.autograd.grad(loss, case.bias)[0]
 
-    monkeypatch.setattr(launch.Call, "_fill", spy)
-    case = make_case(8, 100, 24, 16)
-    ours(case)
-    assert filled == [100]  # the backward projects nothing
-    filled.clear()
-    monkeypatch.setattr(interface, "_cache_limit", 100 * (16 * 4 + 4) - 1)
-    ours(case)
-    assert filled == [100, 100]
+    size = 100 * ((16 if gpu.name == "triton" else 24) * 4 + 4)  # float32, or three float16
+    monkeypatch.setattr(interface, "_cache_limit", size)
+    kept = weight_gradient_after_the_bank_is_lost()
+    monkeypatch.setattr(interface, "_cache_limit", size - 1)
+    lost = weight_gradient_after_the_bank_is_lost()
+    expected = ours(gpu, replace(case, bank=case.bank.half()))["bias"].to(kept.device)
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-6)
+    assert relative_error(lost, expected) > 0.1
 
 
-def test_targets_out_of_range_give_nan_and_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_targets_out_of_range_give_nan_and_no_gradient(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU, where nothing looks at the targets first."""
     case = make_case(6, 40, 24, 20)
     case.target[:3] = torch.tensor([-100, 40, -1])
     kept = replace(case, student=case.student[3:], target=case.target[3:])
     monkeypatch.setattr(_arguments, "check_values", lambda *arguments: None)
-    case = on_device(case).requiring(*GRADIENTS)
+    case = on_device(gpu, case).requiring(*GRADIENTS)
     nll, lse = ckd.contrastive_cross_entropy(
-        *case.arguments, label_smoothing=0.1, reduction="none", return_lse=True, backend="triton"
+        *case.arguments, label_smoothing=0.1, reduction="none", return_lse=True, backend=gpu.name
     )
     assert nll.isnan().tolist() == [False, True, True, False, False, False]
     assert nll[0] == 0
@@ -209,47 +246,47 @@ def test_targets_out_of_range_give_nan_and_no_gradient(monkeypatch: pytest.Monke
         assert relative_error(result[name], value) < 1e-5, name
 
 
-def test_huge_and_tiny_loss_weights(chunks: int) -> None:
+def test_huge_and_tiny_loss_weights(gpu: Gpu, chunks: int) -> None:
     """Loss scales of AMP, and weights that float16 does not hold."""
     case = make_case(20, 70, 24, 20)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
     for weight in (1e-35, 2.0**-40, 65536.0, -1.0):
-        moved = on_device(case).requiring(*GRADIENTS)
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = ckd.contrastive_cross_entropy(*moved.arguments, backend="triton")
+        moved = on_device(gpu, case).requiring(*GRADIENTS)
+        with gpu.autocast():
+            loss = ckd.contrastive_cross_entropy(*moved.arguments, backend=gpu.name)
         for name, value in oracle.gradients(moved, weight * loss).items():
             assert relative_error(value.cpu() / weight, exact[name]) < 4e-3, (weight, name)
         for value in oracle.gradients(moved, 1e-39 * loss).values():
             assert value.isfinite().all()
 
 
-def test_projection_gradients_hold_where_every_row_is_confident(chunks: int) -> None:
+def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks: int) -> None:
     """G is as small as the loss, 1e-12 here, in every row: far below float16 times the weights."""
     case = make_case(24, 60, 96, 64, tau=50.0, learned=3.0)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
     assert 1e-13 < exact["loss"] < 1e-11
-    result = ours(case, half=True)
+    result = ours(gpu, case, half=True)
     for name in ("weight", "bias"):
         assert relative_error(result[name], exact[name]) < 2e-2, name
 
 
-def similarity(case: Case, backend: str) -> Results:
-    case = on_device(case).requiring(*GRADIENTS)
+def similarity(gpu: Gpu, case: Case, backend: str) -> Results:
+    case = on_device(gpu, case).requiring(*GRADIENTS)
     student, bank, _, weight, bias, scale = case.arguments
     table = ckd.normalized_similarity(student, bank, weight, bias, scale, backend=backend)
-    weights = torch.linspace(-1, 1, table.numel(), device=DEVICE).view(table.shape)
+    weights = torch.linspace(-1, 1, table.numel(), device=gpu.device).view(table.shape)
     return {"table": table.detach().cpu()} | {
         n: x.cpu() for n, x in oracle.gradients(case, (table * weights).sum()).items()
     }
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_similarity_at_every_edge(shape: tuple[int, ...], chunks: int) -> None:
+def test_similarity_at_every_edge(gpu: Gpu, shape: tuple[int, ...], chunks: int) -> None:
     case = make_case(*shape)
-    expected = similarity(case, "reference")
-    for name, value in similarity(case, "triton").items():
+    expected = similarity(gpu, case, "reference")
+    for name, value in similarity(gpu, case, gpu.name).items():
         # At W = 1 every gradient through a norm is 0, and what comes is rounding.
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=4e-4)
 
@@ -261,29 +298,29 @@ def test_similarity_at_every_edge(shape: tuple[int, ...], chunks: int) -> None:
         (lambda case: on_meta(case), "the tensors are on meta"),
     ],
 )
-def test_says_what_it_does_not_serve(change: Callable[[Case], Case], words: str) -> None:
-    case = change(on_device(make_case(3, 4, 5, 6)))
+def test_says_what_it_does_not_serve(gpu: Gpu, change: Callable[[Case], Case], words: str) -> None:
+    case = change(on_device(gpu, make_case(3, 4, 5, 6)))
     with pytest.raises(ckd.backends.BackendError, match=words):
-        ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+        ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
 
 
 def on_meta(case: Case) -> Case:
     return replace(case, **{n: x.to("meta") for n, x in vars(case).items() if x is not None})
 
 
-gpu = pytest.mark.skipif(triton.interpreted(), reason="needs a CUDA GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.gpu
-@gpu
-def test_runs_in_a_cuda_graph_without_a_synchronisation() -> None:
+@on_a_gpu
+def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu) -> None:
     case = make_case(64, 500, 96, 64)
-    case = on_device(replace(case, bank=case.bank.half())).requiring(*GRADIENTS)
+    case = on_device(gpu, replace(case, bank=case.bank.half())).requiring(*GRADIENTS)
     leaves = [getattr(case, n) for n in GRADIENTS]
 
     def step() -> list[torch.Tensor]:
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = ckd.contrastive_cross_entropy(*case.arguments, backend="triton")
+        with gpu.autocast():
+            loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     expected = step()  # also compiles and measures
@@ -304,24 +341,24 @@ def test_runs_in_a_cuda_graph_without_a_synchronisation() -> None:
 
 
 @pytest.mark.gpu
-@gpu
+@on_a_gpu
 @pytest.mark.parametrize("shape", [(64, 3_000_000, 768, 64), (8, 40_000_000, 64, None)], ids=str)
-def test_offsets_beyond_2_to_the_31(shape: tuple[int, ...]) -> None:
+def test_offsets_beyond_2_to_the_31(gpu: Gpu, shape: tuple[int, ...]) -> None:
     """The targets lie in the last rows, all others are equal."""
     batch, bank_rows, teacher_dim, student_dim = shape
     others = bank_rows - batch
-    bank = torch.zeros(bank_rows, teacher_dim, dtype=torch.float16, device=DEVICE)
+    bank = torch.zeros(bank_rows, teacher_dim, dtype=torch.float16, device=gpu.device)
     bank[:, 0] = 1
-    bank[others:] = torch.randn(batch, teacher_dim, device=DEVICE)
-    weight = torch.eye(teacher_dim, device=DEVICE)
+    bank[others:] = torch.randn(batch, teacher_dim, device=gpu.device)
+    weight = torch.eye(teacher_dim, device=gpu.device)
     weight = None if student_dim is None else torch.randn_like(weight)[:student_dim]
     few = torch.cat([bank[:1], bank[others:]]).double()
     n = oracle.unit_rows(few if weight is None else few @ weight.double().T)
     table = 20.0 * n[1:] @ n.T
     table[:, 0] += math.log(others)
-    truth = torch.nn.functional.cross_entropy(table, torch.arange(1, batch + 1, device=DEVICE))
-    target = torch.arange(others, bank_rows, device=DEVICE)
+    truth = torch.nn.functional.cross_entropy(table, torch.arange(1, batch + 1, device=gpu.device))
+    target = torch.arange(others, bank_rows, device=gpu.device)
     loss = ckd.contrastive_cross_entropy(
-        n[1:].float(), bank, target, weight, logit_scale=20.0, backend="triton"
+        n[1:].float(), bank, target, weight, logit_scale=20.0, backend=gpu.name
     )
     torch.testing.assert_close(loss.double(), truth, rtol=1e-3, atol=1e-5)

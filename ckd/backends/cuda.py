@@ -1,0 +1,312 @@
+"""The ops in CUDA C++ (csrc/cuda), for NVIDIA GPUs from sm_80 on.
+
+Operands of the matrix units are float16 where half precision is permitted (bfloat16 for the
+projection of a bank in another dtype), else float32 numbers taken apart into several such; sums
+are float32. No logits in memory, no host synchronisation; atomics take maxima alone, which do not
+depend on an order: the same bits every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+
+_missing: str | None = None
+try:
+    from ckd import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C: Any = None  # type: ignore[no-redef]
+    _missing = f"ckd._C is not installed ({error}); python -m ckd.info says why"
+if _missing is None and not hasattr(_C, "cuda_contrastive_ce_forward"):
+    _missing = "ckd._C was built without CUDA; python -m ckd.info says why"
+
+ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # Element of arguments.h
+WIDTH_MULTIPLE = 16  # of the projected bank's rows
+TILE = 64  # of the kernels
+PIECE_SCALE = 64  # by which pieces of float32 numbers are multiplied
+MAX_PARTS = 16
+DEVICE = "cuda"
+# Rows of the bank that are worked on at once; the kernels' own bound is 32 MiB of workspace.
+MOST_CHUNK_ROWS = 1 << 40
+
+
+def missing() -> str | None:
+    """Why no problem at all can be served here."""
+    if _missing is None and DEVICE == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return _missing
+
+
+def unsupported(problem: Problem) -> str | None:
+    if problem.device_type != DEVICE:  # first: asking for GPUs takes longer
+        return f"the tensors are on {problem.device_type}, not on {DEVICE}"
+    reason = missing()
+    if reason is not None:
+        return reason
+    if problem.student_dtype not in ELEMENTS:
+        return f"has no {str(problem.student_dtype).removeprefix('torch.')} arithmetic"
+    if max(problem.batch, problem.bank_rows) >= 2**31:
+        return "has 32-bit row numbers: less than 2^31 students and bank rows"
+    if problem.student_dim == 0 or problem.teacher_dim == 0:
+        return "rows of width 0"
+    return None
+
+
+def contrastive_ce_cache_bytes(problem: Problem) -> int:
+    """Room for the whole projected bank and its inverse norms, or none."""
+    width = -(-problem.student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+    pieces = 1 if problem.allow_half else 3
+    needed = problem.bank_rows * (2 * pieces * width + 4)
+    return needed if needed <= problem.cache_limit else 0
+
+
+def contrastive_ce_forward(
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    options: Options,
+    *,
+    save_residual: bool,
+    save_attention: bool,
+    cache_bytes: int,
+) -> Forward:
+    call = _Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    batch = len(student)
+    cache = call.empty(cache_bytes, dtype=torch.uint8)
+    nll, lse, p_other = (call.empty(batch) for _ in range(3))
+    residual = call.empty(student.shape if save_residual else 0)
+    attention = call.empty(student.shape if save_attention else 0)
+    target = target.contiguous()
+    call.run(
+        _C.cuda_contrastive_ce_forward,
+        (target.data_ptr(), options.ignore_index, options.label_smoothing),
+        *(x.data_ptr() for x in (cache, nll, lse, p_other, residual, attention)),
+    )
+    return Forward(nll, lse, p_other, residual, attention, cache)
+
+
+def contrastive_ce_backward(
+    d_nll: Tensor | None,
+    d_lse: Tensor | None,
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    saved: Saved,
+    needs: Needs,
+    options: Options,
+) -> Gradients:
+    call = _Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    if len(student) == 0:
+        return call.zero_gradients(needs)
+    target = target.contiguous()
+    gradients = _Gradients(call, needs)
+    call.run(
+        _C.cuda_contrastive_ce_backward,
+        (target.data_ptr(), options.ignore_index, options.label_smoothing),
+        saved.cache.data_ptr(),
+        *((0, 0) if d is None else (d.data_ptr(), d.stride(0)) for d in (d_nll, d_lse)),
+        *(x.data_ptr() for x in (saved.lse, saved.p_other, saved.residual, saved.attention)),
+        *gradients.of_rows,
+        *gradients.of_projection,
+    )
+    return gradients.result()
+
+
+def similarity_forward(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    allow_half: bool,
+) -> Tensor:
+    call = _Call(student, bank, weight, bias, logit_scale, allow_half)
+    logits = call.empty(len(student), len(bank))
+    call.run(_C.cuda_similarity_forward, logits.data_ptr())
+    return logits
+
+
+def similarity_backward(
+    d_logits: Tensor,
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: Tensor,
+    needs: Needs,
+    allow_half: bool,
+) -> Gradients:
+    call = _Call(student, bank, weight, bias, logit_scale, allow_half)
+    batch, width = student.shape
+    if batch == 0:
+        return call.zero_gradients(needs)
+    d_logits = d_logits.float().contiguous()
+    largest = torch.linalg.vector_norm(d_logits, torch.inf)
+    gradients = _Gradients(call, needs)
+    of_rows = needs.student or needs.logit_scale
+    parts, piece = call.parts(batch, call.row_length, len(bank)), -(-width // 16) * 16
+    slope = call.empty((parts, batch, call.row_length) if of_rows else 0)
+    call.run(
+        _C.cuda_similarity_backward,
+        d_logits.data_ptr(),
+        largest.data_ptr(),
+        slope.data_ptr(),
+        parts,
+        *gradients.of_projection,
+    )
+    if of_rows:
+        slope = slope.sum(0)
+        if call.exact:  # the bank's high and low pieces
+            slope = (slope[:, :piece] + slope[:, 2 * piece :]) / PIECE_SCALE
+        slope = slope[:, :width].contiguous()
+        one = torch.ones(1, device=student.device)
+        call.run(
+            _C.cuda_contrastive_ce_backward,
+            (0, 0, 0.0),
+            0,
+            (one.data_ptr(), 0),
+            (0, 0),
+            0,
+            0,
+            slope.data_ptr(),
+            0,
+            *gradients.of_rows,
+            *(0, 0, 1),
+        )
+    return gradients.result()
+
+
+class _Gradients:
+    """Room for the gradients that are asked for."""
+
+    def __init__(self, call: _Call, needs: Needs) -> None:
+        self._call, self._needs = call, needs
+        (batch, width), dim = call.student.shape, call.bank.shape[1]
+        of_rows, projection = needs.student or needs.logit_scale, needs.weight or needs.bias
+        self._parts = parts = call.parts(width, dim, len(call.bank))
+        self._student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
+        self._along = call.empty(batch if of_rows else 0)
+        self._weight = call.empty((parts, width, dim) if projection else 0)
+        self._bias = call.empty((parts, width) if needs.bias else 0)
+
+    @property
+    def of_rows(self) -> tuple[int, int]:
+        return self._student.data_ptr(), self._along.data_ptr()
+
+    @property
+    def of_projection(self) -> tuple[int, int, int]:
+        return self._weight.data_ptr(), self._bias.data_ptr(), self._parts
+
+    def result(self) -> Gradients:
+        """Each in its input's dtype, [0] where none was asked for."""
+        call, needs = self._call, self._needs
+        d_weight = d_bias = d_scale = None
+        if needs.weight and call.weight_like is not None:
+            d_weight = self._weight.sum(0).to(call.weight_like.dtype)
+        if needs.bias and call.bias_like is not None:
+            d_bias = self._bias.sum(0).to(call.bias_like.dtype)
+        if needs.logit_scale:
+            d_scale = self._along.sum()
+        others = (call.empty(0) if d is None else d for d in (d_weight, d_bias, d_scale))
+        return Gradients(self._student, *others)
+
+
+class _Call:
+    """The inputs as the kernels take them, kept alive until they are started."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        bank: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: Tensor,
+        allow_half: bool,
+    ) -> None:
+        self.exact, self.dtype = not allow_half, student.dtype
+        self.student = student if student.stride(1) == 1 else student.contiguous()
+        self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
+        self.weight_like, self.bias_like = weight, bias
+        self.weight = None if weight is None else self._operand(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.scale = logit_scale.float()
+        self._inputs = (
+            _rows(self.student),
+            _rows(self.bank),
+            (0, 0) if self.weight is None else (self.weight.data_ptr(), self.weight.stride(0)),
+            0 if self.bias is None else self.bias.data_ptr(),
+            self.scale.data_ptr(),
+            self.exact,
+        )
+
+    def _operand(self, weight: Tensor) -> Tensor:
+        """In the dtype of the projection's operands, with rows that begin at 16 bytes."""
+        if self.exact:
+            return weight.float().contiguous()
+        half = torch.float16 if self.bank.dtype == torch.float16 else torch.bfloat16
+        spare = -weight.shape[1] % 8
+        return torch.nn.functional.pad(weight.to(half), (0, spare)).contiguous()
+
+    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.student.device)
+
+    @property
+    def row_length(self) -> int:
+        """Of unit rows, with all their pieces."""
+        return (3 if self.exact else 1) * -(-self.student.shape[1] // 16) * 16
+
+    def parts(self, rows: int, columns: int, terms: int) -> int:
+        """Into how many parts long sums are cut: the tiles of [rows, columns] fill the device."""
+        tiles = -(-rows // TILE) * -(-columns // TILE)
+        wanted = -(-2 * _processors(self.student.device) // tiles)
+        return max(1, min(wanted, MAX_PARTS, terms // (4 * TILE)))
+
+    def run(self, function: Any, *arguments: Any) -> None:
+        device = self.student.device
+        sizes = (_processors(device), MOST_CHUNK_ROWS)
+        needed = function(self._inputs, *arguments, sizes, 0, 0)
+        workspace = self.empty(max(1, needed), dtype=torch.uint8)
+        with _on(device):
+            stream = torch.cuda.current_stream(device).cuda_stream if DEVICE == "cuda" else 0
+            error = function(self._inputs, *arguments, sizes, workspace.data_ptr(), stream)
+        if error != 0:
+            raise RuntimeError(
+                f"a kernel of ckd could not be started on {device}: {_C.cuda_error(error)} "
+                f"(cudaError {error}); python -m ckd.info says what ckd._C was built for"
+            )
+
+    def zero_gradients(self, needs: Needs) -> Gradients:
+        """Of no students."""
+        every = (self.student, self.weight_like, self.bias_like, self.scale)
+        pairs = zip(every, needs)
+        return Gradients(
+            *(torch.zeros_like(x) if x is not None and need else self.empty(0) for x, need in pairs)
+        )
+
+
+def _rows(matrix: Tensor) -> tuple[int, int, int, int, int]:
+    return (matrix.data_ptr(), ELEMENTS[matrix.dtype], *matrix.shape, matrix.stride(0))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # emulated: enough for several parts
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,96 @@
+// What the ops hand to the CUDA kernels: plain pointers into one device's memory, and sizes.
+//
+// B student rows of width W, K bank rows of width D; row-major, float32 unless said otherwise.
+
+#pragma once
+
+#include <cstdint>
+
+namespace ckd::cuda {
+
+enum class Element : int { float16, bfloat16, float32 };
+
+// A matrix of any of the dtypes, rows `stride` elements apart.
+struct Rows {
+  const void* data;
+  Element element;
+  std::int64_t count;
+  std::int64_t width;
+  std::int64_t stride;
+};
+
+// Student, bank, projection and scale: what every op has.
+struct Inputs {
+  Rows student;  // [B, W]
+  Rows bank;     // [K, D]
+  // [W, D] with rows weight_stride apart, in the operands' dtype: float16 for a float16 bank, else
+  // bfloat16, and float32 with `exact`; null: D == W and no projection.
+  const void* weight;
+  std::int64_t weight_stride;
+  const float* bias;         // [W], or null
+  const float* logit_scale;  // []
+  bool exact = false;        // float32 arithmetic: operands are taken apart, see tile.cuh
+};
+
+// Memory for what lies between kernels; `plan` in plan.h says how much.
+struct Workspace {
+  void* data;
+  std::int64_t bytes;
+};
+
+struct Targets {
+  const std::int64_t* target;  // [B]
+  std::int64_t ignore_index;
+  float label_smoothing;
+};
+
+struct ContrastiveCeForward {
+  Inputs in;
+  Targets targets;
+  void* cache;  // the projected bank, for the backward; null: it is projected again
+  // Results. [B] each; residual and attention [B, W], or null where not asked for.
+  float* nll;
+  float* lse;
+  float* p_other;
+  float* residual;
+  float* attention;
+};
+
+struct ContrastiveCeBackward {
+  Inputs in;
+  Targets targets;
+  void* cache;         // as the forward left it
+  const float* d_nll;  // [B], d_nll_stride apart; null: zeros
+  std::int64_t d_nll_stride;
+  const float* d_lse;  // [B], d_lse_stride apart; null: zeros
+  std::int64_t d_lse_stride;
+  const float* lse;
+  const float* p_other;
+  const float* residual;
+  const float* attention;
+  // Results, null where not asked for.
+  void* d_student;  // [B, W] in the student's dtype
+  float* along;     // [B], whose sum is d logit_scale
+  float* d_weight;  // [parts, W, D], whose sum over parts is d weight
+  float* d_bias;    // [W]
+  int weight_parts;
+};
+
+struct SimilarityForward {
+  Inputs in;
+  float* logits;  // [B, K]
+};
+
+struct SimilarityBackward {
+  Inputs in;
+  const float* d_logits;  // [B, K]
+  const float* largest;   // [] max |d_logits|
+  // Results, null where not asked for.
+  float* slope;  // [slope_parts, B, row_length]: sum_k d_logits n_k, in rows as those of the bank
+  int slope_parts;
+  float* d_weight;  // as above
+  float* d_bias;
+  int weight_parts;
+};
+
+}  // namespace ckd::cuda

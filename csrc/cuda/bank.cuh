@@ -1,0 +1,238 @@
+// The bank a chunk at a time, projected and normalised: what every op begins with.
+
+#pragma once
+
+#include "projection.cuh"
+#include "rows.cuh"
+#include "softmax.cuh"
+
+namespace ckd::cuda {
+
+// Runs f with a null pointer to the element type.
+template <class F>
+int with_element(Element element, const F& f) {
+  switch (element) {
+    case Element::float16:
+      return f(static_cast<const __half*>(nullptr));
+    case Element::bfloat16:
+      return f(static_cast<const __nv_bfloat16*>(nullptr));
+    default:
+      return f(static_cast<const float*>(nullptr));
+  }
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+inline unsigned blocks(std::int64_t n, std::int64_t per_block) {
+  return static_cast<unsigned>(ceil_div(n, per_block));
+}
+
+// Hands out the pieces of the workspace, each aligned to 256 bytes; with no memory it only counts.
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(std::int64_t count) {
+    char* piece = memory_ == nullptr ? nullptr : memory_ + used_;
+    used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 256);
+    return reinterpret_cast<T*>(piece);
+  }
+  std::int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  std::int64_t used_ = 0;
+};
+
+constexpr std::int64_t CHUNK_BYTES = 32 << 20;
+constexpr int MAX_PARTS = 64;
+
+// Sizes that follow from the inputs and the device.
+struct Plan {
+  Plan(const Inputs& in, int processors, std::int64_t most_chunk_rows)
+      : pieces(in.exact ? 3 : 1),
+        piece(static_cast<int>(round_up(in.student.width, 16))),
+        ld(pieces * piece),
+        width(ld <= 64                ? 64
+              : ld <= 128 || in.exact ? 128
+                                      : 256),
+        width_blocks(static_cast<int>(ceil_div(ld, width))) {
+    const std::int64_t row = ld * (2 + 4) + 4;
+    chunk_rows = CHUNK_BYTES / row;
+    if (most_chunk_rows < chunk_rows) chunk_rows = most_chunk_rows;
+    chunk_rows = round_up(chunk_rows < TILE ? TILE : chunk_rows, TILE);
+    if (in.bank.count < chunk_rows) chunk_rows = in.bank.count;
+    const std::int64_t others = blocks(in.student.count, TILE) * width_blocks;
+    parts = best_parts(chunk_rows, others > 0 ? others : 1, processors);
+  }
+
+  // As many as keep all processors busy to the end, two blocks on each; four tiles to a part at
+  // least.
+  static int best_parts(std::int64_t rows, std::int64_t others, std::int64_t processors) {
+    int best = 1;
+    double busiest = 0;
+    const std::int64_t slots = 2 * processors;
+    for (int parts = 1; parts <= MAX_PARTS; ++parts) {
+      if (parts > 1 && (parts * 4 * TILE > rows || (parts - 1) * others >= slots)) break;
+      const double used = static_cast<double>(parts * others);
+      const double busy = used / static_cast<double>(round_up(parts * others, slots));
+      if (busy > busiest + 0.02) best = parts, busiest = busy;
+    }
+    return best;
+  }
+
+  int pieces;        // in which rows of u and n are kept
+  int piece;         // columns of each, zeros behind the student's width
+  int ld;            // row length of u and n
+  int width;         // columns of a block of the sums; 256 leave no registers for exact arithmetic
+  int width_blocks;  // so many of them
+  std::int64_t chunk_rows;
+  int parts;  // of a chunk
+};
+
+// Walks the bank.
+class BankChunks {
+ public:
+  BankChunks(const Inputs& in, const Plan& plan, void* cache, bool filled, Pieces& pieces,
+             cudaStream_t stream)
+      : in_(in),
+        plan_(plan),
+        cached_(cache != nullptr),
+        filled_(cached_ && filled),
+        stream_(stream) {
+    const std::int64_t rows = plan.chunk_rows;
+    if (cached_) {
+      n_ = static_cast<__half*>(cache);
+      inverse_ = reinterpret_cast<float*>(n_ + in.bank.count * plan.ld);
+    } else {
+      n_ = pieces.take<__half>(rows * plan.ld);
+      inverse_ = pieces.take<float>(rows);
+    }
+    z_ = in.weight != nullptr && !filled_ ? pieces.take<float>(rows * plan.piece) : nullptr;
+  }
+
+  // Calls f(chunk, t) for each chunk, where t is its rows of the bank; stops at an error.
+  template <class F>
+  int each(const F& f) const {
+    for (std::int64_t first = 0; first < in_.bank.count; first += plan_.chunk_rows) {
+      Rows t = in_.bank;
+      t.count = smaller_of(plan_.chunk_rows, in_.bank.count - first);
+      t.data = static_cast<const char*>(in_.bank.data) + first * t.stride * bytes(t.element);
+      const std::int64_t at = cached_ ? first : 0;
+      const Chunk chunk = {n_ + at * plan_.ld, inverse_ + at, t.count, first, in_.bank.count};
+      if (int error = filled_ ? 0 : fill(chunk, t)) return error;
+      if (int error = f(chunk, t)) return error;
+    }
+    return 0;
+  }
+
+  static std::int64_t bytes(Element element) { return element == Element::float32 ? 4 : 2; }
+  static std::int64_t smaller_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+  static bool is_aligned(const Rows& t) {
+    return reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 &&
+           t.stride * bytes(t.element) % 16 == 0;
+  }
+
+ private:
+  int fill(const Chunk& chunk, const Rows& t) const {
+    __half* n = const_cast<__half*>(chunk.n);
+    float* inverse = const_cast<float*>(chunk.inverse);
+    const int width = static_cast<int>(in_.student.width);
+    if (in_.weight == nullptr) {
+      return with_element(t.element, [&](auto* element) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+        return CKD_LAUNCH(unit_rows<S>, dim3(blocks(t.count, ROWS_PER_BLOCK)), dim3(THREADS), 0,
+                          stream_, static_cast<const S*>(t.data), t.stride, t.count, width,
+                          static_cast<const bool*>(nullptr), n, plan_.piece, layout(), inverse);
+      });
+    }
+    if (int error = with_element(t.element, [&](auto* element) {
+          using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+          using T = std::conditional_t<std::is_same<S, __half>::value, __half, __nv_bfloat16>;
+          if (in_.exact) return project_chunk_exactly<S>(t);
+          if constexpr (std::is_same<S, T>::value) {
+            if (is_aligned(t)) return project_chunk<T, S, true>(t);
+          }
+          return project_chunk<T, S, false>(t);
+        })) {
+      return error;
+    }
+    return CKD_LAUNCH(unit_rows<float>, dim3(blocks(t.count, ROWS_PER_BLOCK)), dim3(THREADS), 0,
+                      stream_, static_cast<const float*>(z_),
+                      static_cast<std::int64_t>(plan_.piece), t.count, width,
+                      static_cast<const bool*>(nullptr), n, plan_.piece, layout(), inverse);
+  }
+
+  Layout layout() const { return in_.exact ? Layout::bank_pieces : Layout::plain; }
+
+  template <class T, class S, bool ALIGNED>
+  int project_chunk(const Rows& t) const {
+    const int width = static_cast<int>(in_.student.width);
+    return CKD_LAUNCH((project<T, S, ALIGNED>), dim3(blocks(t.count, TILE), blocks(width, TILE)),
+                      dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream_,
+                      static_cast<const S*>(t.data), t.stride, t.count, static_cast<int>(t.width),
+                      static_cast<const T*>(in_.weight), in_.weight_stride, in_.bias, width,
+                      static_cast<const float*>(nullptr), 1.0f, z_,
+                      static_cast<std::int64_t>(plan_.piece));
+  }
+
+  template <class S>
+  int project_chunk_exactly(const Rows& t) const {
+    const int width = static_cast<int>(in_.student.width);
+    return CKD_LAUNCH(project_exactly<S>, dim3(blocks(t.count, TILE), blocks(width, TILE)),
+                      dim3(THREADS), 2 * carve_bytes<__nv_bfloat16>(TILE * TILE), stream_,
+                      static_cast<const S*>(t.data), t.stride, t.count, static_cast<int>(t.width),
+                      static_cast<const float*>(in_.weight), in_.weight_stride, in_.bias, width, z_,
+                      static_cast<std::int64_t>(plan_.piece));
+  }
+
+  const Inputs& in_;
+  const Plan& plan_;
+  bool cached_, filled_;
+  cudaStream_t stream_;
+  __half* n_;
+  float* inverse_;
+  float* z_;
+};
+
+// Of the projection, from dZ [rows, ld] of a chunk: (+)= into d_weight [parts, W, D] and d_bias
+// [parts, W] (or null).
+inline int add_weight_gradient(const Inputs& in, const Plan& plan, const Chunk& chunk,
+                               const Rows& t, const float* d_z, const float* largest,
+                               float* d_weight, float* d_bias, int parts, cudaStream_t stream) {
+  const int width = static_cast<int>(in.student.width), dim = static_cast<int>(t.width);
+  const auto run = [&](auto operand, auto* element, auto aligned) {
+    using T = decltype(operand);
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+    return CKD_LAUNCH((sum_of_products<T, S, decltype(aligned)::value>),
+                      dim3(blocks(width, TILE), blocks(dim, TILE), static_cast<unsigned>(parts)),
+                      dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream, d_z,
+                      static_cast<std::int64_t>(plan.ld), static_cast<std::int64_t>(1), width,
+                      static_cast<const S*>(t.data), t.stride, dim, t.count, largest, in.exact,
+                      d_weight, d_bias, chunk.first > 0);
+  };
+  return with_element(t.element, [&](auto* element) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+    using T = std::conditional_t<std::is_same<S, __half>::value, __half, __nv_bfloat16>;
+    if constexpr (std::is_same<S, T>::value) {
+      if (BankChunks::is_aligned(t)) return run(T(), element, std::true_type());
+    }
+    return run(T(), element, std::false_type());
+  });
+}
+
+// u of the students.
+inline int unit_students(const Inputs& in, const Plan& plan, const bool* busy, __half* u,
+                         cudaStream_t stream) {
+  return with_element(in.student.element, [&](auto* element) {
+    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+    return CKD_LAUNCH(unit_rows<S>, dim3(blocks(in.student.count, ROWS_PER_BLOCK)), dim3(THREADS),
+                      0, stream, static_cast<const S*>(in.student.data), in.student.stride,
+                      in.student.count, static_cast<int>(in.student.width), busy, u, plan.piece,
+                      in.exact ? Layout::student_pieces : Layout::plain,
+                      static_cast<float*>(nullptr));
+  });
+}
+
+}  // namespace ckd::cuda

@@ -1,0 +1,28 @@
+// Contrastive cross-entropy on a CUDA device, with float16 operands and float32 sums. See
+// softmax.cuh for the mathematics. Every function returns a cudaError, 0 when all kernels were
+// launched.
+
+#pragma once
+
+#include <driver_types.h>
+
+#include "arguments.h"
+
+namespace ckd::cuda {
+
+// Bytes of workspace beside results and cache; `most_chunk_rows` bounds the rows of the bank that
+// are worked on at once (rounded up to a tile), for tests.
+std::int64_t forward_workspace(const ContrastiveCeForward& op, int processors,
+                               std::int64_t most_chunk_rows);
+std::int64_t backward_workspace(const ContrastiveCeBackward& op, int processors,
+                                std::int64_t most_chunk_rows);
+
+int contrastive_ce_forward(const ContrastiveCeForward& op, int processors,
+                           std::int64_t most_chunk_rows, void* workspace, cudaStream_t stream);
+int contrastive_ce_backward(const ContrastiveCeBackward& op, int processors,
+                            std::int64_t most_chunk_rows, void* workspace, cudaStream_t stream);
+
+// What a cudaError means.
+const char* error_text(int error);
+
+}  // namespace ckd::cuda

@@ -1,0 +1,186 @@
+// The bank through the projection, and the projection's gradient: matrix products with the bank.
+
+#pragma once
+
+#include "tile.cuh"
+
+namespace ckd::cuda {
+
+CKD_DEVICE void store_projection(const Sums<8>& sums, std::int64_t first, std::int64_t rows,
+                                 int column, int width, float factor, const float* bias, float* z,
+                                 std::int64_t ld) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const std::int64_t row = first + own_row() + e / 2 * 8;
+      const int w = column + own_column(n) + e % 2;
+      if (row < rows && w < width) {
+        z[row * ld + w] = sums.at[n][e] * factor + (bias != nullptr ? bias[w] : 0.0f);
+      }
+    }
+  }
+}
+
+// z [rows, ld] = scale_factor scale t P^T + b, for t [rows, D] of S and P of T; ld >= W, and what
+// lies behind W is left; no scale is 1.
+//
+// A block owns 64 rows and 64 columns, and reads t and P in steps of 64 of D, the next step while
+// it multiplies. Where S is T and rows are aligned, cp.async brings them; else each number is
+// converted. Traffic: t ceil(W / 64) times (from L2), P ceil(rows / 64) times, z once. Sums in
+// float32.
+template <class T, class S, bool ALIGNED>
+CKD_KERNEL void __launch_bounds__(THREADS)
+    project(const S* t, std::int64_t stride, std::int64_t rows, int dim, const T* weight,
+            std::int64_t weight_stride, const float* bias, int width, const float* scale,
+            float scale_factor, float* z, std::int64_t ld) {
+  CKD_SHARED(memory);
+  Carve carve(memory);
+  const Buffers<T, TILE> left = {carve.take<T>(2 * TILE * TILE)};
+  const Buffers<T, TILE> right = {carve.take<T>(2 * TILE * TILE)};
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
+  const int column = static_cast<int>(blockIdx.y) * TILE;
+  const auto load = [&](int step) {
+    const int d = step * TILE, to = step;
+    if constexpr (ALIGNED) {
+      left.tile(to).copy(t, stride, first, rows, d, dim);
+    } else {
+      left.tile(to).convert(t, stride, first, rows, d, dim);
+    }
+    right.tile(to).copy(weight, weight_stride, column, width, d, dim);
+    commit_copies();
+  };
+  Sums<8> sums;
+  sums.clear();
+  load(0);
+  for (int step = 0; step * TILE < dim; ++step) {
+    wait_copies<0>();
+    sync_block();  // this step has arrived, and the other buffers are free
+    if ((step + 1) * TILE < dim) load(step + 1);
+    add_product_of_rows(sums, left.tile(step), right.tile(step));
+  }
+  const float factor = scale == nullptr ? 1 : positive(scale) * scale_factor;
+  store_projection(sums, first, rows, column, width, factor, bias, z, ld);
+}
+
+// Of bfloat16 that make up a number.
+template <class S>
+constexpr int PIECES = std::is_same<S, __nv_bfloat16>::value ? 1
+                       : std::is_same<S, __half>::value      ? 2
+                                                             : 3;
+
+// The same as `project` in exact arithmetic; P is float32.
+template <class S>
+CKD_KERNEL void __launch_bounds__(THREADS, 1)
+    project_exactly(const S* t, std::int64_t stride, std::int64_t rows, int dim,
+                    const float* weight, std::int64_t weight_stride, const float* bias, int width,
+                    float* z, std::int64_t ld) {
+  using T = __nv_bfloat16;
+  CKD_SHARED(memory);
+  Carve carve(memory);
+  const Tile<T, TILE> left = {carve.take<T>(TILE * TILE)};
+  const Tile<T, TILE> right = {carve.take<T>(TILE * TILE)};
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
+  const int column = static_cast<int>(blockIdx.y) * TILE;
+  Sums<8> sums;
+  sums.clear();
+  for (int d = 0; d < dim; d += TILE) {
+    for (int i = 0; i < PIECES<S>; ++i) {
+      for (int j = 0; i + j < 3; ++j) {
+        sync_block();  // nobody reads what is overwritten
+        if (j == 0) left.convert(t, stride, first, rows, d, dim, 1, i);
+        right.convert(weight, weight_stride, column, width, d, dim, 1, j);
+        sync_block();
+        add_product_of_rows(sums, left, right);
+      }
+    }
+  }
+  store_projection(sums, first, rows, column, width, 1, bias, z, ld);
+}
+
+// parts [splits, A, B] (+)= left^T right and, where asked for, column_parts [splits, A] (+)= the
+// sums of the columns of left, for left [rows, A] float32 of any strides and right [rows, B]. What
+// is float32 is scaled by 2^10 / largest when it becomes T. d_weight = dZ^T t and d_bias of the
+// projection, for one.
+//
+// A block owns 64 columns of left, 64 of right and one split of the rows.
+template <class T, class S, bool ALIGNED>
+CKD_KERNEL void __launch_bounds__(THREADS, 1)
+    sum_of_products(const float* left_rows, std::int64_t left_stride,
+                    std::int64_t left_column_stride, int left_columns, const S* right_rows,
+                    std::int64_t right_stride, int right_columns, std::int64_t rows,
+                    const float* largest, bool exact, float* parts, float* column_parts, bool add) {
+  constexpr float TOP = 1024, SMALLEST = 1e-30f;
+  CKD_SHARED(memory);
+  Carve carve(memory);
+  const Buffers<T, TILE> left = {carve.take<T>(2 * TILE * TILE)};
+  const Buffers<T, TILE> right = {carve.take<T>(2 * TILE * TILE)};
+  const float top = fmaxf(*largest, SMALLEST), down = TOP / top;
+  const int a0 = static_cast<int>(blockIdx.x) * TILE, b0 = static_cast<int>(blockIdx.y) * TILE;
+  const std::int64_t split = blockIdx.z, splits = gridDim.z;
+  const std::int64_t each = ((rows + splits - 1) / splits + TILE - 1) / TILE * TILE;
+  const std::int64_t begin = split * each, end = smaller(begin + each, rows);
+  // In exact arithmetic every 64 rows are multiplied several times, by pieces.
+  constexpr int RIGHT_PIECES = std::is_same<S, T>::value ? 1 : PIECES<S>;
+  constexpr int LEFT_PIECES = std::is_same<T, __half>::value ? 2 : 3;
+  const auto load = [&](std::int64_t k, int to, int i, int j) {
+    left.tile(to).convert(left_rows, left_stride, k, end, a0, left_columns, down, i,
+                          left_column_stride);
+    if constexpr (ALIGNED) {
+      right.tile(to).copy(right_rows, right_stride, k, end, b0, right_columns);
+    } else {
+      right.tile(to).convert(right_rows, right_stride, k, end, b0, right_columns, 1, j);
+    }
+    commit_copies();
+  };
+  Sums<8> sums;
+  sums.clear();
+  // The threads below 64 sum a column each, as it is in float32.
+  const int own_column_of_left = a0 + static_cast<int>(threadIdx.x);
+  const bool sums_columns = column_parts != nullptr && blockIdx.y == 0 && threadIdx.x < TILE &&
+                            own_column_of_left < left_columns;
+  float of_column = 0;
+  std::int64_t k = begin;
+  int i = 0, j = 0, step = 0;
+  if (k < end) load(k, 0, 0, 0);
+  while (k < end) {
+    const bool is_first = i == 0 && j == 0;
+    std::int64_t next = k;
+    if (exact && i + j + 1 < LEFT_PIECES && j + 1 < RIGHT_PIECES) {
+      ++j;
+    } else if (exact && i + 1 < LEFT_PIECES) {
+      ++i, j = 0;
+    } else {
+      i = j = 0, next = k + TILE;
+    }
+    wait_copies<0>();
+    sync_block();  // this step has arrived, and the other buffers are free
+    if (next < end) load(next, step + 1, i, j);
+    add_product_of_columns(sums, left.tile(step), right.tile(step));
+    if (sums_columns && is_first) {
+      const float* at = left_rows + own_column_of_left * left_column_stride;
+      for (std::int64_t row = k; row < smaller(k + TILE, end); ++row) {
+        of_column += at[row * left_stride];
+      }
+    }
+    k = next;
+    ++step;
+  }
+  const float up = top / TOP;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const std::int64_t a = a0 + own_row() + e / 2 * 8, b = b0 + own_column(n) + e % 2;
+      if (a >= left_columns || b >= right_columns) continue;
+      float& out = parts[(split * left_columns + a) * right_columns + b];
+      out = sums.at[n][e] * up + (add ? out : 0.0f);
+    }
+  }
+  if (sums_columns) {
+    float& out = column_parts[split * left_columns + own_column_of_left];
+    out = of_column + (add ? out : 0.0f);
+  }
+}
+
+}  // namespace ckd::cuda

@@ -1,0 +1,151 @@
+// Kernels that go row by row, a warp for each: norms and gradients through them. Bound by memory.
+//
+// A row whose norm is below MIN_NORM counts as zero, one whose norm overflows float32 is NaN; 1 /
+// norm is 0 and NaN for them.
+
+#pragma once
+
+#include "tile.cuh"
+
+namespace ckd::cuda {
+
+constexpr int ROWS_PER_BLOCK = THREADS / 32;
+
+CKD_DEVICE std::int64_t warp_row() {
+  return static_cast<std::int64_t>(blockIdx.x) * ROWS_PER_BLOCK + warp_index();
+}
+
+CKD_DEVICE float sum_of_warp(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+CKD_DEVICE float max_of_warp(float x) {
+  for (int mask = 16; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+
+CKD_DEVICE float inverse_norm(float sum_of_squares) {
+  constexpr float MIN_NORM = 1e-6f, MAX_FLOAT32 = 3.402823466e38f;
+  const float norm = sqrtf(sum_of_squares);
+  if (norm < MIN_NORM) return 0;
+  return norm <= MAX_FLOAT32 ? 1 / norm : nanf("");
+}
+
+// How unit rows stand in memory. With pieces a row is three times as long, so that the product of a
+// student's and the bank's is high high + low high + high low; and all is times PIECE_SCALE, so
+// that low pieces are no subnormal numbers.
+enum class Layout { plain, student_pieces, bank_pieces };
+constexpr float PIECE_SCALE = 64;
+
+// By what the product of a student's and the bank's row has to be multiplied.
+CKD_DEVICE float product_factor(int pieces) {
+  return pieces == 1 ? 1 : 1 / (PIECE_SCALE * PIECE_SCALE);
+}
+
+// Column w of a row of the bank (or of sums of such rows) of `pieces` times `width` columns.
+template <class T>
+CKD_DEVICE float bank_column(const T* row, int w, int width, int pieces) {
+  if (pieces == 1) return widen(row[w]);
+  return (widen(row[w]) + widen(row[2 * width + w])) / PIECE_SCALE;
+}
+
+// unit [rows, ld] = x / |x| with zeros behind the width of x, and ld three times as long if there
+// are pieces; inverse [rows] = 1 / |x| (or null). Rows that `busy` (or null) does not name are
+// zero, whatever they hold.
+template <class T>
+CKD_KERNEL void __launch_bounds__(THREADS)
+    unit_rows(const T* x, std::int64_t stride, std::int64_t rows, int width, const bool* busy,
+              __half* unit, int ld, Layout layout, float* inverse) {
+  const std::int64_t row = warp_row();
+  if (row >= rows) return;
+  const bool used = busy == nullptr || busy[row];
+  const T* from = x + row * stride;
+  float sum = 0;
+  for (int w = lane_index(); used && w < width; w += 32) {
+    const float value = widen(from[w]);
+    sum += value * value;
+  }
+  const float scale = inverse_norm(sum_of_warp(sum));
+  for (int w = lane_index(); w < ld; w += 32) {
+    const float value = used && w < width ? widen(from[w]) * scale : 0.0f;
+    if (layout == Layout::plain) {
+      unit[row * ld + w] = __float2half_rn(value);
+      continue;
+    }
+    const __half high = piece_of<__half>(value * PIECE_SCALE, 0);
+    const __half low = piece_of<__half>(value * PIECE_SCALE, 1);
+    __half* to = unit + row * 3 * ld + w;
+    to[0] = high;
+    to[ld] = layout == Layout::student_pieces ? low : high;
+    to[2 * ld] = layout == Layout::student_pieces ? high : low;
+  }
+  if (inverse != nullptr && lane_index() == 0) inverse[row] = scale;
+}
+
+static CKD_KERNEL void __launch_bounds__(THREADS) clear_scalars(float* x, int count) {
+  const int i = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
+  if (i < count) x[i] = 0;
+}
+
+// d_n [rows, pieces ld] becomes d_z = (d_n - (d_n . n) n) / |z| in its first ld columns; `largest`
+// the maximum of all |d_z|; times a scale, if there is one. The columns of d_n are those of
+// students: high and low ones add up.
+static CKD_KERNEL void __launch_bounds__(THREADS)
+    through_norm(float* gradient, const __half* n, const float* inverse, std::int64_t rows, int ld,
+                 int pieces, const float* scale, float* largest) {
+  const std::int64_t row = warp_row();
+  if (row >= rows) return;
+  float* d = gradient + row * pieces * ld;
+  const __half* unit = n + row * pieces * ld;
+  float along = 0, top = 0;
+  for (int w = lane_index(); w < ld; w += 32) {
+    if (pieces > 1) d[w] = (d[w] + d[ld + w]) / PIECE_SCALE;
+    along += d[w] * bank_column(unit, w, ld, pieces);
+  }
+  along = sum_of_warp(along);
+  const float factor = inverse[row] * (scale == nullptr ? 1 : positive(scale));
+  for (int w = lane_index(); w < ld; w += 32) {
+    d[w] = (d[w] - along * bank_column(unit, w, ld, pieces)) * factor;
+    top = fmaxf(top, fabsf(d[w]));
+  }
+  top = max_of_warp(top);
+  if (lane_index() == 0) atomic_max(largest, top);
+}
+
+// d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention. What
+// neither g nor h reaches gets zeros, whatever it holds.
+template <class T>
+CKD_KERNEL void __launch_bounds__(THREADS) student_gradient(ContrastiveCeBackward op) {
+  const std::int64_t row = warp_row(), rows = op.in.student.count;
+  if (row >= rows) return;
+  const int width = static_cast<int>(op.in.student.width), lane = lane_index();
+  const bool has_target =
+      op.targets.target == nullptr || load_target(op.targets, row, op.in.bank.count) >= 0;
+  const float g = op.d_nll != nullptr && has_target ? op.d_nll[row * op.d_nll_stride] : 0;
+  const float h = op.d_lse != nullptr ? op.d_lse[row * op.d_lse_stride] : 0;
+  const T* student = static_cast<const T*>(op.in.student.data) + row * op.in.student.stride;
+  const auto slope = [&](int w) {
+    float value = g == 0 ? 0 : g * op.residual[row * width + w];
+    if (h != 0) value += h * op.attention[row * width + w];
+    return value;
+  };
+  const bool busy = g != 0 || h != 0;
+  float squares = 0, product = 0;
+  for (int w = lane; busy && w < width; w += 32) {
+    const float s = widen(student[w]);
+    squares += s * s;
+    product += s * slope(w);
+  }
+  const float inverse = inverse_norm(sum_of_warp(squares));
+  const float along = sum_of_warp(product) * inverse;
+  if (lane == 0 && op.along != nullptr) op.along[row] = along;
+  if (op.d_student == nullptr) return;
+  const float factor = positive(op.in.logit_scale) * inverse;
+  T* out = static_cast<T*>(op.d_student) + row * width;
+  for (int w = lane; w < width; w += 32) {
+    const float unit = busy ? widen(student[w]) * inverse : 0;
+    out[w] = narrow<T>(busy ? factor * (slope(w) - along * unit) : 0);
+  }
+}
+
+}  // namespace ckd::cuda

@@ -1,0 +1,144 @@
+#include "bank.cuh"
+#include "similarity.h"
+
+namespace ckd::cuda {
+namespace {
+
+class Forward {
+ public:
+  Forward(const SimilarityForward& op, int processors, std::int64_t most_chunk_rows,
+          void* workspace, cudaStream_t stream)
+      : op_(op),
+        plan_(op.in, processors, most_chunk_rows),
+        pieces_(workspace),
+        chunks_(op.in, plan_, nullptr, false, pieces_, stream),
+        stream_(stream),
+        u_(pieces_.take<__half>(op.in.student.count * plan_.ld)) {}
+
+  std::int64_t bytes() const { return pieces_.used(); }
+
+  int run() const {
+    const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
+    if (batch == 0) return 0;
+    if (int error = unit_students(op_.in, plan_, nullptr, u_, stream_)) return error;
+    return chunks_.each([&](const Chunk& chunk, const Rows&) {
+      return CKD_LAUNCH(
+          (project<__half, __half, true>), dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)),
+          dim3(THREADS), 4 * carve_bytes<__half>(TILE * TILE), stream_,
+          static_cast<const __half*>(u_), ld, batch, plan_.ld, chunk.n, ld,
+          static_cast<const float*>(nullptr), static_cast<int>(chunk.rows), op_.in.logit_scale,
+          plan_.pieces == 1 ? 1.0f : 1 / (PIECE_SCALE * PIECE_SCALE), op_.logits + chunk.first,
+          op_.in.bank.count);
+    });
+  }
+
+ private:
+  const SimilarityForward& op_;
+  Plan plan_;
+  Pieces pieces_;
+  BankChunks chunks_;
+  cudaStream_t stream_;
+  __half* u_;
+};
+
+class Backward {
+ public:
+  Backward(const SimilarityBackward& op, int processors, std::int64_t most_chunk_rows,
+           void* workspace, cudaStream_t stream)
+      : op_(op),
+        plan_(op.in, processors, most_chunk_rows),
+        pieces_(workspace),
+        chunks_(op.in, plan_, nullptr, false, pieces_, stream),
+        stream_(stream) {
+    u_ = pieces_.take<__half>(op.in.student.count * plan_.ld);
+    gradient_ = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
+    count_ = static_cast<int>(ceil_div(op.in.bank.count, plan_.chunk_rows));
+    largest_ = pieces_.take<float>(count_);
+  }
+
+  std::int64_t bytes() const { return pieces_.used(); }
+
+  int run() const {
+    if (op_.in.student.count == 0) return 0;
+    if (int error = CKD_LAUNCH(clear_scalars, dim3(blocks(count_, THREADS)), dim3(THREADS), 0,
+                               stream_, largest_, count_)) {
+      return error;
+    }
+    if (int error = unit_students(op_.in, plan_, nullptr, u_, stream_)) return error;
+    int index = 0;
+    return chunks_.each([&](const Chunk& chunk, const Rows& t) {
+      if (int error = op_.slope != nullptr ? add_slope(chunk) : 0) return error;
+      float* largest = largest_ + index++;
+      return op_.d_weight != nullptr ? add_weight(chunk, t, largest) : 0;
+    });
+  }
+
+ private:
+  // slope_i (+)= sum_k d_logits_ik n_k.
+  int add_slope(const Chunk& chunk) const {
+    const int batch = static_cast<int>(op_.in.student.count);
+    const std::int64_t ld = plan_.ld;
+    return CKD_LAUNCH(
+        (sum_of_products<__half, __half, true>),
+        dim3(blocks(batch, TILE), blocks(ld, TILE), static_cast<unsigned>(op_.slope_parts)),
+        dim3(THREADS), 4 * carve_bytes<__half>(TILE * TILE), stream_, op_.d_logits + chunk.first,
+        static_cast<std::int64_t>(1), op_.in.bank.count, batch, chunk.n, ld, plan_.ld, chunk.rows,
+        op_.largest, op_.in.exact, op_.slope, static_cast<float*>(nullptr), chunk.first > 0);
+  }
+
+  // dN_k = logit_scale sum_i d_logits_ik u_i, then dZ, then the projection's gradient.
+  int add_weight(const Chunk& chunk, const Rows& t, float* largest) const {
+    const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
+    if (int error = CKD_LAUNCH((sum_of_products<__half, __half, true>),
+                               dim3(blocks(chunk.rows, TILE), blocks(ld, TILE)), dim3(THREADS),
+                               4 * carve_bytes<__half>(TILE * TILE), stream_,
+                               op_.d_logits + chunk.first, op_.in.bank.count,
+                               static_cast<std::int64_t>(1), static_cast<int>(chunk.rows),
+                               static_cast<const __half*>(u_), ld, plan_.ld, batch, op_.largest,
+                               op_.in.exact, gradient_, static_cast<float*>(nullptr), false)) {
+      return error;
+    }
+    if (int error =
+            CKD_LAUNCH(through_norm, dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0,
+                       stream_, gradient_, chunk.n, chunk.inverse, chunk.rows, plan_.piece,
+                       plan_.pieces, op_.in.logit_scale, largest)) {
+      return error;
+    }
+    return add_weight_gradient(op_.in, plan_, chunk, t, gradient_, largest, op_.d_weight,
+                               op_.d_bias, op_.weight_parts, stream_);
+  }
+
+  const SimilarityBackward& op_;
+  Plan plan_;
+  Pieces pieces_;
+  BankChunks chunks_;
+  cudaStream_t stream_;
+  __half* u_;
+  float* gradient_;
+  float* largest_;  // |dZ| of each chunk
+  int count_;
+};
+
+}  // namespace
+
+std::int64_t forward_workspace(const SimilarityForward& op, int processors,
+                               std::int64_t most_chunk_rows) {
+  return Forward(op, processors, most_chunk_rows, nullptr, nullptr).bytes();
+}
+
+std::int64_t backward_workspace(const SimilarityBackward& op, int processors,
+                                std::int64_t most_chunk_rows) {
+  return Backward(op, processors, most_chunk_rows, nullptr, nullptr).bytes();
+}
+
+int similarity_forward(const SimilarityForward& op, int processors, std::int64_t most_chunk_rows,
+                       void* workspace, cudaStream_t stream) {
+  return Forward(op, processors, most_chunk_rows, workspace, stream).run();
+}
+
+int similarity_backward(const SimilarityBackward& op, int processors, std::int64_t most_chunk_rows,
+                        void* workspace, cudaStream_t stream) {
+  return Backward(op, processors, most_chunk_rows, workspace, stream).run();
+}
+
+}  // namespace ckd::cuda

@@ -1,0 +1,213 @@
+// Tiles of 16-bit numbers in shared memory, and products of tiles in the registers of a block.
+//
+// Exact arithmetic multiplies float32 numbers as sums of pieces: float16 ones where numbers are at
+// most 1 (x = high + low keeps 22 bits, and misses at most 2^-25), bfloat16 ones, with float32's
+// range, in products with the bank. Products of two small pieces are left out.
+//
+// A block is four warps. A product has 64 rows, of which each warp owns 16; its sums are float32
+// and lie in registers as m16n8k16 leaves them: sums[n][e] of a lane is at row 16 warp + lane / 4 +
+// 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2.
+
+#pragma once
+
+#include "arguments.h"
+#include "device.cuh"
+
+namespace ckd::cuda {
+
+constexpr int TILE = 64;
+constexpr int THREADS = 128;
+constexpr float LOG2E = 1.4426950408889634f;
+
+CKD_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
+CKD_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
+// Of this lane's sums with e < 2, in the tile; those with e >= 2 are 8 rows below.
+CKD_DEVICE int own_row() { return 16 * warp_index() + lane_index() / 4; }
+CKD_DEVICE int own_column(int n) { return 8 * n + 2 * (lane_index() % 4); }
+
+CKD_DEVICE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// The four lanes that hold a row.
+CKD_DEVICE float sum_of_row(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+CKD_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+
+CKD_DEVICE float widen(__half x) { return __half2float(x); }
+CKD_DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+CKD_DEVICE float widen(float x) { return x; }
+template <class T>
+CKD_DEVICE T narrow(float x) {
+  if constexpr (std::is_same<T, __half>::value) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// Piece `index` of x: what the pieces before it miss.
+template <class T>
+CKD_DEVICE T piece_of(float x, int index) {
+  T piece = narrow<T>(x);
+  for (int i = 0; i < index; ++i) {
+    x -= widen(piece);
+    piece = narrow<T>(x);
+  }
+  return piece;
+}
+
+CKD_DEVICE std::uint32_t half_pair(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  std::uint32_t bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+
+// ROWS rows of COLUMNS numbers, in panels of 64 columns. A row of a panel is 8 pieces of 16 bytes,
+// and piece p of row r stands at p ^ (r % 8): the eight rows of a matrix, at one column, then lie
+// in different banks.
+template <class T, int COLUMNS, int ROWS = TILE>
+struct Tile {
+  static constexpr int SIZE = ROWS * COLUMNS;
+  T* data;
+
+  // Of 8 numbers from `column` on, a multiple of 8.
+  CKD_DEVICE T* piece(int row, int column) const {
+    return data + column / TILE * (ROWS * TILE) + row * TILE + ((column / 8 % 8) ^ (row % 8)) * 8;
+  }
+  CKD_DEVICE T& at(int row, int column) const { return piece(row, column)[column % 8]; }
+
+  // Rows first_row.. and columns first_column.. of a matrix [rows, columns] whose rows are `stride`
+  // apart and aligned to 16 bytes; zeros beyond its edges. In flight until waited for.
+  CKD_DEVICE void copy(const T* matrix, std::int64_t stride, std::int64_t first_row,
+                       std::int64_t rows, int first_column, int columns) const {
+#pragma unroll 1
+    for (int p = static_cast<int>(threadIdx.x); p < SIZE / 8; p += THREADS) {
+      const int row = p / (COLUMNS / 8), column = p % (COLUMNS / 8) * 8;
+      const int left = columns - first_column - column;
+      const bool inside = first_row + row < rows && left > 0;
+      const T* from = matrix + (first_row + row) * stride + first_column + column;
+      copy_async(piece(row, column), inside ? from : matrix, inside ? min(left, 8) * 2 : 0);
+    }
+  }
+
+  // Piece `index` of the same from any dtype and alignment, times `factor`; arrives with the next
+  // barrier.
+  template <class S>
+  CKD_DEVICE void convert(const S* matrix, std::int64_t stride, std::int64_t first_row,
+                          std::int64_t rows, int first_column, int columns, float factor = 1,
+                          int index = 0, std::int64_t column_stride = 1) const {
+    for (int p = static_cast<int>(threadIdx.x); p < SIZE; p += THREADS) {
+      const int row = p / COLUMNS, column = p % COLUMNS;
+      const bool inside = first_row + row < rows && first_column + column < columns;
+      const S* from = matrix + (first_row + row) * stride + (first_column + column) * column_stride;
+      at(row, column) = piece_of<T>(inside ? widen(*from) * factor : 0.0f, index);
+    }
+  }
+};
+
+// Two tiles in turn: one arrives while the other is used.
+template <class T, int COLUMNS, int ROWS = TILE>
+struct Buffers {
+  T* data;
+  CKD_DEVICE Tile<T, COLUMNS, ROWS> tile(int step) const {
+    return {data + step % 2 * Tile<T, COLUMNS, ROWS>::SIZE};
+  }
+};
+
+template <int N>
+struct Sums {
+  float at[N][4];
+  CKD_DEVICE void clear() {
+#pragma unroll
+    for (int n = 0; n < N; ++n) at[n][0] = at[n][1] = at[n][2] = at[n][3] = 0;
+  }
+};
+
+// sums [64, ROWS] += left right^T over the COLUMNS of both.
+template <class T, int COLUMNS, int ROWS>
+CKD_DEVICE void add_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
+                                    Tile<T, COLUMNS, ROWS> right) {
+  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
+#pragma unroll 1
+  for (int k = 0; k < COLUMNS; k += 16) {
+    std::uint32_t a[4];
+    load_matrix(a, left.piece(16 * warp_index() + row + 8 * low, k + 8 * high));
+#pragma unroll
+    for (int n = 0; n < ROWS / 16; ++n) {
+      std::uint32_t b[4];
+      load_matrix(b, right.piece(16 * n + row + 8 * high, k + 8 * low));
+      multiply_add<T>(sums.at[2 * n], a, b[0], b[1]);
+      multiply_add<T>(sums.at[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// What float16 misses of the numbers.
+template <int N>
+CKD_DEVICE void keep_rest(Sums<N>& x) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x.at[n][e] -= widen(__float2half_rn(x.at[n][e]));
+  }
+}
+
+// sums [64, COLUMNS] += left right, where left [64, ROWS] stands in registers as the sums of a
+// product do and becomes float16.
+template <int COLUMNS, int ROWS>
+CKD_DEVICE void add_product(Sums<COLUMNS / 8>& sums, const Sums<ROWS / 8>& left,
+                            Tile<__half, COLUMNS, ROWS> right) {
+  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k) {
+    const auto &x = left.at[2 * k], &y = left.at[2 * k + 1];
+    const std::uint32_t a[4] = {half_pair(x[0], x[1]), half_pair(x[2], x[3]), half_pair(y[0], y[1]),
+                                half_pair(y[2], y[3])};
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 16; ++n) {
+      std::uint32_t b[4];
+      load_matrix_transposed(b, right.piece(16 * k + row + 8 * low, 16 * n + 8 * high));
+      multiply_add<__half>(sums.at[2 * n], a, b[0], b[1]);
+      multiply_add<__half>(sums.at[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// sums [64, 64] += left^T right over the rows of both.
+template <class T>
+CKD_DEVICE void add_product_of_columns(Sums<8>& sums, Tile<T, TILE> left, Tile<T, TILE> right) {
+  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
+#pragma unroll
+  for (int k = 0; k < TILE; k += 16) {
+    std::uint32_t a[4];
+    load_matrix_transposed(a, left.piece(k + row + 8 * high, 16 * warp_index() + 8 * low));
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      std::uint32_t b[4];
+      load_matrix_transposed(b, right.piece(k + row + 8 * low, 16 * n + 8 * high));
+      multiply_add<T>(sums.at[2 * n], a, b[0], b[1]);
+      multiply_add<T>(sums.at[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// NaN in place of a scale that the op refuses: the GPU says so without a synchronisation.
+CKD_DEVICE float positive(const float* scale) {
+  return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");
+}
+
+// The target's row of the bank; -1 where it is ignored or out of range.
+CKD_DEVICE std::int64_t load_target(const Targets& targets, std::int64_t i,
+                                    std::int64_t bank_rows) {
+  const std::int64_t y = targets.target[i];
+  return y != targets.ignore_index && y >= 0 && y < bank_rows ? y : -1;
+}
+
+}  // namespace ckd::cuda
