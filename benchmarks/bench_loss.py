@@ -29,7 +29,7 @@ from typing import Any
 import machine
 import providers
 import torch
-from problem import CASES, QUICK, Problem
+from problem import CASES, GPU_CASES, QUICK, Problem
 from worker import FORWARD, STEP, Errors, Failed, Worker
 
 from ckd._files import atomic_write
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     record: Record = {
         "benchmark": "loss",
-        "machine": machine.describe(options.threads),
-        "limits": machine.limits(options.threads),
+        "machine": machine.describe(options.threads, options.device),
+        "limits": machine.limits(options.threads, options.device),
         "seconds": options.seconds,
         "competitors": options.competitors,
         "cases": [],
@@ -72,14 +72,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--case",
         action="append",
         metavar="CASE",
-        help=f"{', '.join(CASES)}, or B,K,D,W or B,K,D,W,frozen; may be repeated",
+        help=f"{', '.join(CASES | GPU_CASES)}, or B,K,D,W or B,K,D,W,frozen; may be repeated",
     )
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
         "--providers",
-        default=",".join(providers.PROVIDERS),
         help="comma-separated, the first is what the others are compared with; also cpu:TIER and "
-        "cpu-bf16:TIER (default: %(default)s)",
+        f"cpu-bf16:TIER (default on the CPU: {','.join(providers.of_device('cpu'))}; on a GPU: "
+        f"{','.join(providers.of_device('cuda'))})",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -98,12 +104,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--show: {options.show} cannot be read: {error}")
     if options.seconds is None:
         options.seconds = 1.0 if options.quick else 2.0
-    names = options.case or (QUICK if options.quick else CASES)
+    known = CASES | GPU_CASES
+    names = options.case or (QUICK if options.quick else CASES if on_cpu(options) else known)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     try:
-        options.cases = {n: CASES[n] if n in CASES else Problem.parse(n) for n in names}
-        options.providers = options.providers.split(",")
+        options.cases = {n: known[n] if n in known else Problem.parse(n) for n in names}
+        able = providers.of_device(options.device)
+        options.providers = options.providers.split(",") if options.providers else able
         for provider in options.providers:
-            providers.find(provider)
+            if options.device not in providers.find(provider).devices:
+                raise ValueError(
+                    f"{provider!r} does not run on {options.device}; these do: {', '.join(able)}"
+                )
     except ValueError as error:
         parser.error(str(error))
     if options.threads < 1 or options.seconds <= 0 or options.competitors < 0:
@@ -111,12 +124,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def on_cpu(options: argparse.Namespace) -> bool:
+    return options.device == "cpu"
+
+
 def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record:
     rows: list[Record] = []
     workers: dict[str, Worker] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            truth = write_truth(problem, f"{folder}/truth.pt", options.threads)
+            truth = write_truth(problem, f"{folder}/truth.pt", options)
             for provider in options.providers:
                 found = providers.find(provider)
                 rows.append({"provider": provider, "half": found.half})
@@ -124,7 +141,7 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                 if missing is not None:
                     rows[-1]["failed"] = missing
                     continue
-                workers[provider] = Worker(provider, problem, options.threads)
+                workers[provider] = Worker(provider, problem, options.threads, options.device)
                 examine(workers[provider], rows[-1], truth)
         able = [row for row in rows if "failed" not in row and "wrong" not in row]
         with busy(options.competitors):
@@ -144,8 +161,8 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
     }
 
 
-def write_truth(problem: Problem, path: str, threads: int) -> str:
-    worker = Worker("eager", problem, threads)
+def write_truth(problem: Problem, path: str, options: argparse.Namespace) -> str:
+    worker = Worker("eager", problem, options.threads, options.device)
     try:
         worker.ask("truth", path)
     finally:
@@ -215,6 +232,8 @@ def show(record: Record) -> None:
 def show_machine(record: Record) -> None:
     about = record["machine"]
     print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
+    if about.get("gpu"):
+        print(f"{about['gpu']}, CUDA {about['cuda']}, triton {about['triton']}")
     print(
         f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, "
         f"tier {next(iter(about['tiers']), 'none')}, {about['date']}"

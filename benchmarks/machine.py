@@ -18,8 +18,17 @@ import ckd
 from ckd.backends import cpu
 
 
-def describe(threads: int) -> dict[str, Any]:
-    return {
+def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
+    gpu = {}
+    if device == "cuda":
+        import triton
+
+        gpu = {
+            "gpu": torch.cuda.get_device_name(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "triton": triton.__version__,
+        }
+    return gpu | {
         "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": threads,
@@ -63,7 +72,28 @@ def commit() -> str:
         return "unknown"
 
 
-def limits(threads: int) -> dict[str, float]:
+def limits(threads: int, device: str = "cpu") -> dict[str, float]:
+    return _limits_of_gpu() if device == "cuda" else _limits_of_cpu(threads)
+
+
+def _limits_of_gpu() -> dict[str, float]:
+    """Best of several: torch.mm of 8192 x 8192, and reading 1 GiB. On a GPU the matrix product is
+    what kernels are compared with."""
+    found: dict[str, float] = {}
+    for name, dtype in (("gemm_float32", torch.float32), ("gemm_bfloat16", torch.bfloat16)):
+        a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
+        found[name] = 2 * 8192**3 / _best(partial(_wait_for, partial(torch.mm, a, b))) / 1e9
+    block = torch.ones(256 << 20, device="cuda")
+    found["read"] = 4 * block.numel() / _best(partial(_wait_for, block.sum)) / 1e9
+    return found
+
+
+def _wait_for(function: Callable[[], Any]) -> None:
+    function()
+    torch.cuda.synchronize()
+
+
+def _limits_of_cpu(threads: int) -> dict[str, float]:
     """Best of several short measurements: 10^9 operations or bytes a second.
 
     gemm_float32 and gemm_bfloat16: the kernels' own inner product on operands in the cache, in the

@@ -39,8 +39,8 @@ class Problem:
             sizes = []
         if len(sizes) != 4 or min(sizes) < 1:
             raise ValueError(
-                f"a case is one of {', '.join(CASES)}, or B,K,D,W or B,K,D,W,frozen with positive "
-                f"sizes, such as 256,1000,1024,256; got {text!r}"
+                f"a case is one of {', '.join(CASES | GPU_CASES)}, or B,K,D,W or B,K,D,W,frozen "
+                f"with positive sizes, such as 256,1000,1024,256; got {text!r}"
             )
         if not learned and sizes[2] != sizes[3]:
             raise ValueError(f"a frozen case has no projection, so D must equal W; got {text!r}")
@@ -84,6 +84,13 @@ CASES = {
     "bank-100k": Problem(512, 100000, 768, 256),
     "frozen-50k": Problem(1024, 50000, 512, 512, learned=False),
 }
+# With the memory of a GPU: a row for each image of ImageNet-1k, and the batch as its own bank.
+GPU_CASES = {
+    "bank-1.3m": Problem(4096, 1_280_000, 1024, 256),
+    "frozen-1.3m": Problem(4096, 1_280_000, 256, 256, learned=False),
+    "wide-100k": Problem(4096, 100_000, 768, 768),
+    "in-batch-32k": Problem(32768, 32768, 768, 768, learned=False),
+}
 QUICK = ("call", "centroids-100", "centroids-1k")
 
 
@@ -122,24 +129,29 @@ class Inputs:
         )
 
 
-def make_inputs(problem: Problem, seed: int = 0) -> Inputs:
+def make_inputs(problem: Problem, device: str = "cpu", seed: int = 0) -> Inputs:
     """The same numbers in every process."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, device=device)
+
     b, k, d, w = problem.batch, problem.bank_rows, problem.teacher_dim, problem.student_dim
-    bank = torch.empty(k, d, dtype=torch.float16)
+    bank = torch.empty(k, d, dtype=torch.float16, device=device)
     for part in bank.split(4096):  # never the whole bank in float32
-        part.copy_(torch.randn(part.shape, generator=g))
-    target = torch.randint(k, (b,), generator=g)
+        part.copy_(randn(*part.shape))
+    target = torch.randint(k, (b,), generator=g, device=device)
     weight = bias = None
     own = bank[target].float()
     if problem.learned:
-        weight = torch.randn(w, d, generator=g) / math.sqrt(d)
-        bias = 0.1 * torch.randn(w, generator=g)
+        weight = randn(w, d) / math.sqrt(d)
+        bias = 0.1 * randn(w)
         own = F.linear(own, weight, bias)
         weight.requires_grad_()
         bias.requires_grad_()
-    student = (LEARNED * own + torch.randn(b, w, generator=g)).detach().requires_grad_()
-    return Inputs(student, bank, target, weight, bias, torch.tensor(LOGIT_SCALE).requires_grad_())
+    student = (LEARNED * own + randn(b, w)).detach().requires_grad_()
+    scale = torch.tensor(LOGIT_SCALE, device=device).requires_grad_()
+    return Inputs(student, bank, target, weight, bias, scale)
 
 
 def checked_students(problem: Problem) -> int:

@@ -30,6 +30,7 @@ class Provider:
     make: Callable[[], Loss]
     half: bool = False  # computes with bfloat16
     compiles: bool = False  # its first call does more than compute
+    devices: tuple[str, ...] = ("cpu",)
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
 
 
@@ -46,7 +47,7 @@ def eager_malloc() -> Loss:
 
 def eager_bf16(inputs: Inputs) -> Tensor:
     """Autocast; the bank, which autocast would convert to bfloat16 by way of float32, at once."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(inputs.student.device.type, dtype=torch.bfloat16):
         bank = inputs.bank.bfloat16()
         z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
         cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
@@ -57,7 +58,8 @@ def by_backend(name: str, half: bool, tier: str | None = None) -> Loss:
     def loss(inputs: Inputs) -> Tensor:
         i = inputs
         chosen: AbstractContextManager[None] = cpu.use_tier(tier) if tier else NOTHING
-        permitted = torch.autocast("cpu", dtype=torch.bfloat16) if half else NOTHING
+        device = i.student.device.type
+        permitted = torch.autocast(device, dtype=torch.bfloat16) if half else NOTHING
         with chosen, permitted:
             return ckd.contrastive_cross_entropy(
                 i.student, i.bank, i.target, i.weight, i.bias, i.logit_scale, backend=name
@@ -84,19 +86,38 @@ def _no_half() -> str | None:
     return reason
 
 
+BOTH = ("cpu", "cuda")
+
+
+def _on_gpu(backend: str, half: bool) -> Provider:
+    return Provider(
+        f"ckd, {backend} kernels, {'float16 arithmetic' if half else 'float32'}",
+        lambda: by_backend(backend, half),
+        half,
+        compiles=True,  # and measures tiles
+        devices=("cuda",),
+        missing=lambda: backends.ORDER[backend].missing(),
+    )
+
+
 PROVIDERS = {
-    "eager": Provider("plain torch, float32", lambda: eager),
+    "eager": Provider("plain torch, float32", lambda: eager, devices=BOTH),
     "eager-malloc": Provider(
         "the same, malloc keeping what is freed", eager_malloc, missing=_no_glibc
     ),
-    "eager-bf16": Provider("plain torch under CPU autocast", lambda: eager_bf16, half=True),
+    "eager-bf16": Provider(
+        "plain torch under autocast", lambda: eager_bf16, half=True, devices=BOTH
+    ),
     "compile": Provider(
         "torch.compile of eager",
         lambda: torch.compile(eager, dynamic=False),
         compiles=True,
         missing=_no_compiler,
+        devices=BOTH,
     ),
-    "reference": Provider("ckd, plain torch by tiles", lambda: by_backend("reference", False)),
+    "reference": Provider(
+        "ckd, plain torch by tiles", lambda: by_backend("reference", False), devices=BOTH
+    ),
     "cpu": Provider(
         "ckd, C++ kernels, float32",
         lambda: by_backend("cpu", False),
@@ -108,7 +129,15 @@ PROVIDERS = {
         half=True,
         missing=_no_half,
     ),
+    "triton": _on_gpu("triton", False),
+    "triton-half": _on_gpu("triton", True),
+    "cuda": _on_gpu("cuda", False),
+    "cuda-half": _on_gpu("cuda", True),
 }
+
+
+def of_device(device: str) -> list[str]:
+    return [name for name, provider in PROVIDERS.items() if device in provider.devices]
 
 
 def find(name: str) -> Provider:

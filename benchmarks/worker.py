@@ -34,11 +34,11 @@ class Failed(Exception):
 class Worker:
     """The parent's end."""
 
-    def __init__(self, provider: str, problem: Problem, threads: int) -> None:
+    def __init__(self, provider: str, problem: Problem, threads: int, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(child, provider, problem, threads), daemon=True
+            target=_serve, args=(child, provider, problem, threads, device), daemon=True
         )
         self._process.start()
         child.close()
@@ -65,9 +65,9 @@ class Worker:
             self._process.join()
 
 
-def _serve(pipe: Connection, provider: str, problem: Problem, threads: int) -> None:
+def _serve(pipe: Connection, provider: str, problem: Problem, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
-    bench = Bench(provider, problem)
+    bench = Bench(provider, problem, device)
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
             call, arguments = pipe.recv()
@@ -81,7 +81,8 @@ def _serve(pipe: Connection, provider: str, problem: Problem, threads: int) -> N
 
 def _reason(error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return "out of memory" if "allocate memory" in text else text[:200]
+    lost = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
+    return "out of memory" if lost else text[:200]
 
 
 @dataclass
@@ -98,8 +99,9 @@ class Errors:
 class Bench:
     """The worker's end: one provider on one problem."""
 
-    def __init__(self, provider: str, problem: Problem) -> None:
+    def __init__(self, provider: str, problem: Problem, device: str = "cpu") -> None:
         self._provider, self._problem = providers.find(provider), problem
+        self._device = device
         self._inputs: Inputs | None = None
         self._loss: Any = None
         self._last = 0.0  # seconds of the last call
@@ -107,7 +109,7 @@ class Bench:
     @property
     def inputs(self) -> Inputs:
         if self._inputs is None:
-            self._inputs = make_inputs(self._problem)
+            self._inputs = make_inputs(self._problem, self._device)
         return self._inputs
 
     def truth(self, path: str) -> None:
@@ -123,9 +125,15 @@ class Bench:
         """
         inputs = self.inputs
         self._loss = self._provider.make()
-        small = make_inputs(Problem(2, 3, 4, 4, self._problem.learned))
+        small = make_inputs(Problem(2, 3, 4, 4, self._problem.learned), self._device)
         self._call(STEP, inputs if self._provider.compiles else small)
         gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            self._call(STEP, inputs)
+            return (torch.cuda.max_memory_allocated() - held) / MIB
         if sys.platform != "linux":
             self._call(STEP, inputs)
             return None
@@ -138,7 +146,7 @@ class Bench:
 
     def errors(self, path: str) -> Errors:
         """Against what truth() wrote."""
-        exact: dict[str, Tensor] = torch.load(path)
+        exact: dict[str, Tensor] = torch.load(path, map_location=self._device)
         students = checked_students(self._problem)
         inputs = self.inputs
         if students < self._problem.batch:
@@ -161,12 +169,16 @@ class Bench:
         return times
 
     def _call(self, mode: str, inputs: Inputs) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         if mode == FORWARD:
             with torch.no_grad():
                 self._loss(inputs)
         else:
             _loss_and_gradients(self._loss, inputs)
+        if self._device == "cuda":
+            torch.cuda.synchronize()
         self._last = time.perf_counter() - start
         return self._last
 

@@ -108,7 +108,7 @@ def test_worker_that_is_killed_says_so() -> None:
     worker.stop()
 
 
-@pytest.mark.parametrize("name", sorted(providers.PROVIDERS))
+@pytest.mark.parametrize("name", providers.of_device("cpu"))
 @pytest.mark.parametrize("text", [TINY, "40,90,16,16,frozen"])
 def test_providers_compute_the_same_loss(name: str, text: str) -> None:
     provider = providers.find(name)
@@ -214,3 +214,12 @@ def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ckd, "contrastive_cross_entropy", spy)
     providers.by_backend("cpu", False)(problem.make_inputs(problem.Problem.parse(TINY)))
     assert asked == [{"backend": "cpu"}]
+
+
+def test_providers_of_another_device_are_refused_in_words() -> None:
+    done = run("--device", "cpu", "--case", TINY, "--providers", "eager,triton-half")
+    assert done.returncode == 2
+    assert "'triton-half' does not run on cpu; these do: eager, eager-malloc" in done.stderr
+    assert {"triton", "triton-half", "cuda", "cuda-half"} < set(providers.of_device("cuda"))
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in run("--device", "cuda").stderr
