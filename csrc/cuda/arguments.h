@@ -32,12 +32,6 @@ struct Inputs {
   bool exact = false;        // float32 arithmetic: operands are taken apart, see tile.cuh
 };
 
-// Memory for what lies between kernels; `plan` in plan.h says how much.
-struct Workspace {
-  void* data;
-  std::int64_t bytes;
-};
-
 struct Targets {
   const std::int64_t* target;  // [B]
   std::int64_t ignore_index;
@@ -72,7 +66,7 @@ struct ContrastiveCeBackward {
   void* d_student;  // [B, W] in the student's dtype
   float* along;     // [B], whose sum is d logit_scale
   float* d_weight;  // [parts, W, D], whose sum over parts is d weight
-  float* d_bias;    // [W]
+  float* d_bias;    // [parts, W], likewise
   int weight_parts;
 };
 

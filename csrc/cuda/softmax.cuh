@@ -171,8 +171,9 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     total[h] = 0;
     if (chunk.first == 0 || i >= batch) continue;
     top[h] = shifts[i] + HEADROOM;
-    // Of the four lanes of a row one holds what was there before.
-    total[h] = lane_index() % 4 == 0 ? out.total[part * batch + i] : 0;
+    // What was there before, in one of the four lanes of a row; the blocks of axis z but the first
+    // must not look while that one writes.
+    if (blockIdx.z == 0 && lane_index() % 4 == 0) total[h] = out.total[part * batch + i];
     if (out.values == nullptr) continue;
     const float* before = out.values + (part * batch + i) * students.ld + operands.own * WIDTH;
 #pragma unroll
