@@ -1,0 +1,41 @@
+"""Runs test files in processes of their own, where backends are other ones, as many as there are
+cores at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+class Runs:
+    """pytest on some files of tests/, each with an expression for -k."""
+
+    def __init__(self, files: dict[str, str], environment: dict[str, str]) -> None:
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(jobs)
+        self._runs = {file: self._pool.submit(self._run, file, k) for file, k in files.items()}
+
+    def _run(self, file: str, expression: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", str(TESTS / file), "-k", expression, "-W", "ignore"],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            cwd=TESTS.parent,
+        )
+
+    def check(self, file: str) -> None:
+        """Waits for the file's tests; fails with their output where one failed or none ran."""
+        run: Future[subprocess.CompletedProcess[str]] = self._runs[file]
+        done = run.result()
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout
+
+    def stop(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
