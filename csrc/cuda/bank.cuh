@@ -2,9 +2,8 @@
 
 #pragma once
 
+#include "operands.cuh"
 #include "projection.cuh"
-#include "rows.cuh"
-#include "softmax.cuh"
 
 namespace ckd::cuda {
 

@@ -1,5 +1,7 @@
 #include "bank.cuh"
+#include "bank_gradient.cuh"
 #include "contrastive_ce.h"
+#include "softmax.cuh"
 
 namespace ckd::cuda {
 namespace {

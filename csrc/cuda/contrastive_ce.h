@@ -1,6 +1,6 @@
 // Contrastive cross-entropy on a CUDA device, with float16 operands and float32 sums. See
-// softmax.cuh for the mathematics. Every function returns a cudaError, 0 when all kernels were
-// launched.
+// softmax.cuh and bank_gradient.cuh for the mathematics. Every function returns a cudaError, 0 when
+// all kernels were launched.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The kernels of the contrastive cross-entropy over unit rows: u of the students, n of a chunk of
+// The forward of the contrastive cross-entropy over unit rows: u of the students, n of a chunk of
 // the bank, float16, rows `ld` apart with zeros behind the student's width.
 //
 //   l = logit_scale u . n     with the target left out: a = log sum_{k != y} exp l_k - l_y
@@ -7,27 +7,9 @@
 
 #pragma once
 
-#include "rows.cuh"
+#include "operands.cuh"
 
 namespace ckd::cuda {
-
-// Exponentials are multiplied by 2^13 before they become float16: the largest stays in its range,
-// and what is lost below is 2^-37 of it. The same for G.
-constexpr float HEADROOM = 13, LIFT = 8192;
-
-// Of a chunk of the bank.
-struct Chunk {
-  const __half* n;       // [rows, ld]
-  const float* inverse;  // [rows] 1 / |z|
-  std::int64_t rows, first, bank_rows;
-};
-
-struct Students {
-  const __half* u;  // [batch, ld]
-  std::int64_t batch;
-  int ld;      // of all pieces
-  int pieces;  // 1, or 3 with exact arithmetic
-};
 
 // What the forward keeps of each part of the bank.
 struct PartSums {
@@ -53,77 +35,6 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   }
   dot = sum_of_warp(dot);
   if (lane_index() == 0) l_target[i] = dot * product_factor(students.pieces) * positive(scale);
-}
-
-// Two operands of a product u n^T in shared memory, `streams` in two buffers so that the next tile
-// arrives during the products of this one. Where the width has several blocks, they pass through
-// one after another, and the streaming tile ends as the block `own`.
-template <int WIDTH, bool EXACT>
-struct Operands {
-  // Of a streaming tile. With 64 the sums of a wide block would not fit into registers.
-  static constexpr int ROWS = WIDTH == 256 || (WIDTH == 128 && EXACT) ? 32 : 64;
-  using Streaming = Tile<__half, WIDTH, ROWS>;
-
-  Tile<__half, WIDTH> stays;
-  Buffers<__half, WIDTH, ROWS> streams;
-  const __half *stay_rows, *stream_rows;
-  std::int64_t first_stay, stay_end, stream_end;
-  int ld, own;
-
-  CKD_DEVICE int blocks() const { return (ld + WIDTH - 1) / WIDTH; }
-
-  CKD_DEVICE void begin(std::int64_t first_stream) const {
-    if (blocks() > 1) return;
-    stays.copy(stay_rows, ld, first_stay, stay_end, 0, ld);
-    streams.tile(0).copy(stream_rows, ld, first_stream, stream_end, 0, ld);
-    commit_copies();
-  }
-
-  // Adds the products of tile `step`, rows from `row` on, and returns the tile; `prefetched()` is
-  // called after the barrier, when the other buffer is free.
-  template <class Prefetched>
-  CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, std::int64_t row, int step,
-                            const Prefetched& prefetched) const {
-    if (blocks() == 1) {
-      const Streaming tile = streams.tile(step);
-      wait_copies<0>();
-      sync_block();  // this tile has arrived, and the other buffer is free
-      if (row + ROWS < stream_end) {
-        streams.tile(step + 1).copy(stream_rows, ld, row + ROWS, stream_end, 0, ld);
-        commit_copies();
-      }
-      prefetched();
-      add_product_of_rows(sums, stays, tile);
-      return tile;
-    }
-    const Streaming tile = streams.tile(0);
-    for (int i = 0; i < blocks(); ++i) {
-      const int block = (own + 1 + i) % blocks();  // own last
-      sync_block();                                // nobody reads what is overwritten
-      stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
-      tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
-      commit_copies();
-      wait_copies<0>();
-      sync_block();  // both have arrived
-      if (i == 0) prefetched();
-      add_product_of_rows(sums, stays, tile);
-    }
-    return tile;
-  }
-};
-
-template <int WIDTH, bool EXACT>
-constexpr int operands_bytes() {
-  return carve_bytes<__half>(Tile<__half, WIDTH>::SIZE) +
-         carve_bytes<__half>(2 * Operands<WIDTH, EXACT>::Streaming::SIZE);
-}
-
-template <int WIDTH, bool EXACT>
-CKD_DEVICE Operands<WIDTH, EXACT> take_operands(Carve& carve) {
-  Operands<WIDTH, EXACT> operands;
-  operands.stays.data = carve.take<__half>(operands.stays.SIZE);
-  operands.streams.data = carve.take<__half>(2 * Operands<WIDTH, EXACT>::Streaming::SIZE);
-  return operands;
 }
 
 CKD_DEVICE int column_of(std::int64_t k, int columns) {
@@ -334,150 +245,6 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
       op.attention[i * width + w] = other * n_other + (1 - other) * n_y;
     }
   }
-}
-
-// What the bank's gradient needs of each student: G_ik = by_p p_ik - by_all, at the target
-// at_target - by_all; zeros where no gradient comes from, since such rows may hold NaN.
-struct Factors {
-  bool* busy;   // [batch] some gradient comes from this student
-  int* column;  // [batch] the target's row of the bank, -1 where there is none
-  float* log2_sum;
-  float* by_p;
-  float* at_target;
-  float* by_all;
-  float* size;  // [] the largest |g| p_other + |h|: what G may be but at the target; begins as 0
-};
-
-static CKD_KERNEL void __launch_bounds__(THREADS)
-    student_factors(ContrastiveCeBackward op, Factors out) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  const std::int64_t bank_rows = op.in.bank.count;
-  const bool here = i < op.in.student.count;
-  const float smoothing = op.targets.label_smoothing;
-  float size = 0;
-  if (here) {
-    const std::int64_t y = load_target(op.targets, i, bank_rows);
-    const float g = op.d_nll != nullptr && y >= 0 ? op.d_nll[i * op.d_nll_stride] : 0;
-    const float h = op.d_lse != nullptr ? op.d_lse[i * op.d_lse_stride] : 0;
-    const bool busy = g != 0 || h != 0;
-    const float other = op.p_other[i];
-    out.busy[i] = busy;
-    out.column[i] = static_cast<int>(y);
-    out.log2_sum[i] = busy ? op.lse[i] * LOG2E : 0;
-    out.by_p[i] = g + h;
-    out.at_target[i] = busy ? h * (1 - other) - g * (other - smoothing) : 0;
-    out.by_all[i] = g * (smoothing / static_cast<float>(bank_rows));
-    size = busy ? fabsf(g) * fmaxf(other, smoothing) + fabsf(h) : 0;
-  }
-  size = max_of_warp(size);
-  if (lane_index() == 0) atomic_max(out.size, size);
-}
-
-// Bank rows stand still, 64 to a block, and the students pass: dN = logit_scale sum_i G_i u_i for
-// one block of the width (axis y), and where that is the whole width dZ = (dN - (dN . n) n) / |z|,
-// whose maximum goes to `largest`. Every row is owned by one block.
-template <int WIDTH, bool EXACT>
-CKD_KERNEL void __launch_bounds__(THREADS, 1)
-    bank_gradient(Students students, Chunk chunk, Factors factors, const float* scale, bool smooth,
-                  float* gradient, float* largest) {
-  constexpr float SMALLEST = 1e-30f;
-  constexpr int ROWS = Operands<WIDTH, EXACT>::ROWS;
-  CKD_SHARED(memory);
-  Carve carve(memory);
-  Operands<WIDTH, EXACT> operands = take_operands<WIDTH, EXACT>(carve);
-  int* columns = carve.take<int>(2 * ROWS);
-  float* log2_sums = carve.take<float>(2 * ROWS);
-  float* by_p = carve.take<float>(2 * ROWS);
-  float* at_target = carve.take<float>(2 * ROWS);
-  float* by_all = carve.take<float>(2 * ROWS);
-  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.x) * TILE, batch = students.batch;
-  operands.stay_rows = chunk.n;
-  operands.first_stay = k0;
-  operands.stay_end = chunk.rows;
-  operands.stream_rows = students.u;
-  operands.stream_end = batch;
-  operands.ld = students.ld;
-  operands.own = static_cast<int>(blockIdx.y);
-  const float tau = positive(scale), to_base_2 = tau * LOG2E * product_factor(students.pieces);
-  const float size = fmaxf(*factors.size, SMALLEST), lift = LIFT / size;
-
-  const auto load_factors = [&](std::int64_t i0, int to) {
-    const int j = static_cast<int>(threadIdx.x);
-    if (j >= ROWS) return;
-    const std::int64_t i = i0 + j;
-    const bool here = i < batch;
-    columns[to * ROWS + j] = here ? factors.column[i] : -1;
-    log2_sums[to * ROWS + j] = here ? factors.log2_sum[i] : 0;
-    by_p[to * ROWS + j] = here ? factors.by_p[i] * lift : 0;
-    at_target[to * ROWS + j] = here ? factors.at_target[i] * lift : 0;
-    by_all[to * ROWS + j] = here ? factors.by_all[i] * lift : 0;
-  };
-
-  const int own = static_cast<int>(chunk.first + k0) + own_row();
-  Sums<WIDTH / 8> total;
-  total.clear();
-  load_factors(0, 0);
-  operands.begin(0);
-  int step = 0;
-  for (std::int64_t i0 = 0; i0 < batch; i0 += ROWS, ++step) {
-    Sums<ROWS / 8> g;
-    g.clear();
-    const auto tile = operands.next(g, i0, step, [&] { load_factors(i0 + ROWS, (step + 1) % 2); });
-#pragma unroll
-    for (int n = 0; n < ROWS / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int j = step % 2 * ROWS + own_column(n) + e % 2;
-        const float p = exp2_fast(g.at[n][e] * to_base_2 - log2_sums[j]);
-        g.at[n][e] = columns[j] == own + e / 2 * 8 ? at_target[j] : by_p[j] * p;
-        if (smooth) g.at[n][e] -= by_all[j];
-      }
-    }
-    add_product(total, g, tile);
-    if constexpr (EXACT) {
-      keep_rest(g);
-      add_product(total, g, tile);
-    }
-  }
-
-  const float up = tau / lift;
-  const bool whole = operands.blocks() == 1 && !EXACT;
-  const int first_column = operands.own * WIDTH;
-  float top = 0;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const std::int64_t row = k0 + own_row() + 8 * h;
-    float along = 0, factor = up;
-    if (whole) {
-#pragma unroll
-      for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          along += total.at[n][2 * h + e] *
-                   widen(operands.stays.at(own_row() + 8 * h, own_column(n) + e));
-        }
-      }
-      along = sum_of_row(along);
-      factor *= row < chunk.rows ? chunk.inverse[row] : 0;
-    }
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int w = own_column(n) + e;
-        float d = total.at[n][2 * h + e];
-        if (whole) d -= along * widen(operands.stays.at(own_row() + 8 * h, w));
-        d *= factor;
-        if (row < chunk.rows && first_column + w < students.ld) {
-          gradient[row * students.ld + first_column + w] = d;
-          top = fmaxf(top, fabsf(d));
-        }
-      }
-    }
-  }
-  if (!whole) return;
-  top = max_of_warp(top);
-  if (lane_index() == 0) atomic_max(largest, top);
 }
 
 }  // namespace ckd::cuda

@@ -1,0 +1,155 @@
+// The backward of the contrastive cross-entropy for the bank's rows, from which the projection's
+// gradient comes: G_ik = (g_i + h_i) p_ik, and at the target h p - g p_other, where nothing
+// cancels.
+
+#pragma once
+
+#include "operands.cuh"
+
+namespace ckd::cuda {
+
+// What the bank's gradient needs of each student: G_ik = by_p p_ik - by_all, at the target
+// at_target - by_all; zeros where no gradient comes from, since such rows may hold NaN.
+struct Factors {
+  bool* busy;   // [batch] some gradient comes from this student
+  int* column;  // [batch] the target's row of the bank, -1 where there is none
+  float* log2_sum;
+  float* by_p;
+  float* at_target;
+  float* by_all;
+  float* size;  // [] the largest |g| p_other + |h|: what G may be but at the target; begins as 0
+};
+
+static CKD_KERNEL void __launch_bounds__(THREADS)
+    student_factors(ContrastiveCeBackward op, Factors out) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  const std::int64_t bank_rows = op.in.bank.count;
+  const bool here = i < op.in.student.count;
+  const float smoothing = op.targets.label_smoothing;
+  float size = 0;
+  if (here) {
+    const std::int64_t y = load_target(op.targets, i, bank_rows);
+    const float g = op.d_nll != nullptr && y >= 0 ? op.d_nll[i * op.d_nll_stride] : 0;
+    const float h = op.d_lse != nullptr ? op.d_lse[i * op.d_lse_stride] : 0;
+    const bool busy = g != 0 || h != 0;
+    const float other = op.p_other[i];
+    out.busy[i] = busy;
+    out.column[i] = static_cast<int>(y);
+    out.log2_sum[i] = busy ? op.lse[i] * LOG2E : 0;
+    out.by_p[i] = g + h;
+    out.at_target[i] = busy ? h * (1 - other) - g * (other - smoothing) : 0;
+    out.by_all[i] = g * (smoothing / static_cast<float>(bank_rows));
+    size = busy ? fabsf(g) * fmaxf(other, smoothing) + fabsf(h) : 0;
+  }
+  size = max_of_warp(size);
+  if (lane_index() == 0) atomic_max(out.size, size);
+}
+
+// Bank rows stand still, 64 to a block, and the students pass: dN = logit_scale sum_i G_i u_i for
+// one block of the width (axis y), and where that is the whole width dZ = (dN - (dN . n) n) / |z|,
+// whose maximum goes to `largest`. Every row is owned by one block.
+template <int WIDTH, bool EXACT>
+CKD_KERNEL void __launch_bounds__(THREADS, 1)
+    bank_gradient(Students students, Chunk chunk, Factors factors, const float* scale, bool smooth,
+                  float* gradient, float* largest) {
+  constexpr float SMALLEST = 1e-30f;
+  constexpr int ROWS = Operands<WIDTH, EXACT>::ROWS;
+  CKD_SHARED(memory);
+  Carve carve(memory);
+  Operands<WIDTH, EXACT> operands = take_operands<WIDTH, EXACT>(carve);
+  int* columns = carve.take<int>(2 * ROWS);
+  float* log2_sums = carve.take<float>(2 * ROWS);
+  float* by_p = carve.take<float>(2 * ROWS);
+  float* at_target = carve.take<float>(2 * ROWS);
+  float* by_all = carve.take<float>(2 * ROWS);
+  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.x) * TILE, batch = students.batch;
+  operands.stay_rows = chunk.n;
+  operands.first_stay = k0;
+  operands.stay_end = chunk.rows;
+  operands.stream_rows = students.u;
+  operands.stream_end = batch;
+  operands.ld = students.ld;
+  operands.own = static_cast<int>(blockIdx.y);
+  const float tau = positive(scale), to_base_2 = tau * LOG2E * product_factor(students.pieces);
+  const float size = fmaxf(*factors.size, SMALLEST), lift = LIFT / size;
+
+  const auto load_factors = [&](std::int64_t i0, int to) {
+    const int j = static_cast<int>(threadIdx.x);
+    if (j >= ROWS) return;
+    const std::int64_t i = i0 + j;
+    const bool here = i < batch;
+    columns[to * ROWS + j] = here ? factors.column[i] : -1;
+    log2_sums[to * ROWS + j] = here ? factors.log2_sum[i] : 0;
+    by_p[to * ROWS + j] = here ? factors.by_p[i] * lift : 0;
+    at_target[to * ROWS + j] = here ? factors.at_target[i] * lift : 0;
+    by_all[to * ROWS + j] = here ? factors.by_all[i] * lift : 0;
+  };
+
+  const int own = static_cast<int>(chunk.first + k0) + own_row();
+  Sums<WIDTH / 8> total;
+  total.clear();
+  load_factors(0, 0);
+  operands.begin(0);
+  int step = 0;
+  for (std::int64_t i0 = 0; i0 < batch; i0 += ROWS, ++step) {
+    Sums<ROWS / 8> g;
+    g.clear();
+    const auto tile = operands.next(g, i0, step, [&] { load_factors(i0 + ROWS, (step + 1) % 2); });
+#pragma unroll
+    for (int n = 0; n < ROWS / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int j = step % 2 * ROWS + own_column(n) + e % 2;
+        const float p = exp2_fast(g.at[n][e] * to_base_2 - log2_sums[j]);
+        g.at[n][e] = columns[j] == own + e / 2 * 8 ? at_target[j] : by_p[j] * p;
+        if (smooth) g.at[n][e] -= by_all[j];
+      }
+    }
+    add_product(total, g, tile);
+    if constexpr (EXACT) {
+      keep_rest(g);
+      add_product(total, g, tile);
+    }
+  }
+
+  const float up = tau / lift;
+  const bool whole = operands.blocks() == 1 && !EXACT;
+  const int first_column = operands.own * WIDTH;
+  float top = 0;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const std::int64_t row = k0 + own_row() + 8 * h;
+    float along = 0, factor = up;
+    if (whole) {
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          along += total.at[n][2 * h + e] *
+                   widen(operands.stays.at(own_row() + 8 * h, own_column(n) + e));
+        }
+      }
+      along = sum_of_row(along);
+      factor *= row < chunk.rows ? chunk.inverse[row] : 0;
+    }
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int w = own_column(n) + e;
+        float d = total.at[n][2 * h + e];
+        if (whole) d -= along * widen(operands.stays.at(own_row() + 8 * h, w));
+        d *= factor;
+        if (row < chunk.rows && first_column + w < students.ld) {
+          gradient[row * students.ld + first_column + w] = d;
+          top = fmaxf(top, fabsf(d));
+        }
+      }
+    }
+  }
+  if (!whole) return;
+  top = max_of_warp(top);
+  if (lane_index() == 0) atomic_max(largest, top);
+}
+
+}  // namespace ckd::cuda

@@ -1,0 +1,98 @@
+// Unit rows of students and of the bank, and how they pass through shared memory tile by tile.
+
+#pragma once
+
+#include "rows.cuh"
+
+namespace ckd::cuda {
+
+// Exponentials are multiplied by 2^13 before they become float16: the largest stays in its range,
+// and what is lost below is 2^-37 of it. The same for G.
+constexpr float HEADROOM = 13, LIFT = 8192;
+
+// Of a chunk of the bank.
+struct Chunk {
+  const __half* n;       // [rows, ld]
+  const float* inverse;  // [rows] 1 / |z|
+  std::int64_t rows, first, bank_rows;
+};
+
+struct Students {
+  const __half* u;  // [batch, ld]
+  std::int64_t batch;
+  int ld;      // of all pieces
+  int pieces;  // 1, or 3 with exact arithmetic
+};
+
+// Two operands of a product u n^T in shared memory, `streams` in two buffers so that the next tile
+// arrives during the products of this one. Where the width has several blocks, they pass through
+// one after another, and the streaming tile ends as the block `own`.
+template <int WIDTH, bool EXACT>
+struct Operands {
+  // Of a streaming tile. With 64 the sums of a wide block would not fit into registers.
+  static constexpr int ROWS = WIDTH == 256 || (WIDTH == 128 && EXACT) ? 32 : 64;
+  using Streaming = Tile<__half, WIDTH, ROWS>;
+
+  Tile<__half, WIDTH> stays;
+  Buffers<__half, WIDTH, ROWS> streams;
+  const __half *stay_rows, *stream_rows;
+  std::int64_t first_stay, stay_end, stream_end;
+  int ld, own;
+
+  CKD_DEVICE int blocks() const { return (ld + WIDTH - 1) / WIDTH; }
+
+  CKD_DEVICE void begin(std::int64_t first_stream) const {
+    if (blocks() > 1) return;
+    stays.copy(stay_rows, ld, first_stay, stay_end, 0, ld);
+    streams.tile(0).copy(stream_rows, ld, first_stream, stream_end, 0, ld);
+    commit_copies();
+  }
+
+  // Adds the products of tile `step`, rows from `row` on, and returns the tile; `prefetched()` is
+  // called after the barrier, when the other buffer is free.
+  template <class Prefetched>
+  CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, std::int64_t row, int step,
+                            const Prefetched& prefetched) const {
+    if (blocks() == 1) {
+      const Streaming tile = streams.tile(step);
+      wait_copies<0>();
+      sync_block();  // this tile has arrived, and the other buffer is free
+      if (row + ROWS < stream_end) {
+        streams.tile(step + 1).copy(stream_rows, ld, row + ROWS, stream_end, 0, ld);
+        commit_copies();
+      }
+      prefetched();
+      add_product_of_rows(sums, stays, tile);
+      return tile;
+    }
+    const Streaming tile = streams.tile(0);
+    for (int i = 0; i < blocks(); ++i) {
+      const int block = (own + 1 + i) % blocks();  // own last
+      sync_block();                                // nobody reads what is overwritten
+      stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
+      tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
+      commit_copies();
+      wait_copies<0>();
+      sync_block();  // both have arrived
+      if (i == 0) prefetched();
+      add_product_of_rows(sums, stays, tile);
+    }
+    return tile;
+  }
+};
+
+template <int WIDTH, bool EXACT>
+constexpr int operands_bytes() {
+  return carve_bytes<__half>(Tile<__half, WIDTH>::SIZE) +
+         carve_bytes<__half>(2 * Operands<WIDTH, EXACT>::Streaming::SIZE);
+}
+
+template <int WIDTH, bool EXACT>
+CKD_DEVICE Operands<WIDTH, EXACT> take_operands(Carve& carve) {
+  Operands<WIDTH, EXACT> operands;
+  operands.stays.data = carve.take<__half>(operands.stays.SIZE);
+  operands.streams.data = carve.take<__half>(2 * Operands<WIDTH, EXACT>::Streaming::SIZE);
+  return operands;
+}
+
+}  // namespace ckd::cuda
