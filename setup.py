@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,22 +75,24 @@ class NinjaBuild(build_ext):
         flags += [f"-DCKD_HAS_{name.upper()}" for name in tiers]
         flags += [f'-DCKD_VERSION="{self.distribution.get_version()}"']
         flags += [f'-DCKD_CUDA_ABOUT="{cuda.about}"', f"-DCKD_HAS_CUDA={int(bool(cuda.nvcc))}"]
-        flags += ["-isystem", str(cuda.headers)] if cuda.nvcc else []
+        # A system folder among them would hide the compiler's own headers from C++'s.
+        if cuda.nvcc and cuda.headers != Path("/usr/include"):
+            flags += ["-isystem", str(cuda.headers)]
         flags += [f"-I{path}" for path in includes]
         link = ["-shared", *(["-fopenmp"] if "-fopenmp" in flags else [])]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
-        cxx, openmp = compiler.split()[0], "-fopenmp" in link
+        openmp, nvcc = "-fopenmp" in link, f"{quote(cuda.nvcc)} -ccbin {quote(compiler.split()[0])}"
         linker = f"$cxx {' '.join(link)}"
         if cuda.nvcc:
             # nvcc links what CUDA needs, statically: the module loads where there is no driver.
-            linker = f"{cuda.nvcc} -ccbin {cxx} -shared -cudart static"
+            linker = f"{nvcc} -shared -cudart static"
             linker += " -Xcompiler -fopenmp" * openmp
         lines = [
             f"cxx = {compiler}",
-            f"cflags = {' '.join(shlex.quote(flag).replace('$', '$$') for flag in flags)}",
-            f"nvcc = {cuda.nvcc} -ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden",
+            f"cflags = {' '.join(map(quote, flags))}",
+            f"nvcc = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden",
             "rule compile",
             "  command = $cxx $cflags $tier -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -97,7 +100,7 @@ class NinjaBuild(build_ext):
             "rule link",
             f"  command = {linker} $in -o $out",
             "rule cuda",
-            f"  command = $nvcc {' '.join(cuda.arch_flags)} -I{ROOT / 'csrc'} "
+            f"  command = $nvcc {' '.join(cuda.arch_flags)} {quote('-I' + str(ROOT / 'csrc'))} "
             "-MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -145,26 +148,38 @@ class Cuda(NamedTuple):
             # The toolkit's folder, which the nvcc on PATH may be a link into.
             headers = Path(nvcc).resolve().parents[1] / "include" if nvcc else Path()
             if nvcc and Path(nvcc).exists() and (headers / "cuda_fp16.h").exists():
-                return cls(nvcc, cls.described(nvcc), headers, tuple(cls.flags()))
+                archs = cls.archs(nvcc)
+                return cls(nvcc, cls.described(nvcc, archs), headers, tuple(cls.flags(archs)))
         if wanted == "1":
             raise RuntimeError("CKD_CUDA=1, but no nvcc was found; put it on PATH or set CUDA_HOME")
         return cls(None, "no CUDA kernels: no nvcc was found on PATH or in CUDA_HOME")
 
     @staticmethod
-    def archs() -> list[str]:
-        return os.environ.get("CKD_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+    def archs(nvcc: str) -> list[str]:
+        """Those that are asked for; by default those of CUDA_ARCHS that this nvcc knows."""
+        asked = os.environ.get("CKD_CUDA_ARCHS", "")
+        archs = [a.strip() for a in (asked or CUDA_ARCHS).replace(",", ";").split(";") if a.strip()]
+        if wrong := [a for a in archs if not re.fullmatch(r"([89]|1\d)\d[af]?", a)]:
+            raise ValueError(
+                'CKD_CUDA_ARCHS must list architectures from 80 on, such as "80;90", '
+                f"got {wrong[0]!r}"
+            )
+        if asked:
+            return archs
+        command = [nvcc, "--list-gpu-arch"]
+        known = subprocess.run(command, capture_output=True, text=True).stdout
+        return [a for a in archs if f"compute_{a}" in known] or archs[:1]
 
-    @classmethod
-    def flags(cls) -> Iterator[str]:
-        for arch in cls.archs():
-            yield f"-gencode=arch=compute_{arch},code=sm_{arch}"
-        yield f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    @staticmethod
+    def flags(archs: list[str]) -> Iterator[str]:
+        yield from (f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+        yield f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 
-    @classmethod
-    def described(cls, nvcc: str) -> str:
+    @staticmethod
+    def described(nvcc: str, archs: list[str]) -> str:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         release = text.partition("release ")[2].partition(",")[0] or "of an unknown release"
-        return f"nvcc {release} for {' '.join(f'sm_{arch}' for arch in cls.archs())}"
+        return f"nvcc {release} for {' '.join(f'sm_{arch}' for arch in archs)}"
 
 
 def ninja_command() -> list[str]:
@@ -188,6 +203,11 @@ def accepts(compiler: str, flags: list[str]) -> bool:
         source.write_text("int main() { return 0; }\n")
         command = [*compiler.split(), *flags, str(source), "-o", str(Path(folder) / "probe")]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def quote(argument: object) -> str:
+    """For a command in a rule: the shell's quoting, and ninja's of `$`."""
+    return shlex.quote(str(argument)).replace("$", "$$")
 
 
 def escape(path: object) -> str:

@@ -272,6 +272,19 @@ def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks
         assert relative_error(result[name], exact[name]) < 2e-2, name
 
 
+def test_huge_weights_of_solved_rows_give_no_nan(gpu: Gpu) -> None:
+    """p_other is 1e-42 here, no gradient is left, and a loss scale of AMP must not make it NaN."""
+    bank = torch.eye(20, 64)
+    weight, target = torch.eye(64), torch.arange(8)
+    case = Case(bank[:8].clone(), bank.half(), target, weight, None, torch.tensor(100.0))
+    case = on_device(gpu, case).requiring("student", "weight", "logit_scale")
+    with gpu.autocast():
+        loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
+    for factor in (2.0**22, 2.0**40):
+        for name, value in oracle.gradients(case, factor * loss).items():
+            assert value.isfinite().all(), (factor, name)
+
+
 def similarity(gpu: Gpu, case: Case, backend: str) -> Results:
     case = on_device(gpu, case).requiring(*GRADIENTS)
     student, bank, _, weight, bias, scale = case.arguments

@@ -25,7 +25,7 @@ from .blocks import (
     store_blocks,
     zero_blocks,
 )
-from .rows import SMALLEST, load_scale, load_targets, load_weights
+from .rows import MAX_FLOAT32, SMALLEST, load_scale, load_targets, load_weights
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -380,18 +380,22 @@ def student_factors_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < batch
     y = load_targets(target, i, here, ignore_index, bank_rows)
-    by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK) * down
-    by_h = load_weights(h, i * h_stride, here, HAS_H, BLOCK) * down
+    by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK)
+    by_h = load_weights(h, i * h_stride, here, HAS_H, BLOCK)
     is_busy = (by_g != 0) | (by_h != 0)
     other = tl.load(p_other + i, mask=here, other=0.0)
     row_lse = tl.load(lse + i, mask=here, other=0.0)
-    target_gradient = by_h * (1.0 - other) - by_g * (other - label_smoothing)
+    target_gradient = (by_h * (1.0 - other) - by_g * (other - label_smoothing)) * down
     tl.store(busy + i, is_busy, mask=here)
     tl.store(column + i, y.to(tl.int32), mask=here)
     tl.store(log2_sum + i, tl.where(is_busy, row_lse * LOG2E, 0.0), mask=here)
-    tl.store(by_p + i, by_g + by_h, mask=here)
+    # Large where every row is confident: then it meets probabilities of 0, and 0 inf would be NaN.
+    both = (by_g + by_h) * down
+    both = tl.where(both > MAX_FLOAT32, MAX_FLOAT32, both)
+    both = tl.where(both < -MAX_FLOAT32, -MAX_FLOAT32, both)
+    tl.store(by_p + i, both, mask=here)
     tl.store(at_target + i, tl.where(is_busy, target_gradient, 0.0), mask=here)
-    tl.store(by_all + i, by_g * (label_smoothing / bank_rows), mask=here)
+    tl.store(by_all + i, by_g * (label_smoothing / bank_rows) * down, mask=here)
 
 
 @triton.jit

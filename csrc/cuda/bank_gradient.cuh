@@ -45,6 +45,13 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   if (lane_index() == 0) atomic_max(out.size, size);
 }
 
+// Large where every row is confident: then it meets probabilities of 0, and 0 inf would be NaN.
+CKD_DEVICE float finite_product(float a, float b) {
+  const float product = a * b;
+  constexpr float MAX_FLOAT32 = 3.402823466e38f;
+  return fabsf(product) > MAX_FLOAT32 ? copysignf(MAX_FLOAT32, product) : product;
+}
+
 // Bank rows stand still, 64 to a block, and the students pass: dN = logit_scale sum_i G_i u_i for
 // one block of the width (axis y), and where that is the whole width dZ = (dN - (dN . n) n) / |z|,
 // whose maximum goes to `largest`. Every row is owned by one block.
@@ -80,7 +87,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     const bool here = i < batch;
     columns[to * ROWS + j] = here ? factors.column[i] : -1;
     log2_sums[to * ROWS + j] = here ? factors.log2_sum[i] : 0;
-    by_p[to * ROWS + j] = here ? factors.by_p[i] * lift : 0;
+    by_p[to * ROWS + j] = here ? finite_product(factors.by_p[i], lift) : 0;
     at_target[to * ROWS + j] = here ? factors.at_target[i] * lift : 0;
     by_all[to * ROWS + j] = here ? factors.by_all[i] * lift : 0;
   };
