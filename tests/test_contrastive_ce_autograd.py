@@ -77,7 +77,7 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
 
     case = make_case(64, 50_000, 64, 64)
     bank = case.bank.half()
-    options = reference.Options(0.1, -100, False)
+    options = reference.Options(0.1, -100, False, "none")
     tensors = (case.student, bank, case.target, case.weight, case.bias, case.logit_scale)
     own = bank.untyped_storage().nbytes()
     with Watch():

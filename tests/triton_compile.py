@@ -153,7 +153,7 @@ def launches_of(
     weight = empty(student_dim, teacher_dim) if learned else None
     bias = empty(student_dim) if learned else None
     target, scale, row = empty(batch, dtype=torch.int64), empty(), empty(batch)
-    options, needs = Options(smoothing, -100, half), Needs(True, learned, learned, True)
+    options, needs = Options(smoothing, -100, half, "none"), Needs(True, learned, learned, True)
     problem = Problem(
         "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
         student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved, refuse_target
 from ckd.backends.precision import float32_products
 
 _missing: str | None = None
@@ -30,6 +30,7 @@ ELEMENTS = {
     torch.bfloat16: 1,
     torch.float32: 2,
 }  # Element of csrc/cpu/arguments.h
+REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # Reduction of csrc/cpu/arguments.h
 PANEL = 64  # bank rows of a panel of the cache
 CACHE_HEADER_BYTES = 64
 
@@ -96,29 +97,30 @@ def contrastive_ce_forward(
     cache_bytes: int,
 ) -> Forward:
     inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
-    batch = len(student)
-    nll, lse, p_other = (torch.empty(batch) for _ in range(3))
-    residual = torch.empty(student.shape if save_residual else 0)
-    attention = torch.empty(student.shape if save_attention else 0)
+    batch, width = student.shape
+    loss = torch.empty(batch if options.reduction == "none" else ())
+    lse, p_other = torch.empty(batch), torch.empty(batch)
+    residual = torch.empty(batch, width) if save_residual else torch.empty(0)
+    attention = torch.empty(batch, width) if save_attention else torch.empty(0)
     cache = torch.empty(cache_bytes, dtype=torch.uint8)
     target = target.contiguous()
-    _C.cpu_contrastive_ce_forward(
+    bad = _C.cpu_contrastive_ce_forward(
         *inputs.arguments,
-        target.data_ptr(),
-        options.ignore_index,
-        options.label_smoothing,
-        (cache.data_ptr(), cache.numel()),
-        nll.data_ptr(),
+        _targets(target, options),
+        (cache.data_ptr(), cache_bytes),
+        loss.data_ptr(),
         lse.data_ptr(),
         p_other.data_ptr(),
         residual.data_ptr(),
         attention.data_ptr(),
     )
-    return Forward(nll, lse, p_other, residual, attention, cache)
+    if bad >= 0:
+        refuse_target(target, bad, len(bank), options.ignore_index)
+    return Forward(loss, lse, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -133,14 +135,12 @@ def contrastive_ce_backward(
     inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
     gradients = inputs.empty_gradients(needs)
     target = target.contiguous()
-    d_nll, d_lse = (None if d is None else d.float().contiguous() for d in (d_nll, d_lse))
+    d_loss, d_lse = (None if d is None else d.float().contiguous() for d in (d_loss, d_lse))
     _C.cpu_contrastive_ce_backward(
         *inputs.arguments,
-        target.data_ptr(),
-        options.ignore_index,
-        options.label_smoothing,
+        _targets(target, options),
         (saved.cache.data_ptr(), saved.cache.numel()),
-        _address(d_nll),
+        _address(d_loss),
         _address(d_lse),
         saved.lse.data_ptr(),
         saved.p_other.data_ptr(),
@@ -224,13 +224,18 @@ class _Inputs:
         )
 
     def empty_gradients(self, needs: Needs) -> Gradients:
-        width, dim = self.student.shape[1], self.bank.shape[1]
+        (batch, width), dim = self.student.shape, self.bank.shape[1]
         return Gradients(
-            student=torch.empty(self.student.shape if needs.student else 0),
-            weight=torch.empty((width, dim) if needs.weight else 0),
+            student=torch.empty(batch, width) if needs.student else torch.empty(0),
+            weight=torch.empty(width, dim) if needs.weight else torch.empty(0),
             bias=torch.empty(width if needs.bias else 0),
             logit_scale=torch.empty(() if needs.logit_scale else 0),
         )
+
+
+def _targets(target: Tensor, options: Options) -> tuple[int, int, float, int]:
+    reduction = REDUCTIONS[options.reduction]
+    return target.data_ptr(), options.ignore_index, options.label_smoothing, reduction
 
 
 def _in_dtypes_of(

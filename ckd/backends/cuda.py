@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+from ckd.backends.interface import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    Problem,
+    Saved,
+    check_targets,
+    reduce_rows,
+    row_weights,
+)
 
 _missing: str | None = None
 try:
@@ -80,6 +90,7 @@ def contrastive_ce_forward(
     save_attention: bool,
     cache_bytes: int,
 ) -> Forward:
+    check_targets(target, len(bank), options.ignore_index)
     call = _Call(student, bank, weight, bias, logit_scale, options.allow_half)
     batch = len(student)
     cache = call.empty(cache_bytes, dtype=torch.uint8)
@@ -92,11 +103,11 @@ def contrastive_ce_forward(
         (target.data_ptr(), options.ignore_index, options.label_smoothing),
         *(x.data_ptr() for x in (cache, nll, lse, p_other, residual, attention)),
     )
-    return Forward(nll, lse, p_other, residual, attention, cache)
+    return Forward(reduce_rows(nll, target, options), lse, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -112,6 +123,7 @@ def contrastive_ce_backward(
     if len(student) == 0:
         return call.zero_gradients(needs)
     target = target.contiguous()
+    d_nll = row_weights(d_loss, target, options)
     gradients = _Gradients(call, needs)
     call.run(
         _C.cuda_contrastive_ce_backward,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,8 +34,7 @@ def set_cache_limit(limit: int) -> None:
     _cache_limit = limit
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call of an op: sizes, dtypes and device type, no tensors.
 
     `allow_half` says that matrix operands may be rounded to half precision (accumulation and the
@@ -75,22 +73,26 @@ class Problem:
         )
 
 
+Reduction = Literal["none", "sum", "mean"]
+
+
 class Options(NamedTuple):
     """How the contrastive cross-entropy treats targets, and what precision it may use."""
 
     label_smoothing: float
     ignore_index: int
     allow_half: bool  # see Problem; permission, not an order
+    reduction: Reduction
 
 
 class Forward(NamedTuple):
     """The forward of the contrastive cross-entropy; float32, or float64 for a float64 student.
 
-    All but nll is for the backward, which for student and logit_scale then needs no second look at
-    the bank.
+    All but the loss and lse is for the backward, which for student and logit_scale then needs no
+    second look at the bank.
     """
 
-    nll: Tensor  # [B] loss per row, 0 where ignored
+    loss: Tensor  # [B] for reduction "none": nll, 0 where ignored; else 0-dim
     lse: Tensor  # [B] log sum exp over the whole bank
     p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
     residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
@@ -124,3 +126,41 @@ class Gradients(NamedTuple):
     weight: Tensor
     bias: Tensor
     logit_scale: Tensor
+
+
+def reduce_rows(nll: Tensor, target: Tensor, options: Options) -> Tensor:
+    """The loss of the rows' losses [B]. The mean over no rows is 0."""
+    if options.reduction == "none":
+        return nll
+    total = nll.sum()
+    return total / _kept_rows(target, options) if options.reduction == "mean" else total
+
+
+def row_weights(d_loss: Tensor | None, target: Tensor, options: Options) -> Tensor | None:
+    """d nll [B] from d loss, which is 0-dim where the loss is."""
+    if d_loss is None or options.reduction == "none":
+        return d_loss
+    if options.reduction == "mean":
+        d_loss = d_loss / _kept_rows(target, options)
+    return d_loss.expand(target.shape)
+
+
+def _kept_rows(target: Tensor, options: Options) -> Tensor:
+    return (target != options.ignore_index).sum().clamp_(min=1)
+
+
+def check_targets(target: Tensor, bank_rows: int, ignore_index: int) -> None:
+    """Raise IndexError for a target that is no row of the bank. On a GPU, where looking would be a
+    synchronisation, nothing is read, and such a row's loss is NaN."""
+    if target.device.type != "cpu" or len(target) == 0:
+        return
+    bad = ((target < 0) | (target >= bank_rows)) & (target != ignore_index)
+    if bad.any():
+        refuse_target(target, int(bad.nonzero()[0]), bank_rows, ignore_index)
+
+
+def refuse_target(target: Tensor, row: int, bank_rows: int, ignore_index: int) -> NoReturn:
+    raise IndexError(
+        f"target[{row}] = {int(target[row])} is out of range for a bank of {bank_rows} rows; "
+        f"expected 0 <= target < {bank_rows}, or ignore_index ({ignore_index})"
+    )

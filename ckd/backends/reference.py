@@ -17,7 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+from ckd.backends.interface import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    Problem,
+    Saved,
+    check_targets,
+    reduce_rows,
+    row_weights,
+)
 
 MIN_NORM = 1e-6
 TILE_ELEMENTS = 1 << 21  # of the largest array of a tile: 8 MiB in float32
@@ -58,7 +68,8 @@ def contrastive_ce_forward(
     softplus(a) and E - n_y = sigmoid(a) (E' - n_y), E' being the mean of n over k != y. Nothing
     cancels when the softmax is peaked, where lse - l_y and E - n_y would lose every digit.
     """
-    label_smoothing, ignore_index, _ = options
+    check_targets(target, len(bank), options.ignore_index)
+    label_smoothing, ignore_index = options.label_smoothing, options.ignore_index
     with _exact(student):
         u, _ = _student_rows(student)
         tau = _positive(logit_scale)
@@ -86,7 +97,7 @@ def contrastive_ce_forward(
         without = _loss_without_target(target, ignore_index, nll)
         nothing = u.new_empty(0)
         return Forward(
-            nll=torch.where(has_target, nll.squeeze(1), without),
+            loss=reduce_rows(torch.where(has_target, nll.squeeze(1), without), target, options),
             lse=lse.squeeze(1),
             p_other=p_other.squeeze(1),
             residual=residual if save_residual else nothing,
@@ -141,7 +152,7 @@ def _sum_over_bank(
 
 
 def contrastive_ce_backward(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -153,8 +164,9 @@ def contrastive_ce_backward(
     needs: Needs,
     options: Options,
 ) -> Gradients:
-    """Gradients for d_nll and d_lse [B]; only weight and bias read the bank again."""
-    label_smoothing, ignore_index, _ = options
+    """Gradients for d_loss and d_lse [B]; only weight and bias read the bank again."""
+    label_smoothing, ignore_index = options.label_smoothing, options.ignore_index
+    d_nll = row_weights(d_loss, target, options)
     with _exact(student):
         tau = _positive(logit_scale)
         has_target = _has_target(target, len(bank), ignore_index).unsqueeze(1)

@@ -16,7 +16,17 @@ import os
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved
+from ckd.backends.interface import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    Problem,
+    Saved,
+    check_targets,
+    reduce_rows,
+    row_weights,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTH_MULTIPLE = 16  # rows of the projected bank are whole 32-byte sectors
@@ -80,6 +90,7 @@ def contrastive_ce_forward(
 ) -> Forward:
     from ckd.backends.triton_launch import Call, SoftmaxSums
 
+    check_targets(target, len(bank), options.ignore_index)
     call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
     cache = call.empty(cache_bytes, dtype=torch.uint8)
     nll, lse, p_other = (call.empty(call.batch) for _ in range(3))
@@ -98,11 +109,11 @@ def contrastive_ce_forward(
                 residual if save_residual else None,
                 attention if save_attention else None,
             )
-    return Forward(nll, lse, p_other, residual, attention, cache)
+    return Forward(reduce_rows(nll, target, options), lse, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
-    d_nll: Tensor | None,
+    d_loss: Tensor | None,
     d_lse: Tensor | None,
     student: Tensor,
     bank: Tensor,
@@ -120,7 +131,7 @@ def contrastive_ce_backward(
     if call.batch == 0:
         return call.zero_gradients(needs)
     target = target.contiguous()
-    pair = (d_nll, d_lse)
+    pair = (row_weights(d_loss, target, options), d_lse)
     with call.on_device():
         d_student, d_scale = call.student_gradient(
             *pair, saved.residual, saved.attention, needs, target, options.ignore_index

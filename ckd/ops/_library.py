@@ -2,7 +2,9 @@
 tracing, and an autograd function.
 
 What `torch.library.custom_op` and `register_autograd` do, without their Python layers: those cost
-some 40 us a call, as much as the whole loss against a small bank.
+some 40 us a call, as much as the whole loss against a small bank. For the same reason a call that
+nothing has to see (no compiler, tracer, transform, mode, profiler or tensor subclass) goes straight
+to the implementation, past torch's dispatcher, which costs as much again.
 """
 
 from __future__ import annotations
@@ -16,47 +18,78 @@ from torch import Tensor
 _library = torch.library.Library("ckd", "FRAGMENT")
 
 
-def define(name: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Register `ckd::name`, its schema read from the annotations; returns the op."""
-    schema = torch.library.infer_schema(implementation, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ckd::{name}", fake, lib=_library)
-    return getattr(torch.ops.ckd, name).default
+class Op:
+    """`ckd::name`, to be called with the arguments of its implementation in their order."""
+
+    def __init__(
+        self, name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
+        """The schema is read from the annotations of the implementation."""
+        schema = torch.library.infer_schema(implementation, mutates_args=())
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"ckd::{name}", fake, lib=_library)
+        self.name = name
+        self._registered = getattr(torch.ops.ckd, name).default
+        self._implementation = implementation
+        self._function: type[torch.autograd.Function] | None = None
+
+    def differentiate(self, function: type[torch.autograd.Function]) -> None:
+        """Calls that need a gradient go through `function`, whose forward is `below_autograd` and
+        what it saves."""
+        self._function = function
+
+        def dispatch(*args: Any) -> Any:
+            return function.apply(*args) if _needs_gradient(args) else self.below_autograd(*args)
+
+        _library.impl(self.name, dispatch, "Autograd")
+
+    def refuse_derivative(self) -> None:
+        """A derivative is an error that says so: autograd would take the result for constant."""
+        op = self
+
+        class Refusal(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                return op.below_autograd(*args)
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                raise NotImplementedError(
+                    f"ckd::{op.name} has no derivative: second derivatives of the ops of ckd are "
+                    "not implemented; call backward without create_graph"
+                )
+
+        self.differentiate(Refusal)
+
+    def __call__(self, *args: Any) -> Any:
+        if not _is_unobserved(args):
+            return self._registered(*args)
+        if self._function is not None and _needs_gradient(args):
+            return self._function.apply(*args)
+        return self._implementation(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        if _is_unobserved(args):
+            return self._implementation(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._registered(*args)
 
 
-def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Calls of `ckd::name` that need a gradient go through `function`, whose forward is
-    `below_autograd` and what it saves."""
-    op = getattr(torch.ops.ckd, name).default
-
-    def dispatch(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(*args)
-        return below_autograd(op, *args)
-
-    _library.impl(name, dispatch, "Autograd")
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def below_autograd(op: Any, *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def refuse_derivative(name: str) -> None:
-    """A derivative of `ckd::name` is an error that says so: autograd would take it for constant."""
-    op = getattr(torch.ops.ckd, name).default
-
-    class Refusal(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            return below_autograd(op, *args)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            raise NotImplementedError(
-                f"ckd::{name} has no derivative: second derivatives of the ops of ckd are not "
-                "implemented; call backward without create_graph"
-            )
-
-    differentiate(name, Refusal)
+def _is_unobserved(args: tuple[Any, ...]) -> bool:
+    """Whether only autograd has to do with a call of these arguments."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+    )

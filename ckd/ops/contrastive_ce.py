@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from ckd import backends
-from ckd.backends.interface import Needs, Options, Problem, Saved
+from ckd.backends.interface import Needs, Options, Problem, Reduction, Saved
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
-from ckd.ops._library import below_autograd, define, differentiate, refuse_derivative
+from ckd.ops._library import Op
 
 
 @overload
@@ -159,31 +159,20 @@ def _implementation(
     allow_half: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _arguments.check_values(logit_scale, target, bank.shape[0], ignore_index)
-    nll, *saved = backends.ORDER[backend].contrastive_ce_forward(
+    _arguments.check_scale(logit_scale)
+    loss, *saved = backends.ORDER[backend].contrastive_ce_forward(
         student,
         bank,
         target,
         weight,
         bias,
         logit_scale,
-        Options(label_smoothing, ignore_index, allow_half),
+        Options(label_smoothing, ignore_index, allow_half, cast(Reduction, reduction)),
         save_residual=save_residual,
         save_attention=save_attention,
         cache_bytes=cache_bytes,
     )
-    if reduction == "sum":
-        nll = nll.sum()
-    elif reduction == "mean":
-        nll = nll.sum() / _kept_rows(target, ignore_index)
-    return nll, *saved
-
-
-def _kept_rows(target: Tensor, ignore_index: int) -> Tensor | int:
-    """At least 1: the mean over no rows is 0."""
-    if target.device.type == "cpu" and len(target) > 0 and target.min().item() > ignore_index:
-        return len(target)  # a third of the time of counting them
-    return (target != ignore_index).sum().clamp_(min=1)
+    return loss, *saved
 
 
 def _fake(
@@ -232,13 +221,8 @@ def _backward_implementation(
     allow_half: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_nll = d_loss
-    if d_loss is not None and reduction != "none":
-        if reduction == "mean":
-            d_loss = d_loss / _kept_rows(target, ignore_index)
-        d_nll = d_loss.expand(target.shape)
     return backends.ORDER[backend].contrastive_ce_backward(
-        d_nll,
+        d_loss,
         d_lse,
         student,
         bank,
@@ -248,7 +232,7 @@ def _backward_implementation(
         logit_scale,
         Saved(*saved),
         Needs(*needs),
-        Options(label_smoothing, ignore_index, allow_half),
+        Options(label_smoothing, ignore_index, allow_half, cast(Reduction, reduction)),
     )
 
 
@@ -268,14 +252,14 @@ def _backward_fake(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-_forward = define("contrastive_ce", _implementation, _fake)
-_backward = define("contrastive_ce_backward", _backward_implementation, _backward_fake)
+_forward = Op("contrastive_ce", _implementation, _fake)
+_backward = Op("contrastive_ce_backward", _backward_implementation, _backward_fake)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = below_autograd(_forward, *args)
+        output = _forward.below_autograd(*args)
         student, bank, target, weight, bias, logit_scale, _, _, _, *ctx.options = args
         ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output[1:])
         ctx.mark_non_differentiable(*output[2:])
@@ -295,5 +279,5 @@ class _Differentiable(torch.autograd.Function):
         return d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
 
 
-differentiate("contrastive_ce", _Differentiable)
-refuse_derivative("contrastive_ce_backward")
+_forward.differentiate(_Differentiable)
+_backward.refuse_derivative()

@@ -12,7 +12,7 @@ from ckd import backends
 from ckd.backends.interface import Needs, Problem
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
-from ckd.ops._library import below_autograd, define, differentiate, refuse_derivative
+from ckd.ops._library import Op
 
 
 def normalized_similarity(
@@ -49,7 +49,7 @@ def _implementation(
     allow_half: bool,
     backend: str,
 ) -> Tensor:
-    _arguments.check_values(logit_scale)
+    _arguments.check_scale(logit_scale)
     return backends.ORDER[backend].similarity_forward(
         student, bank, weight, bias, logit_scale, allow_half
     )
@@ -95,8 +95,8 @@ def _backward_fake(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-_forward = define("similarity", _implementation, _fake)
-_backward = define("similarity_backward", _backward_implementation, _backward_fake)
+_forward = Op("similarity", _implementation, _fake)
+_backward = Op("similarity_backward", _backward_implementation, _backward_fake)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *tensors, ctx.allow_half, ctx.backend = args
         ctx.save_for_backward(*tensors)
-        return below_autograd(_forward, *args)
+        return _forward.below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,5 +115,5 @@ class _Differentiable(torch.autograd.Function):
         return d_student, None, d_weight, d_bias, d_scale, None, None
 
 
-differentiate("similarity", _Differentiable)
-refuse_derivative("similarity_backward")
+_forward.differentiate(_Differentiable)
+_backward.refuse_derivative()

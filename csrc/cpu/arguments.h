@@ -45,14 +45,19 @@ struct CacheHeader {
   std::int64_t panels, width, per_word;
 };
 
+// What the loss of a call is: nll of every row [B], or their sum, or that over the number of rows
+// that are not ignored (at least 1).
+enum class Reduction : int { none, sum, mean };
+
 struct ContrastiveCeForward {
   Inputs in;
   const std::int64_t* target;  // [B]
   std::int64_t ignore_index;
   float label_smoothing;
+  Reduction reduction;
   Cache cache;
   // Results. [B] each; residual and attention [B, W], or null where not asked for.
-  float* nll;
+  float* loss;  // a scalar unless reduction is none
   float* lse;
   float* p_other;
   float* residual;
@@ -65,9 +70,10 @@ struct ContrastiveCeBackward {
   const std::int64_t* target;
   std::int64_t ignore_index;
   float label_smoothing;
+  Reduction reduction;
   Cache cache;
-  const float* d_nll;  // [B], or null: zero
-  const float* d_lse;  // [B], or null: zero
+  const float* d_loss;  // of the forward's shape, or null: zero
+  const float* d_lse;   // [B], or null: zero
   const float* lse;
   const float* p_other;
   const float* residual;

@@ -13,6 +13,7 @@ template <class Type>
 struct Panel {
   const typename Type::Word* words;  // [words(W), 64]
   const float* inverse;              // [64]: 1 / |z|; 0 for a row that counts as zero or is none
+  const float* numbers;              // [W, 64] what the words are made of; null if not at hand
 };
 
 template <class Type>
@@ -20,6 +21,9 @@ class Bank {
  public:
   using Word = typename Type::Word;
   static constexpr std::int64_t BLOCK = 256 * Type::PER_WORD;  // of D, that is packed at a time
+
+  // Where a bank has so few panels that threads would wait for each other, they share each panel.
+  static constexpr std::int64_t FEW_PANELS = 8, FEW_BYTES = 4 << 20;
 
   // What a thread needs to project panels.
   struct Scratch {
@@ -47,20 +51,20 @@ class Bank {
       narrow_ = Buffer<Word>(in.student_dim * weight_ld_);
       weight_ = narrow_;
     }
+    const std::int64_t few = panels() * weight_ld_ * PANEL;
+    const bool all_cached = cache.filled && cached_ == panels();
+    if (weight_ != nullptr && !all_cached && in.threads > 1 && panels() <= FEW_PANELS &&
+        few * 4 <= FEW_BYTES) {
+      few_columns_ = Buffer<Word>(few);
+      few_z_ = Buffer<float>(panels() * width_ * Type::PER_WORD * PANEL);
+      few_inverse_ = Buffer<float>(panels() * PANEL);
+    }
   }
 
   // To be called by every thread of a team before the first panel is made.
-  void pack_weight() const {
-    if constexpr (Type::PER_WORD > 1) {
-      constexpr std::int64_t ROWS = 16;
-      if (weight_ == nullptr) return;
-      each(ceil_div(in_.student_dim, ROWS), [&](std::int64_t block) {
-        const std::int64_t end = smaller((block + 1) * ROWS, in_.student_dim);
-        for (std::int64_t w = block * ROWS; w < end; ++w) {
-          to_words(in_.weight + w * in_.teacher_dim, in_.teacher_dim, narrow_ + w * weight_ld_);
-        }
-      });
-    }
+  void prepare(Scratch& scratch) const {
+    pack_weight();
+    if (few_z_ != nullptr) project_few(scratch);
   }
 
   // What float32 dropped of a student's lse, from the forward for the backward.
@@ -94,17 +98,23 @@ class Bank {
     const bool keep = panel < cached_;
     Word* out = keep ? cached_words(panel) : scratch.words;
     float* inverse = keep ? cached_inverse(panel) : scratch.inverse;
-    project(panel, scratch);
-    normalise(panel, scratch.z, inverse);
-    for (std::int64_t p = 0; p < width_; ++p) {
-      pair_rows(scratch.z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
+    float* z = scratch.z;
+    if (few_z_ != nullptr) {
+      z = few_z(panel);
+      std::memcpy(inverse, few_inverse_ + panel * PANEL, PANEL * sizeof(float));
+    } else {
+      project(panel, scratch);
+      normalise(panel, z, inverse);
     }
-    return {out, inverse};
+    for (std::int64_t p = 0; p < width_; ++p) {
+      pair_rows(z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
+    }
+    return {out, inverse, z};
   }
 
   // What `make` made of the panel in the forward, or makes again.
   Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
-    if (panel < cached_) return {cached_words(panel), cached_inverse(panel)};
+    if (panel < cached_) return {cached_words(panel), cached_inverse(panel), nullptr};
     return make(panel, scratch);
   }
 
@@ -127,25 +137,83 @@ class Bank {
     cache_ = static_cast<char*>(cache.data) + head + rest;
   }
 
+  void pack_weight() const {
+    if constexpr (Type::PER_WORD > 1) {
+      constexpr std::int64_t ROWS = 16;
+      if (weight_ == nullptr) return;
+      each(ceil_div(in_.student_dim, ROWS), [&](std::int64_t block) {
+        const std::int64_t end = smaller((block + 1) * ROWS, in_.student_dim);
+        for (std::int64_t w = block * ROWS; w < end; ++w) {
+          to_words(in_.weight + w * in_.teacher_dim, in_.teacher_dim, narrow_ + w * weight_ld_);
+        }
+      });
+    }
+  }
+
+  // Projects and normalises every panel, the threads sharing the rows of the weight.
+  void project_few(Scratch& scratch) const {
+    constexpr std::int64_t ROWS = 8 * MR;
+    const std::int64_t blocks = ceil_div(in_.teacher_dim, BLOCK);
+    each(panels() * blocks, [&](std::int64_t item) {
+      const std::int64_t panel = item / blocks, d = item % blocks * BLOCK;
+      read_block(panel, d, scratch);
+      pack_block(panel, d, scratch,
+                 few_columns_ + (panel * weight_ld_ + d / Type::PER_WORD) * PANEL);
+    });
+    const std::int64_t parts = ceil_div(in_.student_dim, ROWS);
+    each(panels() * parts, [&](std::int64_t item) {
+      const std::int64_t panel = item / parts, w = item % parts * ROWS;
+      const Word* columns = few_columns_ + panel * weight_ld_ * PANEL;
+      for (std::int64_t d = 0; d < in_.teacher_dim; d += BLOCK) {
+        multiply_block(panel, d, w, smaller(ROWS, in_.student_dim - w),
+                       columns + d / Type::PER_WORD * PANEL, few_z(panel));
+      }
+    });
+    each(panels(),
+         [&](std::int64_t panel) { normalise(panel, few_z(panel), few_inverse_ + panel * PANEL); });
+  }
+
+  float* few_z(std::int64_t panel) const {
+    return few_z_ + panel * width_ * Type::PER_WORD * PANEL;
+  }
+
   void project(std::int64_t panel, Scratch& scratch) const {
-    const int count = rows(panel), cols = columns(panel);
-    const std::int64_t first = panel * PANEL, dim = in_.teacher_dim;
-    for (std::int64_t d = 0; d == 0 || d < dim; d += BLOCK) {
-      const std::int64_t n = smaller(BLOCK, dim - d), k = words<Type>(n);
-      std::memset(scratch.wide + count * BLOCK, 0,
-                  static_cast<std::size_t>((cols - count) * BLOCK) * sizeof(float));
-      for (int r = 0; r < count; ++r) widen_row(first + r, d, n, scratch.wide + r * BLOCK);
+    const std::int64_t dim = in_.teacher_dim;
+    for (std::int64_t d = 0; d < dim; d += BLOCK) {
+      read_block(panel, d, scratch);
       if (in_.weight == nullptr) {
-        transpose<float>(scratch.wide, BLOCK, cols, n, scratch.z + d * PANEL, PANEL);
+        transpose<float>(scratch.wide, BLOCK, columns(panel), smaller(BLOCK, dim - d),
+                         scratch.z + d * PANEL, PANEL);
         continue;
       }
-      for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
-      transpose<Word>(scratch.rows, 256, cols, k, scratch.columns, PANEL);
-      gemm(in_.student_dim, cols, k,
-           Operands<Type>{weight_ + d / Type::PER_WORD, weight_ld_, scratch.columns, PANEL,
-                          scratch.z, PANEL},
-           d > 0);
+      pack_block(panel, d, scratch, scratch.columns);
+      multiply_block(panel, d, 0, in_.student_dim, scratch.columns, scratch.z);
     }
+  }
+
+  // Elements from d on, at most BLOCK, of the rows of a panel; zero rows up to whole vectors.
+  void read_block(std::int64_t panel, std::int64_t d, Scratch& scratch) const {
+    const int count = rows(panel);
+    const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d);
+    for (int r = 0; r < count; ++r) widen_row(panel * PANEL + r, d, n, scratch.wide + r * BLOCK);
+    std::memset(scratch.wide + count * BLOCK, 0,
+                static_cast<std::size_t>((columns(panel) - count) * BLOCK) * sizeof(float));
+  }
+
+  // The block read, as words along D with the rows of the panel as columns.
+  void pack_block(std::int64_t panel, std::int64_t d, Scratch& scratch, Word* out) const {
+    const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d), cols = columns(panel);
+    for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
+    transpose<Word>(scratch.rows, 256, cols, words<Type>(n), out, PANEL);
+  }
+
+  // z (+)= what the block adds to rows [w, w + rows) of P t.
+  void multiply_block(std::int64_t panel, std::int64_t d, std::int64_t w, std::int64_t rows,
+                      const Word* block, float* z) const {
+    gemm(rows, columns(panel), words<Type>(smaller(BLOCK, in_.teacher_dim - d)),
+         Operands<Type>{weight_ + w * weight_ld_ + d / Type::PER_WORD, weight_ld_, block, PANEL,
+                        z + w * PANEL, PANEL},
+         d > 0);
   }
 
   // Adds the bias, divides by the norms, and clears every column that holds no bank row.
@@ -197,6 +265,9 @@ class Bank {
   const Word* weight_ = nullptr;
   std::int64_t weight_ld_ = 0;
   Buffer<Word> narrow_;
+  // Of a bank of few panels: [panels, words(D), 64] packed; then n^T [panels, W, 64], and 1 / |z|.
+  Buffer<Word> few_columns_;
+  Buffer<float> few_z_, few_inverse_;
 };
 
 constexpr std::int64_t TILE = 256;  // bank rows whose logits stand in the cache at a time
@@ -216,8 +287,8 @@ class Chunk {
         rows_(needs_rows ? tiles * TILE * bank.width() : 0),
         columns_(tiles * TILE_WORDS * student_dim) {}
 
-  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; scratch.z holds n^T.
-  void fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
+  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; returns n^T [W, 64].
+  const float* fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
     const std::int64_t at = (panel - first) * PANEL, tile = at / TILE;
     const Panel<Type> made = bank_.make(panel, scratch);
     if (needs_rows_) {
@@ -225,8 +296,9 @@ class Chunk {
     }
     Word* out = columns_ + tile * TILE_WORDS * dim_ + at % TILE / Type::PER_WORD;
     for (std::int64_t w = 0; w < dim_; ++w) {
-      to_words(scratch.z + w * PANEL, PANEL, out + w * TILE_WORDS);
+      to_words(made.numbers + w * PANEL, PANEL, out + w * TILE_WORDS);
     }
+    return made.numbers;
   }
 
   // Adds the first `count` rows of a tile to sum [W].

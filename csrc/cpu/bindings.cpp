@@ -46,38 +46,56 @@ Inputs inputs(const InputArguments& arguments) {
 
 using Pair = std::tuple<Address, std::int64_t>;
 
-void contrastive_ce_forward(const std::string& name, const InputArguments& in, Address target,
-                            std::int64_t ignore_index, float label_smoothing, Pair cache,
-                            Address nll, Address lse, Address p_other, Address residual,
-                            Address attention) {
+// target, ignore_index, label_smoothing, reduction.
+using TargetArguments = std::tuple<Address, std::int64_t, float, int>;
+
+template <class Op>
+void set_targets(Op& op, const TargetArguments& arguments) {
+  op.target = at<const std::int64_t>(std::get<0>(arguments));
+  op.ignore_index = std::get<1>(arguments);
+  op.label_smoothing = std::get<2>(arguments);
+  op.reduction = static_cast<Reduction>(std::get<3>(arguments));
+}
+
+std::int64_t first_bad_target(const ContrastiveCeForward& op) {
+  for (std::int64_t i = 0; i < op.in.batch; ++i) {
+    const std::int64_t k = op.target[i];
+    if ((k < 0 || k >= op.in.bank_rows) && k != op.ignore_index) return i;
+  }
+  return -1;
+}
+
+// The row of the first target that is no row of the bank, and then nothing is computed; or -1.
+std::int64_t contrastive_ce_forward(const std::string& name, const InputArguments& in,
+                                    const TargetArguments& targets, Pair cache, Address loss,
+                                    Address lse, Address p_other, Address residual,
+                                    Address attention) {
   ContrastiveCeForward op;
   op.in = inputs(in);
-  op.target = at<const std::int64_t>(target);
-  op.ignore_index = ignore_index;
-  op.label_smoothing = label_smoothing;
+  set_targets(op, targets);
   op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), false};
-  op.nll = at<float>(nll);
+  op.loss = at<float>(loss);
   op.lse = at<float>(lse);
   op.p_other = at<float>(p_other);
   op.residual = at<float>(residual);
   op.attention = at<float>(attention);
   const Kernels* kernels = tier(name).kernels;
   py::gil_scoped_release release;
-  kernels->contrastive_ce_forward(op);
+  const std::int64_t bad = first_bad_target(op);
+  if (bad < 0) kernels->contrastive_ce_forward(op);
+  return bad;
 }
 
-void contrastive_ce_backward(const std::string& name, const InputArguments& in, Address target,
-                             std::int64_t ignore_index, float label_smoothing, Pair cache,
-                             Address d_nll, Address d_lse, Address lse, Address p_other,
-                             Address residual, Address attention, Address d_student,
-                             Address d_weight, Address d_bias, Address d_logit_scale) {
+void contrastive_ce_backward(const std::string& name, const InputArguments& in,
+                             const TargetArguments& targets, Pair cache, Address d_loss,
+                             Address d_lse, Address lse, Address p_other, Address residual,
+                             Address attention, Address d_student, Address d_weight, Address d_bias,
+                             Address d_logit_scale) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
-  op.target = at<const std::int64_t>(target);
-  op.ignore_index = ignore_index;
-  op.label_smoothing = label_smoothing;
+  set_targets(op, targets);
   op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), true};
-  op.d_nll = at<const float>(d_nll);
+  op.d_loss = at<const float>(d_loss);
   op.d_lse = at<const float>(d_lse);
   op.lse = at<const float>(lse);
   op.p_other = at<const float>(p_other);

@@ -40,6 +40,13 @@ struct Sums {
   float* values;  // [W, 64] sum of 2^(l2 - shift) n; null: not kept
 };
 
+// Rows that count in a mean: at least 1, since the mean over none is 0.
+inline double kept_rows(const std::int64_t* target, std::int64_t batch, std::int64_t ignore_index) {
+  std::int64_t kept = 0;
+  for (std::int64_t i = 0; i < batch; ++i) kept += target[i] != ignore_index;
+  return kept > 0 ? static_cast<double>(kept) : 1;
+}
+
 // log(1 + e^x).
 inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)); }
 
@@ -49,6 +56,7 @@ class CeForward {
   static constexpr std::int64_t CHUNK_TILES = 8;
   static constexpr std::int64_t MIN_ITEMS = 32;  // parallelism of a pass, whatever the batch
   static constexpr std::int64_t MAX_SPLITS = 8;
+  static constexpr std::int64_t FEW_ITEMS = 8;  // below, threads share a panel's students
 
  public:
   explicit CeForward(const ContrastiveCeForward& op)
@@ -61,12 +69,14 @@ class CeForward {
         splits_(panels_ == 0 ? 1
                              : smaller(smaller(MAX_SPLITS, ceil_div(MIN_ITEMS, panels_)),
                                        ceil_div(in_.bank_rows, TILE))),
+        strip_(panels_ * splits_ < FEW_ITEMS ? PANEL / 2 : PANEL),
         chunk_(bank_, in_.student_dim,
                round_up(smaller(CHUNK_TILES, ceil_div(in_.bank_rows, TILE)), splits_), true),
         queries_(panels_ * bank_.width() * PANEL),
         shift_(panels_ * splits_ * PANEL),
         total_(panels_ * splits_ * PANEL),
         values_(keeps_values() ? panels_ * splits_ * in_.student_dim * PANEL : 0),
+        nll_(op.reduction == Reduction::none ? 0 : in_.batch),
         l_target_(in_.batch),
         l_exact_(in_.batch),
         n_sum_(in_.student_dim),
@@ -80,25 +90,27 @@ class CeForward {
     clear();
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.pack_weight();
+      bank_.prepare(mine.panel);
       each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
         each(end - first, [&](std::int64_t p) {
-          chunk_.fill(first, first + p, mine.panel);
-          take_targets(first + p, mine);
+          take_targets(first + p, chunk_.fill(first, first + p, mine.panel), mine);
         });
         const bool smooth = op_.label_smoothing > 0;
-        each(panels_ * splits_ + smooth, [&](std::int64_t item) {
-          if (item == panels_ * splits_) return add_rows(first);
+        const std::int64_t strips = ceil_div(in_.batch, strip_);
+        each(strips * splits_ + smooth, [&](std::int64_t item) {
+          if (item == strips * splits_) return add_rows(first);
           for (std::int64_t tile = item % splits_; tile < chunk_.tiles(); tile += splits_) {
             const std::int64_t k0 = first * PANEL + tile * TILE;
-            if (k0 < in_.bank_rows) add_tile(item / splits_, item % splits_, tile, k0, mine);
+            if (k0 < in_.bank_rows)
+              add_tile(item / splits_ * strip_, item % splits_, tile, k0, mine);
           }
         });
       }
       each(panels_, [&](std::int64_t panel) { finish(panel, mine); });
     });
+    if (op_.reduction != Reduction::none) reduce();
   }
 
  private:
@@ -121,10 +133,11 @@ class CeForward {
   // n_y of each row stands in a result until the row is finished.
   float* n_target() const { return op_.residual != nullptr ? op_.residual : op_.attention; }
 
-  Sums sums(std::int64_t panel, std::int64_t split) const {
-    const std::int64_t at = panel * splits_ + split;
-    return {shift_ + at * PANEL, total_ + at * PANEL,
-            keeps_values() ? values_ + at * in_.student_dim * PANEL : nullptr};
+  // Of the panel of student i, beginning at that student.
+  Sums sums(std::int64_t i, std::int64_t split) const {
+    const std::int64_t at = i / PANEL * splits_ + split, lane = i % PANEL;
+    return {shift_ + at * PANEL + lane, total_ + at * PANEL + lane,
+            keeps_values() ? values_ + at * in_.student_dim * PANEL + lane : nullptr};
   }
 
   void clear() {
@@ -147,16 +160,16 @@ class CeForward {
                     queries_ + panel * bank_.width() * PANEL, PANEL);
   }
 
-  void add_tile(std::int64_t panel, std::int64_t split, std::int64_t tile, std::int64_t k0,
+  // A strip of students, from i0 on, by a tile of bank rows, from k0 on.
+  void add_tile(std::int64_t i0, std::int64_t split, std::int64_t tile, std::int64_t k0,
                 Scratch& mine) {
     const std::int64_t count = smaller(TILE, in_.bank_rows - k0), width = bank_.width();
-    const int cols = students_.columns(panel);
-    const Sums to = sums(panel, split);
+    const int cols = static_cast<int>(round_up(smaller(strip_, in_.batch - i0), 16));
+    const Sums to = sums(i0, split);
+    const Word* queries = queries_ + i0 / PANEL * width * PANEL + i0 % PANEL;
     gemm(count, cols, width,
-         Operands<Type>{chunk_.rows(tile), width, queries_ + panel * width * PANEL, PANEL,
-                        mine.logits, PANEL},
-         false);
-    leave_out_targets(panel, k0, count, mine.logits);
+         Operands<Type>{chunk_.rows(tile), width, queries, PANEL, mine.logits, PANEL}, false);
+    leave_out_targets(i0, k0, count, mine.logits);
     if (!is_plain()) raise_shift(mine.logits, count, cols, to);
     const Word* p = exponentials(count, cols, to, mine);
     if (!keeps_values()) return;
@@ -167,23 +180,23 @@ class CeForward {
 
   // n_y, and l_y beyond the precision of the words, of the students whose target stands in the bank
   // panel just made: the loss of a row hangs on this one logit.
-  void take_targets(std::int64_t panel, Scratch& mine) {
+  void take_targets(std::int64_t panel, const float* numbers, Scratch& mine) {
     const std::int64_t dim = in_.student_dim, k0 = panel * PANEL, count = bank_.rows(panel);
     for (std::int64_t i = 0; i < in_.batch; ++i) {
       const std::int64_t k = op_.target[i] - k0;
       if (k < 0 || k >= count || op_.target[i] == op_.ignore_index) continue;
       float* n = keeps_values() ? n_target() + i * dim : mine.row + dim;
-      for (std::int64_t w = 0; w < dim; ++w) n[w] = mine.panel.z[w * PANEL + k];
+      for (std::int64_t w = 0; w < dim; ++w) n[w] = numbers[w * PANEL + k];
       students_.unit_row(i, mine.row);
       l_exact_[i] = static_cast<double>(in_.logit_scale) * dot(mine.row, n, dim);
     }
   }
 
-  void leave_out_targets(std::int64_t panel, std::int64_t k0, std::int64_t count, float* logits) {
-    for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
+  void leave_out_targets(std::int64_t i0, std::int64_t k0, std::int64_t count, float* logits) {
+    for (std::int64_t i = i0; i < smaller(i0 + strip_, in_.batch); ++i) {
       const std::int64_t k = op_.target[i] - k0;
       if (k < 0 || k >= count || op_.target[i] == op_.ignore_index) continue;
-      float& logit = logits[k * PANEL + i % PANEL];
+      float& logit = logits[k * PANEL + i - i0];
       l_target_[i] = static_cast<double>(in_.logit_scale) * logit;
       logit = -__builtin_inff();
     }
@@ -263,7 +276,7 @@ class CeForward {
   // Joins the splits of a panel and writes the results of its students.
   void finish(std::int64_t panel, Scratch& mine) {
     const std::int64_t dim = in_.student_dim;
-    const Sums all = sums(panel, 0);
+    const Sums all = sums(panel * PANEL, 0);
     join(panel, all);
     if (keeps_values()) transpose<float>(all.values, PANEL, dim, PANEL, mine.rows, dim);
     for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
@@ -275,7 +288,7 @@ class CeForward {
 
   void join(std::int64_t panel, Sums all) const {
     for (std::int64_t split = 1; split < splits_; ++split) {
-      const Sums part = sums(panel, split);
+      const Sums part = sums(panel * PANEL, split);
       for (int j = 0; j < PANEL; j += LANES) {
         const Vec a = load(all.shift + j), b = load(part.shift + j);
         const Vec shift = larger(a, b);
@@ -309,7 +322,8 @@ class CeForward {
     op_.p_other[i] = static_cast<float>(other);
     op_.lse[i] = static_cast<float>(lse);
     bank_.keep_rest(i, static_cast<float>(lse - static_cast<double>(op_.lse[i])));
-    op_.nll[i] = has_target ? static_cast<float>(nll) : 0.0f;
+    float* losses = op_.reduction == Reduction::none ? op_.loss : nll_;
+    losses[i] = has_target ? static_cast<float>(nll) : 0.0f;
     if (!keeps_values()) return;
 
     const float weight = static_cast<float>(other), inverse = total == 0 ? 0 : 1 / total;
@@ -326,14 +340,24 @@ class CeForward {
     }
   }
 
+  void reduce() const {
+    double sum = 0;
+    for (std::int64_t i = 0; i < in_.batch; ++i) sum += static_cast<double>(nll_[i]);
+    if (op_.reduction == Reduction::mean) {
+      sum /= kept_rows(op_.target, in_.batch, op_.ignore_index);
+    }
+    *op_.loss = static_cast<float>(sum);
+  }
+
   const ContrastiveCeForward& op_;
   const Inputs& in_;
   Students<Type> students_;
   Bank<Type> bank_;
-  std::int64_t panels_, splits_;
+  std::int64_t panels_, splits_, strip_;  // strip_: students whose logits stand in the cache
   Chunk<Type> chunk_;
   Buffer<Word> queries_;  // [panels, words(W), 64]: u^T, words along W
   Buffer<float> shift_, total_, values_;
+  Buffer<float> nll_;  // [B] where the loss is a scalar
   // [B] l_y; -inf where there is no target. As the other logits are computed, for the gradient, so
   // that the probabilities of a row sum to one; and in full, for the loss.
   Buffer<double> l_target_, l_exact_;
@@ -349,9 +373,13 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   const Bank<Type> bank(in, op.cache);
   // g and h of each row; what no gradient reaches is dropped, since it may hold NaN.
   Buffer<float> g(in.batch), h(in.batch), shift(in.batch), rest(in.batch);
+  const bool by_row = op.reduction == Reduction::none;
+  const float rows = op.reduction == Reduction::mean
+                         ? static_cast<float>(kept_rows(op.target, in.batch, op.ignore_index))
+                         : 1;
   for (std::int64_t i = 0; i < in.batch; ++i) {
     const bool has_target = op.target[i] != op.ignore_index;
-    g[i] = op.d_nll != nullptr && has_target ? op.d_nll[i] : 0;
+    g[i] = op.d_loss != nullptr && has_target ? op.d_loss[by_row ? i : 0] / rows : 0;
     h[i] = op.d_lse != nullptr ? op.d_lse[i] : 0;
     const bool idle = g[i] == 0 && h[i] == 0;
     if (idle) students.drop(i);

@@ -14,6 +14,12 @@ constexpr bool KEEP = false;
 constexpr bool KEEP = true;
 #endif
 constexpr int SLOTS = 64;
+// Below, malloc keeps what is freed, and is faster than a search.
+constexpr std::size_t LEAST_KEPT_BYTES = 32 << 10;
+
+bool is_kept(std::size_t bytes) {
+  return KEEP && bytes >= LEAST_KEPT_BYTES && bytes <= MAX_KEPT_BYTES;
+}
 
 class Pool {
  public:
@@ -79,7 +85,7 @@ Pool& pool() {
 
 Memory take_memory(std::size_t bytes) {
   if (bytes == 0) bytes = 1;
-  if (KEEP) {
+  if (is_kept(bytes)) {
     const Memory kept = pool().take(bytes);
     if (kept.data != nullptr) return kept;
   }
@@ -89,7 +95,7 @@ Memory take_memory(std::size_t bytes) {
 }
 
 void give_memory(Memory memory) noexcept {
-  if (KEEP && memory.bytes <= MAX_KEPT_BYTES) {
+  if (is_kept(memory.bytes)) {
     pool().give(memory);
   } else {
     std::free(memory.data);

@@ -30,8 +30,9 @@ struct Block {
 template <class Type>
 class ProjectionGradient {
   using Word = typename Type::Word;
-  static constexpr std::int64_t RUN = 2048;          // bank rows whose dZ is kept
-  static constexpr std::int64_t WEIGHT_BLOCK = 128;  // rows of a block of d_weight; 64 columns
+  static constexpr std::int64_t RUN = 2048;  // bank rows whose dZ is kept
+  // Rows of a block of d_weight, which has 64 columns. The bank is converted once for each.
+  static constexpr std::int64_t WEIGHT_BLOCK = 128, TALL_WEIGHT_BLOCK = 512;
 
  public:
   ProjectionGradient(const Inputs& in, const Students<Type>& students, const Bank<Type>& bank,
@@ -52,7 +53,8 @@ class ProjectionGradient {
     const std::int64_t run_words = per_run * PANEL / Type::PER_WORD;
     const std::int64_t width = in_.student_dim, dim = in_.teacher_dim;
     const std::int64_t column_blocks = d_weight == nullptr ? 0 : ceil_div(dim, PANEL);
-    const std::int64_t row_blocks = ceil_div(width, WEIGHT_BLOCK);
+    const std::int64_t block = column_blocks < 4 * threads ? WEIGHT_BLOCK : TALL_WEIGHT_BLOCK;
+    const std::int64_t row_blocks = ceil_div(width, block);
     Buffer<Word> d_z(width * run_words);          // dZ^T, words along the bank
     Buffer<float> d_bias_parts(per_run * width);  // one row for each panel
     Buffer<float> edge(width * PANEL);            // columns of d_weight past the last whole panel
@@ -61,7 +63,7 @@ class ProjectionGradient {
 
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.pack_weight();
+      bank_.prepare(mine.panel);
       each(batch_ / PANEL, [&](std::int64_t panel) { pack_students(panel * PANEL, mine); });
       for (std::int64_t first = 0; first < panels; first += per_run) {
         const std::int64_t count = smaller(per_run, panels - first);
@@ -74,8 +76,8 @@ class ProjectionGradient {
             if (d_bias != nullptr) add_rows(d_bias_parts, count, width, d_bias);
             return;
           }
-          const std::int64_t d0 = item / row_blocks * PANEL, w0 = item % row_blocks * WEIGHT_BLOCK;
-          const std::int64_t rows = smaller(WEIGHT_BLOCK, width - w0);
+          const std::int64_t d0 = item / row_blocks * PANEL, w0 = item % row_blocks * block;
+          const std::int64_t rows = smaller(block, width - w0);
           const bool whole = d0 + PANEL <= dim;
           float* out = whole ? d_weight + w0 * dim + d0 : edge + w0 * PANEL;
           const std::int64_t ld = whole ? dim : PANEL;
@@ -192,13 +194,19 @@ class ProjectionGradient {
     for (std::int64_t k = k0; k < k1; k += STUDENT_BLOCK) {
       const std::int64_t used = words<Type>(smaller(STUDENT_BLOCK, k1 - k));
       for (std::int64_t p = 0; p < used; ++p) {
+        float* wide = mine.wide;
+        if constexpr (Type::PER_WORD == 1) wide = mine.words + p * PANEL;
         for (int e = 0; e < Type::PER_WORD; ++e) {
-          float* row = mine.wide + e * PANEL;
+          float* row = wide + e * PANEL;
           const std::int64_t at = k + p * Type::PER_WORD + e, known = at < k1 ? dims : 0;
           if (known > 0) bank_.widen_row(at, d0, known, row);
-          std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
+          if (known < PANEL) {
+            std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
+          }
         }
-        pair_rows(mine.wide, PANEL, PANEL, mine.words + p * PANEL);
+        if constexpr (Type::PER_WORD > 1) {
+          pair_rows(wide, PANEL, PANEL, mine.words + p * PANEL);
+        }
       }
       gemm(rows, cols, used,
            Operands<Type>{d_z + (k - k0) / Type::PER_WORD, ld_z, mine.words, PANEL, out, ld},

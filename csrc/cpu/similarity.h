@@ -32,7 +32,7 @@ void similarity_forward(const SimilarityForward& op) {
 
   parallel(threads, [&](int thread) {
     Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-    bank.pack_weight();
+    bank.prepare(mine.panel);
     each(students.panels(), [&](std::int64_t panel) {
       students.pack_rows(panel * PANEL, rows + panel * PANEL * width, mine.row);
     });
@@ -75,7 +75,7 @@ class SimilaritySlope {
     slope_.zero();
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.pack_weight();
+      bank_.prepare(mine.panel);
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
         each(end - first, [&](std::int64_t p) { chunk_.fill(first, first + p, mine.panel); });

@@ -213,8 +213,9 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
   forward.target = p.target.get();
   forward.ignore_index = -100;
   forward.label_smoothing = s.smoothing;
+  forward.reduction = Reduction::none;
   forward.cache = {cache.get(), cache_bytes, false};
-  forward.nll = nll.get();
+  forward.loss = nll.get();
   forward.lse = lse.get();
   forward.p_other = p_other.get();
   forward.residual = residual.get();
@@ -223,7 +224,7 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
   check("nll", s, nll, truth.nll);
   check("lse", s, lse, truth.lse, 1);
 
-  Exact<float> d_nll(s.batch, 1.0f), d_lse(s.batch, 0.0f);
+  Exact<float> d_loss(s.batch, 1.0f), d_lse(s.batch, 0.0f);
   Exact<float> d_student(s.batch * s.student_dim, NOTHING), d_scale(1, NOTHING);
   Exact<float> d_weight(s.projection ? s.student_dim * s.teacher_dim : 0, NOTHING);
   Exact<float> d_bias(s.projection ? s.student_dim : 0, NOTHING);
@@ -232,8 +233,9 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
   backward.target = p.target.get();
   backward.ignore_index = -100;
   backward.label_smoothing = s.smoothing;
+  backward.reduction = Reduction::none;
   backward.cache = {cache.get(), cache_bytes, true};
-  backward.d_nll = d_nll.get();
+  backward.d_loss = d_loss.get();
   backward.d_lse = d_lse.get();
   backward.lse = lse.get();
   backward.p_other = p_other.get();

@@ -1,0 +1,123 @@
+"""Calls go past torch's dispatcher exactly where nothing has to see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ckd
+from ckd.ops import contrastive_ce, similarity
+from tests.oracle import Case, make_case
+
+OPS = (contrastive_ce._forward, contrastive_ce._backward, similarity._forward, similarity._backward)
+
+
+def step(case: Case) -> Tensor:
+    """Every op once."""
+    t = case.requiring("student", "weight", "logit_scale")
+    loss = ckd.contrastive_cross_entropy(*t.arguments)
+    table = ckd.normalized_similarity(t.student, t.bank, t.weight, t.bias, t.logit_scale)
+    (loss + table.sum()).backward()
+    assert t.weight is not None
+    assert t.weight.grad is not None
+    return t.weight.grad
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that were called through torch's dispatcher."""
+    names: list[str] = []
+
+    def spy(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            names.append(name)
+            return op(*args)
+
+        return call
+
+    for op in OPS:
+        monkeypatch.setattr(op, "_registered", spy(op.name, op._registered))
+    return names
+
+
+def test_plain_calls_go_straight_to_the_implementation(dispatched: list[str]) -> None:
+    step(make_case(4, 10, 8, 6))
+    assert dispatched == []
+
+
+def test_dispatch_modes_see_every_op() -> None:
+    seen: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = make_case(4, 10, 8, 6)
+    straight = step(case)
+    with Watch():
+        watched = step(case)
+    assert {f"ckd.{op.name}.default" for op in OPS} <= seen
+    assert torch.equal(straight, watched)
+
+
+def test_the_profiler_sees_every_op() -> None:
+    case = make_case(4, 10, 8, 6)
+    with torch.profiler.profile() as profile:
+        step(case)
+    names = {event.name for event in profile.events()}
+    assert {f"ckd::{op.name}" for op in OPS} <= names
+
+
+def test_fake_and_meta_tensors_are_not_computed_with() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    case = make_case(4, 10, 8, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = ckd.contrastive_cross_entropy(*case.arguments)
+    assert isinstance(loss, FakeTensor)
+    meta = [None if x is None else x.to("meta") for x in case.arguments]
+    assert ckd.contrastive_cross_entropy(*meta).is_meta  # type: ignore[arg-type]
+
+
+def test_tensor_subclasses_see_the_op() -> None:
+    seen: list[str] = []
+
+    class Wrapped(Tensor):
+        inner: Tensor
+
+        @staticmethod
+        def __new__(cls, inner: Tensor) -> Wrapped:
+            wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+            wrapped.inner = inner
+            return wrapped
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            plain = [x.inner if isinstance(x, Wrapped) else x for x in args]
+            return func(*plain, **(kwargs or {}))
+
+    case = make_case(4, 10, 8, 6)
+    pair = (case.bank, case.weight, case.bias, case.logit_scale)
+    logits = ckd.normalized_similarity(Wrapped(case.student), *pair)
+    assert "ckd.similarity.default" in seen
+    assert torch.equal(logits, ckd.normalized_similarity(case.student, *pair))
+
+
+def test_vmap_sees_the_op() -> None:
+    """It has no rule for the ops and calls them in turn; what must not happen is that they compute
+    on its batched tensors."""
+    case = make_case(4, 10, 8, 6)
+
+    def loss(student: Tensor) -> Tensor:
+        return ckd.contrastive_cross_entropy(student, *case.arguments[1:])
+
+    students = torch.stack([case.student, case.student.flip(0), 2 * case.student.flip(1)])
+    losses = torch.vmap(loss)(students)
+    torch.testing.assert_close(losses, torch.stack([loss(x) for x in students]))
