@@ -14,6 +14,8 @@ SOURCES = tools.ROOT / "csrc"
 PROGRAM = tools.ROOT / "tests" / "emulation" / "contrastive_ce.cpp"
 RESULTS = [
     "nll",
+    "loss",
+    "kept",
     "lse",
     "p_other",
     "residual",

@@ -28,7 +28,12 @@ def test_similarity_and_gradients_match_float64(shape: tuple[int, ...], backend:
     torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-5)
     factor = torch.randn(truth.shape, dtype=torch.float64)
     true_gradients = oracle.gradients(exact, (factor * truth).sum())
-    for name, value in oracle.gradients(case, (factor * result).sum()).items():
+    gradients = oracle.gradients(case, (factor * result).sum())
+    # A sum over all pairs whose terms cancel: held to their norm as well.
+    terms = torch.linalg.vector_norm(factor * truth / exact.logit_scale)
+    d_scale = true_gradients["logit_scale"]
+    assert (gradients.pop("logit_scale") - d_scale).abs() < 1e-5 * d_scale.abs() + 1e-6 * terms
+    for name, value in gradients.items():
         size = torch.linalg.vector_norm(true_gradients[name])
         assert relative_error(value, true_gradients[name]) < 1e-5 or size < 1e-6, name
 

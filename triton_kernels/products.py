@@ -68,7 +68,7 @@ def project_kernel(
 def product_kernel(
     a,  # float32, element (m, s) at m a_m + s a_s
     b,  # [sums, columns] rows b_stride apart
-    largest,  # [] float32 max |a|: a is scaled by it before it becomes half precision
+    largest,  # float32 max |a| of each row, largest_stride apart: by it a becomes half precision
     out,  # [splits, rows, columns] float32; added to, but by the first call
     rows,
     columns,
@@ -76,6 +76,7 @@ def product_kernel(
     a_m,
     a_s,
     b_stride,
+    largest_stride,  # 0: one for all rows
     ADD: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,9 +93,8 @@ def product_kernel(
     first = split * split_sums
     end = tl.minimum(first + split_sums, sums)
     m_long = m.to(tl.int64)
-    down, up = 1.0, 1.0
     if HALF:
-        top = tl.load(largest)
+        top = tl.load(largest + m_long * largest_stride, mask=m < rows, other=1.0)
         top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
         down = tl.where(top > 0, HALF_TOP / top, 0.0)
         up = top / HALF_TOP
@@ -112,9 +112,10 @@ def product_kernel(
             other=0.0,
         )
         if HALF:
-            left = left * down
+            left = left * down[:, None]
         total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision=PRECISION)
-    total *= up
+    if HALF:
+        total *= up[:, None]
     at = out + (split * rows + m_long[:, None]) * columns + c[None, :]
     stored = (m < rows)[:, None] & (c < columns)[None, :]
     if ADD:

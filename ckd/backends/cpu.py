@@ -99,6 +99,7 @@ def contrastive_ce_forward(
     inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
     batch, width = student.shape
     loss = torch.empty(batch if options.reduction == "none" else ())
+    kept = torch.empty(() if options.reduction == "mean" else 0)
     lse, p_other = torch.empty(batch), torch.empty(batch)
     residual = torch.empty(batch, width) if save_residual else torch.empty(0)
     attention = torch.empty(batch, width) if save_attention else torch.empty(0)
@@ -109,6 +110,7 @@ def contrastive_ce_forward(
         _targets(target, options),
         (cache.data_ptr(), cache_bytes),
         loss.data_ptr(),
+        kept.data_ptr(),
         lse.data_ptr(),
         p_other.data_ptr(),
         residual.data_ptr(),
@@ -116,7 +118,7 @@ def contrastive_ce_forward(
     )
     if bad >= 0:
         refuse_target(target, bad, len(bank), options.ignore_index)
-    return Forward(loss, lse, p_other, residual, attention, cache)
+    return Forward(loss, lse, kept, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
@@ -141,6 +143,7 @@ def contrastive_ce_backward(
         _targets(target, options),
         (saved.cache.data_ptr(), saved.cache.numel()),
         _address(d_loss),
+        saved.kept.data_ptr(),
         _address(d_lse),
         saved.lse.data_ptr(),
         saved.p_other.data_ptr(),

@@ -24,8 +24,6 @@ from ckd.backends.interface import (
     Problem,
     Saved,
     check_targets,
-    reduce_rows,
-    row_weights,
 )
 
 _missing: str | None = None
@@ -42,6 +40,8 @@ WIDTH_MULTIPLE = 16  # of the projected bank's rows
 TILE = 64  # of the kernels
 PIECE_SCALE = 64  # by which pieces of float32 numbers are multiplied
 MAX_PARTS = 16
+LEAST_TERMS = 8 * TILE  # of a part of a long sum: fewer are not worth adding up parts for
+WIDEST = 1 << 20  # a row: 65,535 tiles are the most of a launch
 DEVICE = "cuda"
 # Rows of the bank that are worked on at once; the kernels' own bound is 32 MiB of workspace.
 MOST_CHUNK_ROWS = 1 << 40
@@ -49,9 +49,20 @@ MOST_CHUNK_ROWS = 1 << 40
 
 def missing() -> str | None:
     """Why no problem at all can be served here."""
-    if _missing is None and DEVICE == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU"
+    if _missing is None and DEVICE == "cuda":
+        return _missing_gpu()
     return _missing
+
+
+def _missing_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "the GPU is AMD's"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    major, minor = _capability()
+    if major < 8:
+        return f"the GPU is of compute capability {major}.{minor}; the kernels need 8.0"
+    return None
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -66,6 +77,8 @@ def unsupported(problem: Problem) -> str | None:
         return "has 32-bit row numbers: less than 2^31 students and bank rows"
     if problem.student_dim == 0 or problem.teacher_dim == 0:
         return "rows of width 0"
+    if max(problem.student_dim, problem.teacher_dim) > WIDEST:
+        return f"rows wider than {WIDEST:,}"
     return None
 
 
@@ -95,15 +108,23 @@ def contrastive_ce_forward(
     batch = len(student)
     cache = call.empty(cache_bytes, dtype=torch.uint8)
     nll, lse, p_other = (call.empty(batch) for _ in range(3))
+    if options.reduction == "none":
+        loss, kept = call.empty(0), call.empty(0)
+    else:  # of no rows nothing is started
+        loss = torch.zeros((), device=student.device) if batch == 0 else call.empty(())
+        kept = call.empty(0)
+        if options.reduction == "mean":
+            kept = torch.ones_like(loss) if batch == 0 else call.empty(())
     residual = call.empty(student.shape if save_residual else 0)
     attention = call.empty(student.shape if save_attention else 0)
     target = target.contiguous()
     call.run(
         _C.cuda_contrastive_ce_forward,
         (target.data_ptr(), options.ignore_index, options.label_smoothing),
-        *(x.data_ptr() for x in (cache, nll, lse, p_other, residual, attention)),
+        *(x.data_ptr() for x in (cache, nll, loss, kept, lse, p_other, residual, attention)),
     )
-    return Forward(reduce_rows(nll, target, options), lse, p_other, residual, attention, cache)
+    loss = nll if options.reduction == "none" else loss
+    return Forward(loss, lse, kept, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
@@ -123,13 +144,14 @@ def contrastive_ce_backward(
     if len(student) == 0:
         return call.zero_gradients(needs)
     target = target.contiguous()
-    d_nll = row_weights(d_loss, target, options)
     gradients = _Gradients(call, needs)
     call.run(
         _C.cuda_contrastive_ce_backward,
         (target.data_ptr(), options.ignore_index, options.label_smoothing),
         saved.cache.data_ptr(),
-        *((0, 0) if d is None else (d.data_ptr(), d.stride(0)) for d in (d_nll, d_lse)),
+        _strided(d_loss),
+        saved.kept.data_ptr(),
+        _strided(d_lse),
         *(x.data_ptr() for x in (saved.lse, saved.p_other, saved.residual, saved.attention)),
         *gradients.of_rows,
         *gradients.of_projection,
@@ -166,15 +188,19 @@ def similarity_backward(
     if batch == 0:
         return call.zero_gradients(needs)
     d_logits = d_logits.float().contiguous()
-    largest = torch.linalg.vector_norm(d_logits, torch.inf)
     gradients = _Gradients(call, needs)
-    of_rows = needs.student or needs.logit_scale
+    of_rows, of_bank = needs.student or needs.logit_scale, needs.weight or needs.bias
+    # By which float16 is scaled: each student's slope, and each bank row's gradient, on its own.
+    largest = [
+        torch.linalg.vector_norm(d_logits, torch.inf, dim=dim) if wanted else call.empty(0)
+        for dim, wanted in ((1, of_rows), (0, of_bank))
+    ]
     parts, piece = call.parts(batch, call.row_length, len(bank)), -(-width // 16) * 16
     slope = call.empty((parts, batch, call.row_length) if of_rows else 0)
     call.run(
         _C.cuda_similarity_backward,
         d_logits.data_ptr(),
-        largest.data_ptr(),
+        (largest[0].data_ptr(), largest[1].data_ptr()),
         slope.data_ptr(),
         parts,
         *gradients.of_projection,
@@ -190,6 +216,7 @@ def similarity_backward(
             (0, 0, 0.0),
             0,
             (one.data_ptr(), 0),
+            0,
             (0, 0),
             0,
             0,
@@ -227,9 +254,9 @@ class _Gradients:
         call, needs = self._call, self._needs
         d_weight = d_bias = d_scale = None
         if needs.weight and call.weight_like is not None:
-            d_weight = self._weight.sum(0).to(call.weight_like.dtype)
+            d_weight = _sum_of_parts(self._weight).to(call.weight_like.dtype)
         if needs.bias and call.bias_like is not None:
-            d_bias = self._bias.sum(0).to(call.bias_like.dtype)
+            d_bias = _sum_of_parts(self._bias).to(call.bias_like.dtype)
         if needs.logit_scale:
             d_scale = self._along.sum()
         others = (call.empty(0) if d is None else d for d in (d_weight, d_bias, d_scale))
@@ -284,7 +311,7 @@ class _Call:
         """Into how many parts long sums are cut: the tiles of [rows, columns] fill the device."""
         tiles = -(-rows // TILE) * -(-columns // TILE)
         wanted = -(-2 * _processors(self.student.device) // tiles)
-        return max(1, min(wanted, MAX_PARTS, terms // (4 * TILE)))
+        return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 
     def run(self, function: Any, *arguments: Any) -> None:
         device = self.student.device
@@ -309,12 +336,26 @@ class _Call:
         )
 
 
+def _sum_of_parts(parts: Tensor) -> Tensor:
+    return parts.squeeze(0) if len(parts) == 1 else parts.sum(0)
+
+
+def _strided(d: Tensor | None) -> tuple[int, int]:
+    """A gradient of every row, which may be one number."""
+    return (0, 0) if d is None else (d.data_ptr(), d.stride(0) if d.dim() > 0 else 0)
+
+
 def _rows(matrix: Tensor) -> tuple[int, int, int, int, int]:
     return (matrix.data_ptr(), ELEMENTS[matrix.dtype], *matrix.shape, matrix.stride(0))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability()
 
 
 @functools.cache

@@ -94,6 +94,7 @@ class Forward(NamedTuple):
 
     loss: Tensor  # [B] for reduction "none": nll, 0 where ignored; else 0-dim
     lse: Tensor  # [B] log sum exp over the whole bank
+    kept: Tensor  # 0-dim, for reduction "mean": the rows that are not ignored, at least 1; else [0]
     p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
     residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
     attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
@@ -104,6 +105,7 @@ class Saved(NamedTuple):
     """What the backward gets of Forward."""
 
     lse: Tensor
+    kept: Tensor
     p_other: Tensor
     residual: Tensor
     attention: Tensor
@@ -128,25 +130,17 @@ class Gradients(NamedTuple):
     logit_scale: Tensor
 
 
-def reduce_rows(nll: Tensor, target: Tensor, options: Options) -> Tensor:
-    """The loss of the rows' losses [B]. The mean over no rows is 0."""
-    if options.reduction == "none":
-        return nll
-    total = nll.sum()
-    return total / _kept_rows(target, options) if options.reduction == "mean" else total
+def reduce_rows(nll: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Forward.loss and Forward.kept of the rows' losses [B]. The mean over no rows is 0."""
+    if options.reduction != "mean":
+        return nll if options.reduction == "none" else nll.sum(), nll.new_empty(0)
+    kept = (target != options.ignore_index).sum().clamp_(min=1).to(nll.dtype)
+    return nll.sum() / kept, kept
 
 
-def row_weights(d_loss: Tensor | None, target: Tensor, options: Options) -> Tensor | None:
-    """d nll [B] from d loss, which is 0-dim where the loss is."""
-    if d_loss is None or options.reduction == "none":
-        return d_loss
-    if options.reduction == "mean":
-        d_loss = d_loss / _kept_rows(target, options)
-    return d_loss.expand(target.shape)
-
-
-def _kept_rows(target: Tensor, options: Options) -> Tensor:
-    return (target != options.ignore_index).sum().clamp_(min=1)
+def row_weights(d_loss: Tensor | None, kept: Tensor, options: Options) -> Tensor | None:
+    """What is to be taken for d nll, [B] or 0-dim, from d loss."""
+    return d_loss / kept if d_loss is not None and options.reduction == "mean" else d_loss
 
 
 def check_targets(target: Tensor, bank_rows: int, ignore_index: int) -> None:

@@ -96,8 +96,10 @@ def contrastive_ce_forward(
 
         without = _loss_without_target(target, ignore_index, nll)
         nothing = u.new_empty(0)
+        loss, kept = reduce_rows(torch.where(has_target, nll.squeeze(1), without), target, options)
         return Forward(
-            loss=reduce_rows(torch.where(has_target, nll.squeeze(1), without), target, options),
+            loss=loss,
+            kept=kept,
             lse=lse.squeeze(1),
             p_other=p_other.squeeze(1),
             residual=residual if save_residual else nothing,
@@ -166,12 +168,13 @@ def contrastive_ce_backward(
 ) -> Gradients:
     """Gradients for d_loss and d_lse [B]; only weight and bias read the bank again."""
     label_smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    d_nll = row_weights(d_loss, target, options)
+    d_nll = row_weights(d_loss, saved.kept, options)
     with _exact(student):
         tau = _positive(logit_scale)
         has_target = _has_target(target, len(bank), ignore_index).unsqueeze(1)
         zero = saved.lse.new_zeros(len(student), 1)
-        g = zero if d_nll is None else d_nll.to(zero.dtype).unsqueeze(1) * has_target
+        g = zero if d_nll is None else d_nll.to(zero.dtype).unsqueeze(-1)
+        g = torch.where(has_target, g, 0)
         h = zero if d_lse is None else d_lse.to(zero.dtype).unsqueeze(1)
         # Rows that no gradient reaches (ignored ones, say) may hold NaN, and 0 NaN is NaN.
         idle = (g == 0) & (h == 0)

@@ -109,7 +109,8 @@ def contrastive_ce_forward(
                 residual if save_residual else None,
                 attention if save_attention else None,
             )
-    return Forward(reduce_rows(nll, target, options), lse, p_other, residual, attention, cache)
+    loss, kept = reduce_rows(nll, target, options)
+    return Forward(loss, lse, kept, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
@@ -131,7 +132,8 @@ def contrastive_ce_backward(
     if call.batch == 0:
         return call.zero_gradients(needs)
     target = target.contiguous()
-    pair = (row_weights(d_loss, target, options), d_lse)
+    d_nll = row_weights(d_loss, saved.kept, options)
+    pair = (None if d_nll is None else d_nll.expand(target.shape), d_lse)
     with call.on_device():
         d_student, d_scale = call.student_gradient(
             *pair, saved.residual, saved.attention, needs, target, options.ignore_index
@@ -181,7 +183,6 @@ def similarity_backward(
     if call.batch == 0:
         return call.zero_gradients(needs)
     d_logits = d_logits.float().contiguous()
-    largest = torch.linalg.vector_norm(d_logits, torch.inf)
     with call.on_device():
         u = call.students()
         slope = Product(call, call.batch, call.student_dim)
@@ -189,13 +190,18 @@ def similarity_backward(
         for chunk in call.chunks():
             part = d_logits[:, chunk.first : chunk.first + len(chunk.n)]
             if needs.student or needs.logit_scale:
-                slope.add(part, chunk.n, largest, call.operand)
+                slope.add(part, chunk.n, _largest(part), call.operand)
             if needs.weight or needs.bias:
                 d_n = Product(call, len(chunk.n), call.width)
-                d_n.add(part.T, u, largest, call.operand)
+                d_n.add(part.T, u, _largest(part.T), call.operand)
                 projection.add(chunk, d_n.sum() * call.positive_scale)
         d_student = d_scale = None
         if needs.student or needs.logit_scale:
             ones = torch.ones(call.batch, device=student.device)
             d_student, d_scale = call.student_gradient(ones, None, slope.sum(), slope.sum(), needs)
         return call.gradients(d_student, projection, d_scale, needs)
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    """The largest magnitude of each row."""
+    return torch.linalg.vector_norm(matrix, torch.inf, dim=1)

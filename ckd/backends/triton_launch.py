@@ -414,7 +414,8 @@ class Product:
         self._tiles: ProductTiles | None = None
 
     def add(self, a: Tensor, b: Tensor, largest: Tensor, operand: torch.dtype) -> None:
-        """a: float32 [rows, sums] of any strides, |a| <= largest; b: [sums, at least columns]."""
+        """a: float32 [rows, sums] of any strides; b: [sums, at least columns]; largest: max |a| of
+        all, or of each row."""
         call, sums = self._call, a.shape[1]
         aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
         candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)
@@ -430,7 +431,7 @@ class Product:
             grid = (-(-self._rows // chosen.rows), -(-self._columns // chosen.columns), len(parts))
             product_kernel[grid](
                 a, b, largest, parts, self._rows, self._columns, sums,
-                a.stride(0), a.stride(1), b.stride(0),
+                a.stride(0), a.stride(1), b.stride(0), largest.stride(0) if largest.dim() else 0,
                 ADD=added, HALF=call.half, PRECISION=call.precision,
                 OPERAND=getattr(tl, str(operand).removeprefix("torch.")),
                 BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=chosen.sums,

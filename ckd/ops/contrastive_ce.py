@@ -158,9 +158,9 @@ def _implementation(
     reduction: str,
     allow_half: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _arguments.check_scale(logit_scale)
-    loss, *saved = backends.ORDER[backend].contrastive_ce_forward(
+    return backends.ORDER[backend].contrastive_ce_forward(
         student,
         bank,
         target,
@@ -172,7 +172,6 @@ def _implementation(
         save_attention=save_attention,
         cache_bytes=cache_bytes,
     )
-    return loss, *saved
 
 
 def _fake(
@@ -189,7 +188,7 @@ def _fake(
     ignore_index: int,
     reduction: str,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     row = logit_scale.new_empty(student.shape[0])
     matrix, nothing = logit_scale.new_empty(student.shape), logit_scale.new_empty(0)
     residual = matrix if save_residual else nothing
@@ -197,6 +196,7 @@ def _fake(
     return (
         logit_scale.new_empty(row.shape if reduction == "none" else ()),
         row,
+        logit_scale.new_empty(() if reduction == "mean" else 0),
         torch.empty_like(row),
         torch.empty_like(residual),
         torch.empty_like(attention),

@@ -58,6 +58,7 @@ struct ContrastiveCeForward {
   Cache cache;
   // Results. [B] each; residual and attention [B, W], or null where not asked for.
   float* loss;  // a scalar unless reduction is none
+  float* kept;  // scalar, for reduction mean: the rows that are not ignored, at least 1
   float* lse;
   float* p_other;
   float* residual;
@@ -73,6 +74,7 @@ struct ContrastiveCeBackward {
   Reduction reduction;
   Cache cache;
   const float* d_loss;  // of the forward's shape, or null: zero
+  const float* kept;    // as the forward left it
   const float* d_lse;   // [B], or null: zero
   const float* lse;
   const float* p_other;

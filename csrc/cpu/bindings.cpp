@@ -68,13 +68,14 @@ std::int64_t first_bad_target(const ContrastiveCeForward& op) {
 // The row of the first target that is no row of the bank, and then nothing is computed; or -1.
 std::int64_t contrastive_ce_forward(const std::string& name, const InputArguments& in,
                                     const TargetArguments& targets, Pair cache, Address loss,
-                                    Address lse, Address p_other, Address residual,
+                                    Address kept, Address lse, Address p_other, Address residual,
                                     Address attention) {
   ContrastiveCeForward op;
   op.in = inputs(in);
   set_targets(op, targets);
   op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), false};
   op.loss = at<float>(loss);
+  op.kept = at<float>(kept);
   op.lse = at<float>(lse);
   op.p_other = at<float>(p_other);
   op.residual = at<float>(residual);
@@ -88,14 +89,15 @@ std::int64_t contrastive_ce_forward(const std::string& name, const InputArgument
 
 void contrastive_ce_backward(const std::string& name, const InputArguments& in,
                              const TargetArguments& targets, Pair cache, Address d_loss,
-                             Address d_lse, Address lse, Address p_other, Address residual,
-                             Address attention, Address d_student, Address d_weight, Address d_bias,
-                             Address d_logit_scale) {
+                             Address kept, Address d_lse, Address lse, Address p_other,
+                             Address residual, Address attention, Address d_student,
+                             Address d_weight, Address d_bias, Address d_logit_scale) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
   set_targets(op, targets);
   op.cache = {at<void>(std::get<0>(cache)), std::get<1>(cache), true};
   op.d_loss = at<const float>(d_loss);
+  op.kept = at<const float>(kept);
   op.d_lse = at<const float>(d_lse);
   op.lse = at<const float>(lse);
   op.p_other = at<const float>(p_other);

@@ -40,13 +40,6 @@ struct Sums {
   float* values;  // [W, 64] sum of 2^(l2 - shift) n; null: not kept
 };
 
-// Rows that count in a mean: at least 1, since the mean over none is 0.
-inline double kept_rows(const std::int64_t* target, std::int64_t batch, std::int64_t ignore_index) {
-  std::int64_t kept = 0;
-  for (std::int64_t i = 0; i < batch; ++i) kept += target[i] != ignore_index;
-  return kept > 0 ? static_cast<double>(kept) : 1;
-}
-
 // log(1 + e^x).
 inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(x < 0 ? x : -x)); }
 
@@ -342,11 +335,15 @@ class CeForward {
 
   void reduce() const {
     double sum = 0;
-    for (std::int64_t i = 0; i < in_.batch; ++i) sum += static_cast<double>(nll_[i]);
-    if (op_.reduction == Reduction::mean) {
-      sum /= kept_rows(op_.target, in_.batch, op_.ignore_index);
+    std::int64_t kept = 0;
+    for (std::int64_t i = 0; i < in_.batch; ++i) {
+      sum += static_cast<double>(nll_[i]);
+      kept += op_.target[i] != op_.ignore_index;
     }
-    *op_.loss = static_cast<float>(sum);
+    if (kept == 0) kept = 1;  // the mean over no rows is 0
+    const bool mean = op_.reduction == Reduction::mean;
+    *op_.loss = static_cast<float>(mean ? sum / static_cast<double>(kept) : sum);
+    if (mean) *op_.kept = static_cast<float>(kept);
   }
 
   const ContrastiveCeForward& op_;
@@ -374,9 +371,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   // g and h of each row; what no gradient reaches is dropped, since it may hold NaN.
   Buffer<float> g(in.batch), h(in.batch), shift(in.batch), rest(in.batch);
   const bool by_row = op.reduction == Reduction::none;
-  const float rows = op.reduction == Reduction::mean
-                         ? static_cast<float>(kept_rows(op.target, in.batch, op.ignore_index))
-                         : 1;
+  const float rows = op.reduction == Reduction::mean ? *op.kept : 1;
   for (std::int64_t i = 0; i < in.batch; ++i) {
     const bool has_target = op.target[i] != op.ignore_index;
     g[i] = op.d_loss != nullptr && has_target ? op.d_loss[by_row ? i : 0] / rows : 0;

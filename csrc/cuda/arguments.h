@@ -44,6 +44,8 @@ struct ContrastiveCeForward {
   void* cache;  // the projected bank, for the backward; null: it is projected again
   // Results. [B] each; residual and attention [B, W], or null where not asked for.
   float* nll;
+  float* loss;  // [] the sum of nll, divided by kept; null: not asked for
+  float* kept;  // [] the number of rows that are not ignored, at least 1; null: loss is the sum
   float* lse;
   float* p_other;
   float* residual;
@@ -54,8 +56,9 @@ struct ContrastiveCeBackward {
   Inputs in;
   Targets targets;
   void* cache;         // as the forward left it
-  const float* d_nll;  // [B], d_nll_stride apart; null: zeros
+  const float* d_nll;  // [B], d_nll_stride apart, each to be divided by kept; null: zeros
   std::int64_t d_nll_stride;
+  const float* kept;   // [], or null: 1
   const float* d_lse;  // [B], d_lse_stride apart; null: zeros
   std::int64_t d_lse_stride;
   const float* lse;
@@ -77,8 +80,9 @@ struct SimilarityForward {
 
 struct SimilarityBackward {
   Inputs in;
-  const float* d_logits;  // [B, K]
-  const float* largest;   // [] max |d_logits|
+  const float* d_logits;            // [B, K]
+  const float* largest_of_student;  // [B] the largest |d_logits| of a row; needed for slope
+  const float* largest_of_bank;     // [K] that of a column; needed for d_weight
   // Results, null where not asked for.
   float* slope;  // [slope_parts, B, row_length]: sum_k d_logits n_k, in rows as those of the bank
   int slope_parts;

@@ -81,6 +81,8 @@ struct Plan {
     return best;
   }
 
+  Layout student_layout() const { return pieces > 1 ? Layout::student_pieces : Layout::plain; }
+
   int pieces;        // in which rows of u and n are kept
   int piece;         // columns of each, zeros behind the student's width
   int ld;            // row length of u and n
@@ -111,6 +113,9 @@ class BankChunks {
     z_ = in.weight != nullptr && !filled_ ? pieces.take<float>(rows * plan.piece) : nullptr;
   }
 
+  // The students are to be normalised with the first chunk, into u [B, ld], and words cleared.
+  void normalise_students(__half* u, Cleared cleared) { u_ = u, cleared_ = cleared; }
+
   // Calls f(chunk, t) for each chunk, where t is its rows of the bank; stops at an error.
   template <class F>
   int each(const F& f) const {
@@ -138,12 +143,16 @@ class BankChunks {
     __half* n = const_cast<__half*>(chunk.n);
     float* inverse = const_cast<float*>(chunk.inverse);
     const int width = static_cast<int>(in_.student.width);
+    const auto normalise = [&](auto* rows, std::int64_t stride) {
+      using Z = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
+      const Layout layout = in_.exact ? Layout::bank_pieces : Layout::plain;
+      return write_unit_rows(
+          UnitRows<Z>{rows, stride, t.count, width, n, plan_.piece, layout, inverse},
+          chunk.first == 0);
+    };
     if (in_.weight == nullptr) {
       return with_element(t.element, [&](auto* element) {
-        using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-        return CKD_LAUNCH(unit_rows<S>, dim3(blocks(t.count, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                          stream_, static_cast<const S*>(t.data), t.stride, t.count, width,
-                          static_cast<const bool*>(nullptr), n, plan_.piece, layout(), inverse);
+        return normalise(static_cast<decltype(element)>(t.data), t.stride);
       });
     }
     if (int error = with_element(t.element, [&](auto* element) {
@@ -157,13 +166,30 @@ class BankChunks {
         })) {
       return error;
     }
-    return CKD_LAUNCH(unit_rows<float>, dim3(blocks(t.count, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                      stream_, static_cast<const float*>(z_),
-                      static_cast<std::int64_t>(plan_.piece), t.count, width,
-                      static_cast<const bool*>(nullptr), n, plan_.piece, layout(), inverse);
+    return normalise(static_cast<const float*>(z_), plan_.piece);
   }
 
-  Layout layout() const { return in_.exact ? Layout::bank_pieces : Layout::plain; }
+  template <class Z>
+  int write_unit_rows(const UnitRows<Z>& bank, bool is_first) const {
+    const unsigned of_bank = blocks(bank.rows, ROWS_PER_BLOCK);
+    if (u_ == nullptr || !is_first) {
+      return CKD_LAUNCH(unit_rows<Z>, dim3(of_bank), dim3(THREADS), 0, stream_, bank);
+    }
+    return with_element(in_.student.element, [&](auto* element) {
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+      const UnitRows<S> students = {static_cast<const S*>(in_.student.data),
+                                    in_.student.stride,
+                                    in_.student.count,
+                                    static_cast<int>(in_.student.width),
+                                    u_,
+                                    plan_.piece,
+                                    plan_.student_layout(),
+                                    nullptr};
+      return CKD_LAUNCH((unit_rows_of_both<S, Z>),
+                        dim3(blocks(students.rows, ROWS_PER_BLOCK) + of_bank), dim3(THREADS), 0,
+                        stream_, students, bank, cleared_);
+    });
+  }
 
   template <class T, class S, bool ALIGNED>
   int project_chunk(const Rows& t) const {
@@ -193,6 +219,8 @@ class BankChunks {
   __half* n_;
   float* inverse_;
   float* z_;
+  __half* u_ = nullptr;
+  Cleared cleared_ = {nullptr, 0};
 };
 
 // Of the projection, from dZ [rows, ld] of a chunk: (+)= into d_weight [parts, W, D] and d_bias
@@ -206,31 +234,22 @@ inline int add_weight_gradient(const Inputs& in, const Plan& plan, const Chunk& 
     using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
     return CKD_LAUNCH((sum_of_products<T, S, decltype(aligned)::value>),
                       dim3(blocks(width, TILE), blocks(dim, TILE), static_cast<unsigned>(parts)),
-                      dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream, d_z,
-                      static_cast<std::int64_t>(plan.ld), static_cast<std::int64_t>(1), width,
-                      static_cast<const S*>(t.data), t.stride, dim, t.count, largest, in.exact,
-                      d_weight, d_bias, chunk.first > 0);
+                      dim3(THREADS), PRODUCT_BYTES, stream, d_z, static_cast<std::int64_t>(plan.ld),
+                      static_cast<std::int64_t>(1), width, static_cast<const S*>(t.data), t.stride,
+                      dim, t.count, largest, 0, in.exact, d_weight, d_bias, chunk.first > 0);
   };
   return with_element(t.element, [&](auto* element) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+    // In exact arithmetic bfloat16, whatever the bank: where its norms differ by far, so do the
+    // rows of dZ, and small ones count as much as large ones.
+    if constexpr (std::is_same<S, __half>::value) {
+      if (in.exact) return run(__nv_bfloat16(), element, std::false_type());
+    }
     using T = std::conditional_t<std::is_same<S, __half>::value, __half, __nv_bfloat16>;
     if constexpr (std::is_same<S, T>::value) {
       if (BankChunks::is_aligned(t)) return run(T(), element, std::true_type());
     }
     return run(T(), element, std::false_type());
-  });
-}
-
-// u of the students.
-inline int unit_students(const Inputs& in, const Plan& plan, const bool* busy, __half* u,
-                         cudaStream_t stream) {
-  return with_element(in.student.element, [&](auto* element) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-    return CKD_LAUNCH(unit_rows<S>, dim3(blocks(in.student.count, ROWS_PER_BLOCK)), dim3(THREADS),
-                      0, stream, static_cast<const S*>(in.student.data), in.student.stride,
-                      in.student.count, static_cast<int>(in.student.width), busy, u, plan.piece,
-                      in.exact ? Layout::student_pieces : Layout::plain,
-                      static_cast<float*>(nullptr));
   });
 }
 

@@ -8,41 +8,28 @@
 
 namespace ckd::cuda {
 
-// What the bank's gradient needs of each student: G_ik = by_p p_ik - by_all, at the target
-// at_target - by_all; zeros where no gradient comes from, since such rows may hold NaN.
+// What the bank's gradient needs of a student: G_ik = by_p p_ik - by_all, at the target at_target -
+// by_all; zeros where no gradient comes from, since such rows may hold NaN.
 struct Factors {
-  bool* busy;   // [batch] some gradient comes from this student
-  int* column;  // [batch] the target's row of the bank, -1 where there is none
-  float* log2_sum;
-  float* by_p;
-  float* at_target;
-  float* by_all;
-  float* size;  // [] the largest |g| p_other + |h|: what G may be but at the target; begins as 0
+  int column = -1;  // the target's row of the bank, -1 where there is none
+  float log2_sum = 0, by_p = 0, at_target = 0, by_all = 0;
+  float size = 0;  // |g| p_other + |h|: what |G| is at most but at the target
 };
 
-static CKD_KERNEL void __launch_bounds__(THREADS)
-    student_factors(ContrastiveCeBackward op, Factors out) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  const std::int64_t bank_rows = op.in.bank.count;
-  const bool here = i < op.in.student.count;
+CKD_DEVICE Factors factors_of(const ContrastiveCeBackward& op, std::int64_t i) {
+  const std::int64_t y = load_target(op.targets, i, op.in.bank.count);
+  const float g = by_nll(op, i, y >= 0), h = by_lse(op, i);
   const float smoothing = op.targets.label_smoothing;
-  float size = 0;
-  if (here) {
-    const std::int64_t y = load_target(op.targets, i, bank_rows);
-    const float g = op.d_nll != nullptr && y >= 0 ? op.d_nll[i * op.d_nll_stride] : 0;
-    const float h = op.d_lse != nullptr ? op.d_lse[i * op.d_lse_stride] : 0;
-    const bool busy = g != 0 || h != 0;
-    const float other = op.p_other[i];
-    out.busy[i] = busy;
-    out.column[i] = static_cast<int>(y);
-    out.log2_sum[i] = busy ? op.lse[i] * LOG2E : 0;
-    out.by_p[i] = g + h;
-    out.at_target[i] = busy ? h * (1 - other) - g * (other - smoothing) : 0;
-    out.by_all[i] = g * (smoothing / static_cast<float>(bank_rows));
-    size = busy ? fabsf(g) * fmaxf(other, smoothing) + fabsf(h) : 0;
-  }
-  size = max_of_warp(size);
-  if (lane_index() == 0) atomic_max(out.size, size);
+  Factors f;
+  f.column = static_cast<int>(y);
+  if (g == 0 && h == 0) return f;
+  const float other = op.p_other[i];
+  f.log2_sum = op.lse[i] * LOG2E;
+  f.by_p = g + h;
+  f.at_target = h * (1 - other) - g * (other - smoothing);
+  f.by_all = g * (smoothing / static_cast<float>(op.in.bank.count));
+  f.size = fabsf(g) * fmaxf(other, smoothing) + fabsf(h);
+  return f;
 }
 
 // Large where every row is confident: then it meets probabilities of 0, and 0 inf would be NaN.
@@ -57,8 +44,8 @@ CKD_DEVICE float finite_product(float a, float b) {
 // whose maximum goes to `largest`. Every row is owned by one block.
 template <int WIDTH, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
-    bank_gradient(Students students, Chunk chunk, Factors factors, const float* scale, bool smooth,
-                  float* gradient, float* largest) {
+    bank_gradient(ContrastiveCeBackward op, Students students, Chunk chunk, float* gradient,
+                  float* largest) {
   constexpr float SMALLEST = 1e-30f;
   constexpr int ROWS = Operands<WIDTH, EXACT>::ROWS;
   CKD_SHARED(memory);
@@ -69,6 +56,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   float* by_p = carve.take<float>(2 * ROWS);
   float* at_target = carve.take<float>(2 * ROWS);
   float* by_all = carve.take<float>(2 * ROWS);
+  float* sizes = carve.take<float>(THREADS / 32);
   const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.x) * TILE, batch = students.batch;
   operands.stay_rows = chunk.n;
   operands.first_stay = k0;
@@ -77,26 +65,36 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   operands.stream_end = batch;
   operands.ld = students.ld;
   operands.own = static_cast<int>(blockIdx.y);
-  const float tau = positive(scale), to_base_2 = tau * LOG2E * product_factor(students.pieces);
-  const float size = fmaxf(*factors.size, SMALLEST), lift = LIFT / size;
+  const float tau = positive(op.in.logit_scale);
+  const float to_base_2 = tau * LOG2E * product_factor(students.pieces);
+  const bool smooth = op.targets.label_smoothing > 0;
+
+  operands.begin(0);
+  float size = SMALLEST;
+  for (std::int64_t i = threadIdx.x; i < batch; i += THREADS) {
+    size = fmaxf(size, factors_of(op, i).size);
+  }
+  size = max_of_warp(size);
+  if (lane_index() == 0) sizes[warp_index()] = size;
+  sync_block();
+  for (int warp = 0; warp < THREADS / 32; ++warp) size = fmaxf(size, sizes[warp]);
+  const float lift = LIFT / size;
 
   const auto load_factors = [&](std::int64_t i0, int to) {
     const int j = static_cast<int>(threadIdx.x);
     if (j >= ROWS) return;
-    const std::int64_t i = i0 + j;
-    const bool here = i < batch;
-    columns[to * ROWS + j] = here ? factors.column[i] : -1;
-    log2_sums[to * ROWS + j] = here ? factors.log2_sum[i] : 0;
-    by_p[to * ROWS + j] = here ? finite_product(factors.by_p[i], lift) : 0;
-    at_target[to * ROWS + j] = here ? factors.at_target[i] * lift : 0;
-    by_all[to * ROWS + j] = here ? factors.by_all[i] * lift : 0;
+    const Factors f = i0 + j < batch ? factors_of(op, i0 + j) : Factors();
+    columns[to * ROWS + j] = f.column;
+    log2_sums[to * ROWS + j] = f.log2_sum;
+    by_p[to * ROWS + j] = finite_product(f.by_p, lift);
+    at_target[to * ROWS + j] = f.at_target * lift;
+    by_all[to * ROWS + j] = f.by_all * lift;
   };
 
   const int own = static_cast<int>(chunk.first + k0) + own_row();
   Sums<WIDTH / 8> total;
   total.clear();
   load_factors(0, 0);
-  operands.begin(0);
   int step = 0;
   for (std::int64_t i0 = 0; i0 < batch; i0 += ROWS, ++step) {
     Sums<ROWS / 8> g;

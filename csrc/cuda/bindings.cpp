@@ -65,13 +65,16 @@ std::int64_t count_or_run(const Op& op, const DeviceArguments& device, Address w
 }
 
 std::int64_t forward(const InputArguments& in, const TargetArguments& target, Address cache,
-                     Address nll, Address lse, Address p_other, Address residual, Address attention,
-                     const DeviceArguments& device, Address workspace, Address stream) {
+                     Address nll, Address loss, Address kept, Address lse, Address p_other,
+                     Address residual, Address attention, const DeviceArguments& device,
+                     Address workspace, Address stream) {
   ContrastiveCeForward op;
   op.in = inputs(in);
   op.targets = targets(target);
   op.cache = at<void>(cache);
   op.nll = at<float>(nll);
+  op.loss = at<float>(loss);
+  op.kept = at<float>(kept);
   op.lse = at<float>(lse);
   op.p_other = at<float>(p_other);
   op.residual = at<float>(residual);
@@ -82,7 +85,7 @@ std::int64_t forward(const InputArguments& in, const TargetArguments& target, Ad
 }
 
 std::int64_t backward(const InputArguments& in, const TargetArguments& target, Address cache,
-                      std::tuple<Address, std::int64_t> d_nll,
+                      std::tuple<Address, std::int64_t> d_nll, Address kept,
                       std::tuple<Address, std::int64_t> d_lse, Address lse, Address p_other,
                       Address residual, Address attention, Address d_student, Address along,
                       Address d_weight, Address d_bias, int weight_parts,
@@ -93,6 +96,7 @@ std::int64_t backward(const InputArguments& in, const TargetArguments& target, A
   op.cache = at<void>(cache);
   op.d_nll = at<const float>(std::get<0>(d_nll));
   op.d_nll_stride = std::get<1>(d_nll);
+  op.kept = at<const float>(kept);
   op.d_lse = at<const float>(std::get<0>(d_lse));
   op.d_lse_stride = std::get<1>(d_lse);
   op.lse = at<const float>(lse);
@@ -117,13 +121,20 @@ std::int64_t table_forward(const InputArguments& in, Address logits, const Devic
       similarity_forward);
 }
 
-std::int64_t table_backward(const InputArguments& in, Address d_logits, Address largest,
-                            Address slope, int slope_parts, Address d_weight, Address d_bias,
-                            int weight_parts, const DeviceArguments& device, Address workspace,
-                            Address stream) {
-  const SimilarityBackward op = {
-      inputs(in),  at<const float>(d_logits), at<const float>(largest), at<float>(slope),
-      slope_parts, at<float>(d_weight),       at<float>(d_bias),        weight_parts};
+// largest: (of each student, of each row of the bank).
+std::int64_t table_backward(const InputArguments& in, Address d_logits,
+                            std::tuple<Address, Address> largest, Address slope, int slope_parts,
+                            Address d_weight, Address d_bias, int weight_parts,
+                            const DeviceArguments& device, Address workspace, Address stream) {
+  const SimilarityBackward op = {inputs(in),
+                                 at<const float>(d_logits),
+                                 at<const float>(std::get<0>(largest)),
+                                 at<const float>(std::get<1>(largest)),
+                                 at<float>(slope),
+                                 slope_parts,
+                                 at<float>(d_weight),
+                                 at<float>(d_bias),
+                                 weight_parts};
   return count_or_run(
       op, device, workspace, stream, [](auto... a) { return backward_workspace(a...); },
       similarity_backward);

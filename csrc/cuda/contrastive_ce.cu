@@ -38,28 +38,32 @@ class Forward {
     const bool smooth = op.targets.label_smoothing > 0;
     const std::int64_t parts = plan_.parts;
     u_ = pieces_.take<__half>(batch_ * plan_.ld);
-    n_target_ = pieces_.take<__half>(batch_ * plan_.ld);
-    l_target_ = pieces_.take<float>(batch_);
+    is_whole_ = plan_.chunk_rows >= op.in.bank.count;
+    n_target_ = is_whole_ ? nullptr : pieces_.take<__half>(batch_ * plan_.ld);
+    arrived_ = pieces_.take<int>(1);
     sums_.shift = pieces_.take<float>(axis_z(keeps_values) * parts * batch_);
     sums_.total = pieces_.take<float>(parts * batch_);
     sums_.values = keeps_values ? pieces_.take<float>(parts * batch_ * plan_.ld) : nullptr;
     // Counting, a piece is null: what is kept is told by this.
     keeps_values_ = keeps_values;
     n_sum_ = smooth ? pieces_.take<float>(N_SUM_PARTS * plan_.ld) : nullptr;
+    chunks_.normalise_students(u_, {reinterpret_cast<std::uint32_t*>(arrived_), 1});
   }
 
   std::int64_t bytes() const { return pieces_.used(); }
 
   int run() const {
     if (batch_ == 0) return 0;
-    if (int error = unit_students(op_.in, plan_, nullptr, u_, stream_)) return error;
-    if (int error = chunks_.each([&](const Chunk& chunk, const Rows&) { return add(chunk); })) {
+    TargetRows n_target = {n_target_, is_whole_};
+    if (int error = chunks_.each([&](const Chunk& chunk, const Rows&) {
+          if (is_whole_) n_target.rows = chunk.n;
+          return add(chunk);
+        })) {
       return error;
     }
-    return CKD_LAUNCH(combine, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0, stream_, op_,
-                      students(), sums_, plan_.parts, static_cast<const float*>(l_target_),
-                      static_cast<const __half*>(n_target_), static_cast<const float*>(n_sum_),
-                      N_SUM_PARTS);
+    return CKD_LAUNCH(combine, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), COMBINE_BYTES,
+                      stream_, op_, students(), sums_, plan_.parts, n_target,
+                      static_cast<const float*>(n_sum_), N_SUM_PARTS, arrived_);
   }
 
  private:
@@ -69,10 +73,11 @@ class Forward {
   Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
 
   int add(const Chunk& chunk) const {
-    if (int error = CKD_LAUNCH(find_targets, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                               stream_, students(), chunk, op_.targets, op_.in.logit_scale,
-                               l_target_, n_target_)) {
-      return error;
+    if (!is_whole_) {
+      if (int error = CKD_LAUNCH(keep_targets, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS),
+                                 0, stream_, students(), chunk, op_.targets, n_target_)) {
+        return error;
+      }
     }
     const dim3 grid(blocks(batch_, TILE), static_cast<unsigned>(plan_.parts),
                     axis_z(keeps_values_));
@@ -97,8 +102,9 @@ class Forward {
   cudaStream_t stream_;
   std::int64_t batch_;
   bool keeps_values_;
+  bool is_whole_;  // the bank is one chunk
   __half *u_, *n_target_;
-  float* l_target_;
+  int* arrived_;
   PartSums sums_;
   float* n_sum_;
 };
@@ -115,15 +121,8 @@ class Backward {
         batch_(op.in.student.count) {
     u_ = pieces_.take<__half>(batch_ * plan_.ld);
     gradient_ = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
-    factors_.busy = pieces_.take<bool>(batch_);
-    factors_.column = pieces_.take<int>(batch_);
-    factors_.log2_sum = pieces_.take<float>(batch_);
-    factors_.by_p = pieces_.take<float>(batch_);
-    factors_.at_target = pieces_.take<float>(batch_);
-    factors_.by_all = pieces_.take<float>(batch_);
-    count_ = static_cast<int>(1 + ceil_div(op.in.bank.count, plan_.chunk_rows));
-    scalars_ = pieces_.take<float>(count_);
-    factors_.size = scalars_;
+    count_ = static_cast<int>(ceil_div(op.in.bank.count, plan_.chunk_rows));
+    largest_ = pieces_.take<float>(count_);
   }
 
   // The students' gradients need nothing.
@@ -131,48 +130,36 @@ class Backward {
 
   int run() const {
     if (batch_ == 0) return 0;
-    if (op_.d_student != nullptr || op_.along != nullptr) {
-      if (int error = of_students()) return error;
-    }
-    if (op_.d_weight == nullptr) return 0;
-    if (int error = CKD_LAUNCH(clear_scalars, dim3(blocks(count_, THREADS)), dim3(THREADS), 0,
-                               stream_, scalars_, count_)) {
+    const bool wants_weight = op_.d_weight != nullptr;
+    if (int error = with_element(op_.in.student.element, [&](auto* element) {
+          using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+          const Cleared cleared = {reinterpret_cast<std::uint32_t*>(largest_),
+                                   wants_weight ? count_ : 0};
+          return CKD_LAUNCH(student_rows<S>, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0,
+                            stream_, op_, wants_weight ? u_ : nullptr, plan_.piece,
+                            plan_.student_layout(), cleared);
+        })) {
       return error;
     }
-    if (int error = CKD_LAUNCH(student_factors, dim3(blocks(batch_, THREADS)), dim3(THREADS), 0,
-                               stream_, op_, factors_)) {
-      return error;
-    }
-    if (int error = unit_students(op_.in, plan_, factors_.busy, u_, stream_)) {
-      return error;
-    }
+    if (!wants_weight) return 0;
     int index = 0;
     return chunks_.each(
-        [&](const Chunk& chunk, const Rows& t) { return add(chunk, t, scalars_ + ++index); });
+        [&](const Chunk& chunk, const Rows& t) { return add(chunk, t, largest_ + index++); });
   }
 
  private:
   Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
 
-  int of_students() const {
-    return with_element(op_.in.student.element, [&](auto* element) {
-      using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-      return CKD_LAUNCH(student_gradient<S>, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                        stream_, op_);
-    });
-  }
-
   int add(const Chunk& chunk, const Rows& t, float* largest) const {
     const dim3 grid(blocks(chunk.rows, TILE), static_cast<unsigned>(plan_.width_blocks));
-    const bool smooth = op_.targets.label_smoothing > 0;
     if (int error = with_width(plan_, [&](auto width, auto exact) {
           constexpr int WIDTH = decltype(width)::value;
           constexpr bool EXACT = decltype(exact)::value;
           constexpr int BYTES = operands_bytes<WIDTH, EXACT>() +
-                                5 * carve_bytes<float>(2 * Operands<WIDTH, EXACT>::ROWS);
-          return CKD_LAUNCH((bank_gradient<WIDTH, EXACT>), grid, dim3(THREADS), BYTES, stream_,
-                            students(), chunk, factors_, op_.in.logit_scale, smooth, gradient_,
-                            largest);
+                                5 * carve_bytes<float>(2 * Operands<WIDTH, EXACT>::ROWS) +
+                                carve_bytes<float>(THREADS / 32);
+          return CKD_LAUNCH((bank_gradient<WIDTH, EXACT>), grid, dim3(THREADS), BYTES, stream_, op_,
+                            students(), chunk, gradient_, largest);
         })) {
       return error;
     }
@@ -196,8 +183,7 @@ class Backward {
   std::int64_t batch_;
   __half* u_;
   float* gradient_;
-  Factors factors_;
-  float* scalars_;  // the size of G, and the largest |dZ| of each chunk
+  float* largest_;  // |dZ| of each chunk
   int count_;
 };
 

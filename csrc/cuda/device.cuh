@@ -149,6 +149,14 @@ CKD_DEVICE void atomic_max(float* address, float value) {
   atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
 }
 
+// Counts: how often this was called for the counter before. What a caller's block wrote, up to its
+// last barrier, is seen by those who come later, and behind their next barrier by their block.
+CKD_DEVICE int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
 }  // namespace ckd::cuda
 
 #endif  // CKD_EMULATION

@@ -45,7 +45,7 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     if constexpr (ALIGNED) {
       left.tile(to).copy(t, stride, first, rows, d, dim);
     } else {
-      left.tile(to).convert(t, stride, first, rows, d, dim);
+      left.tile(to).convert(t, stride, first, rows, d, dim, 0, AsItIs());
     }
     right.tile(to).copy(weight, weight_stride, column, width, d, dim);
     commit_copies();
@@ -88,8 +88,8 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     for (int i = 0; i < PIECES<S>; ++i) {
       for (int j = 0; i + j < 3; ++j) {
         sync_block();  // nobody reads what is overwritten
-        if (j == 0) left.convert(t, stride, first, rows, d, dim, 1, i);
-        right.convert(weight, weight_stride, column, width, d, dim, 1, j);
+        if (j == 0) left.convert(t, stride, first, rows, d, dim, i, AsItIs());
+        right.convert(weight, weight_stride, column, width, d, dim, j, AsItIs());
         sync_block();
         add_product_of_rows(sums, left, right);
       }
@@ -98,10 +98,19 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   store_projection(sums, first, rows, column, width, 1, bias, z, ld);
 }
 
+// By which one can multiply and divide without rounding.
+CKD_DEVICE float power_of_2_above(float x) {
+  int exponent;
+  frexpf(x, &exponent);
+  return ldexpf(1, exponent);
+}
+
+constexpr int PRODUCT_BYTES = 4 * carve_bytes<__half>(TILE * TILE) + carve_bytes<float>(TILE);
+
 // parts [splits, A, B] (+)= left^T right and, where asked for, column_parts [splits, A] (+)= the
-// sums of the columns of left, for left [rows, A] float32 of any strides and right [rows, B]. What
-// is float32 is scaled by 2^10 / largest when it becomes T. d_weight = dZ^T t and d_bias of the
-// projection, for one.
+// sums of the columns of left, for left [rows, A] float32 of any strides and right [rows, B]. Left
+// is scaled when it becomes T, the largest of all of it (or, with largest_stride 1, of each of its
+// columns) to between 2^10 and 2^11. d_weight = dZ^T t and d_bias of the projection, for one.
 //
 // A block owns 64 columns of left, 64 of right and one split of the rows.
 template <class T, class S, bool ALIGNED>
@@ -109,14 +118,21 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     sum_of_products(const float* left_rows, std::int64_t left_stride,
                     std::int64_t left_column_stride, int left_columns, const S* right_rows,
                     std::int64_t right_stride, int right_columns, std::int64_t rows,
-                    const float* largest, bool exact, float* parts, float* column_parts, bool add) {
-  constexpr float TOP = 1024, SMALLEST = 1e-30f;
+                    const float* largest, int largest_stride, bool exact, float* parts,
+                    float* column_parts, bool add) {
+  constexpr float TOP = 2048, SMALLEST = 1e-30f;
   CKD_SHARED(memory);
   Carve carve(memory);
   const Buffers<T, TILE> left = {carve.take<T>(2 * TILE * TILE)};
   const Buffers<T, TILE> right = {carve.take<T>(2 * TILE * TILE)};
-  const float top = fmaxf(*largest, SMALLEST), down = TOP / top;
+  float* tops = carve.take<float>(TILE);  // of each column
   const int a0 = static_cast<int>(blockIdx.x) * TILE, b0 = static_cast<int>(blockIdx.y) * TILE;
+  for (int a = static_cast<int>(threadIdx.x); a < TILE; a += THREADS) {
+    tops[a] = a0 + a < left_columns
+                  ? power_of_2_above(fmaxf(largest[(a0 + a) * largest_stride], SMALLEST))
+                  : 1;
+  }
+  sync_block();
   const std::int64_t split = blockIdx.z, splits = gridDim.z;
   const std::int64_t each = ((rows + splits - 1) / splits + TILE - 1) / TILE * TILE;
   const std::int64_t begin = split * each, end = smaller(begin + each, rows);
@@ -124,12 +140,13 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   constexpr int RIGHT_PIECES = std::is_same<S, T>::value ? 1 : PIECES<S>;
   constexpr int LEFT_PIECES = std::is_same<T, __half>::value ? 2 : 3;
   const auto load = [&](std::int64_t k, int to, int i, int j) {
-    left.tile(to).convert(left_rows, left_stride, k, end, a0, left_columns, down, i,
-                          left_column_stride);
+    left.tile(to).convert(
+        left_rows, left_stride, k, end, a0, left_columns, i,
+        [&](int column) { return TOP / tops[column]; }, left_column_stride);
     if constexpr (ALIGNED) {
       right.tile(to).copy(right_rows, right_stride, k, end, b0, right_columns);
     } else {
-      right.tile(to).convert(right_rows, right_stride, k, end, b0, right_columns, 1, j);
+      right.tile(to).convert(right_rows, right_stride, k, end, b0, right_columns, j, AsItIs());
     }
     commit_copies();
   };
@@ -159,14 +176,15 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     add_product_of_columns(sums, left.tile(step), right.tile(step));
     if (sums_columns && is_first) {
       const float* at = left_rows + own_column_of_left * left_column_stride;
+      float of_tile = 0;  // on its own first: the errors of long sums grow with their length
       for (std::int64_t row = k; row < smaller(k + TILE, end); ++row) {
-        of_column += at[row * left_stride];
+        of_tile += at[row * left_stride];
       }
+      of_column += of_tile;
     }
     k = next;
     ++step;
   }
-  const float up = top / TOP;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -174,7 +192,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
       const std::int64_t a = a0 + own_row() + e / 2 * 8, b = b0 + own_column(n) + e % 2;
       if (a >= left_columns || b >= right_columns) continue;
       float& out = parts[(split * left_columns + a) * right_columns + b];
-      out = sums.at[n][e] * up + (add ? out : 0.0f);
+      out = sums.at[n][e] * (tops[a - a0] / TOP) + (add ? out : 0.0f);
     }
   }
   if (sums_columns) {

@@ -49,42 +49,79 @@ CKD_DEVICE float bank_column(const T* row, int w, int width, int pieces) {
   return (widen(row[w]) + widen(row[2 * width + w])) / PIECE_SCALE;
 }
 
-// unit [rows, ld] = x / |x| with zeros behind the width of x, and ld three times as long if there
-// are pieces; inverse [rows] = 1 / |x| (or null). Rows that `busy` (or null) does not name are
-// zero, whatever they hold.
+// One row of unit rows: x scale with zeros behind the width of x, or nothing but zeros.
 template <class T>
-CKD_KERNEL void __launch_bounds__(THREADS)
-    unit_rows(const T* x, std::int64_t stride, std::int64_t rows, int width, const bool* busy,
-              __half* unit, int ld, Layout layout, float* inverse) {
-  const std::int64_t row = warp_row();
-  if (row >= rows) return;
-  const bool used = busy == nullptr || busy[row];
-  const T* from = x + row * stride;
-  float sum = 0;
-  for (int w = lane_index(); used && w < width; w += 32) {
-    const float value = widen(from[w]);
-    sum += value * value;
-  }
-  const float scale = inverse_norm(sum_of_warp(sum));
+CKD_DEVICE void write_unit_row(const T* x, int width, float scale, bool used, __half* to, int ld,
+                               Layout layout) {
   for (int w = lane_index(); w < ld; w += 32) {
-    const float value = used && w < width ? widen(from[w]) * scale : 0.0f;
+    const float value = used && w < width ? widen(x[w]) * scale : 0.0f;
     if (layout == Layout::plain) {
-      unit[row * ld + w] = __float2half_rn(value);
+      to[w] = __float2half_rn(value);
       continue;
     }
     const __half high = piece_of<__half>(value * PIECE_SCALE, 0);
     const __half low = piece_of<__half>(value * PIECE_SCALE, 1);
-    __half* to = unit + row * 3 * ld + w;
-    to[0] = high;
-    to[ld] = layout == Layout::student_pieces ? low : high;
-    to[2 * ld] = layout == Layout::student_pieces ? high : low;
+    to[w] = high;
+    to[ld + w] = layout == Layout::student_pieces ? low : high;
+    to[2 * ld + w] = layout == Layout::student_pieces ? high : low;
   }
-  if (inverse != nullptr && lane_index() == 0) inverse[row] = scale;
 }
 
-static CKD_KERNEL void __launch_bounds__(THREADS) clear_scalars(float* x, int count) {
-  const int i = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
-  if (i < count) x[i] = 0;
+// unit [rows, ld] = x / |x|, and ld three times as long if there are pieces; inverse [rows] = 1 /
+// |x| (or null).
+template <class T>
+struct UnitRows {
+  const T* x;
+  std::int64_t stride, rows;
+  int width;
+  __half* unit;
+  int ld;
+  Layout layout;
+  float* inverse;
+
+  CKD_DEVICE void write(std::int64_t row) const {
+    if (row >= rows) return;
+    const T* from = x + row * stride;
+    float sum = 0;
+    for (int w = lane_index(); w < width; w += 32) {
+      const float value = widen(from[w]);
+      sum += value * value;
+    }
+    const float scale = inverse_norm(sum_of_warp(sum));
+    const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
+    write_unit_row(from, width, scale, true, unit + row * length, ld, layout);
+    if (inverse != nullptr && lane_index() == 0) inverse[row] = scale;
+  }
+};
+
+// Words that a later kernel of the call wants to begin with 0.
+struct Cleared {
+  std::uint32_t* words;
+  int count;
+
+  CKD_DEVICE void clear() const {
+    if (blockIdx.x != 0) return;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += THREADS) words[i] = 0;
+  }
+};
+
+template <class T>
+CKD_KERNEL void __launch_bounds__(THREADS) unit_rows(UnitRows<T> of) {
+  of.write(warp_row());
+}
+
+// Of students, to whom the first blocks go, and of the bank.
+template <class S, class Z>
+CKD_KERNEL void __launch_bounds__(THREADS)
+    unit_rows_of_both(UnitRows<S> students, UnitRows<Z> bank, Cleared cleared) {
+  cleared.clear();
+  const std::int64_t blocks = (students.rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK;
+  const std::int64_t row = warp_row();
+  if (blockIdx.x < blocks) {
+    students.write(row);
+  } else {
+    bank.write(row - blocks * ROWS_PER_BLOCK);
+  }
 }
 
 // d_n [rows, pieces ld] becomes d_z = (d_n - (d_n . n) n) / |z| in its first ld columns; `largest`
@@ -112,32 +149,47 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   if (lane_index() == 0) atomic_max(largest, top);
 }
 
-// d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention. What
-// neither g nor h reaches gets zeros, whatever it holds.
+// d loss / d nll and d loss / d lse of a row.
+CKD_DEVICE float by_nll(const ContrastiveCeBackward& op, std::int64_t i, bool has_target) {
+  if (op.d_nll == nullptr || !has_target) return 0;
+  return op.d_nll[i * op.d_nll_stride] / (op.kept == nullptr ? 1 : *op.kept);
+}
+CKD_DEVICE float by_lse(const ContrastiveCeBackward& op, std::int64_t i) {
+  return op.d_lse == nullptr ? 0 : op.d_lse[i * op.d_lse_stride];
+}
+
+// d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention; and u
+// [rows, ld], or null, of those that some gradient reaches. The others get zeros, whatever they
+// hold.
 template <class T>
-CKD_KERNEL void __launch_bounds__(THREADS) student_gradient(ContrastiveCeBackward op) {
+CKD_KERNEL void __launch_bounds__(THREADS)
+    student_rows(ContrastiveCeBackward op, __half* u, int ld, Layout layout, Cleared cleared) {
+  cleared.clear();
   const std::int64_t row = warp_row(), rows = op.in.student.count;
   if (row >= rows) return;
   const int width = static_cast<int>(op.in.student.width), lane = lane_index();
   const bool has_target =
       op.targets.target == nullptr || load_target(op.targets, row, op.in.bank.count) >= 0;
-  const float g = op.d_nll != nullptr && has_target ? op.d_nll[row * op.d_nll_stride] : 0;
-  const float h = op.d_lse != nullptr ? op.d_lse[row * op.d_lse_stride] : 0;
+  const float g = by_nll(op, row, has_target), h = by_lse(op, row);
+  const bool busy = g != 0 || h != 0, wants_slope = op.d_student != nullptr || op.along != nullptr;
   const T* student = static_cast<const T*>(op.in.student.data) + row * op.in.student.stride;
   const auto slope = [&](int w) {
     float value = g == 0 ? 0 : g * op.residual[row * width + w];
     if (h != 0) value += h * op.attention[row * width + w];
     return value;
   };
-  const bool busy = g != 0 || h != 0;
   float squares = 0, product = 0;
   for (int w = lane; busy && w < width; w += 32) {
     const float s = widen(student[w]);
     squares += s * s;
-    product += s * slope(w);
+    if (wants_slope) product += s * slope(w);
   }
   const float inverse = inverse_norm(sum_of_warp(squares));
   const float along = sum_of_warp(product) * inverse;
+  if (u != nullptr) {
+    const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
+    write_unit_row(student, width, inverse, busy, u + row * length, ld, layout);
+  }
   if (lane == 0 && op.along != nullptr) op.along[row] = along;
   if (op.d_student == nullptr) return;
   const float factor = positive(op.in.logit_scale) * inverse;

@@ -13,14 +13,15 @@ class Forward {
         pieces_(workspace),
         chunks_(op.in, plan_, nullptr, false, pieces_, stream),
         stream_(stream),
-        u_(pieces_.take<__half>(op.in.student.count * plan_.ld)) {}
+        u_(pieces_.take<__half>(op.in.student.count * plan_.ld)) {
+    chunks_.normalise_students(u_, {nullptr, 0});
+  }
 
   std::int64_t bytes() const { return pieces_.used(); }
 
   int run() const {
     const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
     if (batch == 0) return 0;
-    if (int error = unit_students(op_.in, plan_, nullptr, u_, stream_)) return error;
     return chunks_.each([&](const Chunk& chunk, const Rows&) {
       return CKD_LAUNCH(
           (project<__half, __half, true>), dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)),
@@ -54,17 +55,13 @@ class Backward {
     gradient_ = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
     count_ = static_cast<int>(ceil_div(op.in.bank.count, plan_.chunk_rows));
     largest_ = pieces_.take<float>(count_);
+    chunks_.normalise_students(u_, {reinterpret_cast<std::uint32_t*>(largest_), count_});
   }
 
   std::int64_t bytes() const { return pieces_.used(); }
 
   int run() const {
     if (op_.in.student.count == 0) return 0;
-    if (int error = CKD_LAUNCH(clear_scalars, dim3(blocks(count_, THREADS)), dim3(THREADS), 0,
-                               stream_, largest_, count_)) {
-      return error;
-    }
-    if (int error = unit_students(op_.in, plan_, nullptr, u_, stream_)) return error;
     int index = 0;
     return chunks_.each([&](const Chunk& chunk, const Rows& t) {
       if (int error = op_.slope != nullptr ? add_slope(chunk) : 0) return error;
@@ -81,9 +78,10 @@ class Backward {
     return CKD_LAUNCH(
         (sum_of_products<__half, __half, true>),
         dim3(blocks(batch, TILE), blocks(ld, TILE), static_cast<unsigned>(op_.slope_parts)),
-        dim3(THREADS), 4 * carve_bytes<__half>(TILE * TILE), stream_, op_.d_logits + chunk.first,
+        dim3(THREADS), PRODUCT_BYTES, stream_, op_.d_logits + chunk.first,
         static_cast<std::int64_t>(1), op_.in.bank.count, batch, chunk.n, ld, plan_.ld, chunk.rows,
-        op_.largest, op_.in.exact, op_.slope, static_cast<float*>(nullptr), chunk.first > 0);
+        op_.largest_of_student, 1, op_.in.exact, op_.slope, static_cast<float*>(nullptr),
+        chunk.first > 0);
   }
 
   // dN_k = logit_scale sum_i d_logits_ik u_i, then dZ, then the projection's gradient.
@@ -91,11 +89,11 @@ class Backward {
     const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
     if (int error = CKD_LAUNCH((sum_of_products<__half, __half, true>),
                                dim3(blocks(chunk.rows, TILE), blocks(ld, TILE)), dim3(THREADS),
-                               4 * carve_bytes<__half>(TILE * TILE), stream_,
-                               op_.d_logits + chunk.first, op_.in.bank.count,
-                               static_cast<std::int64_t>(1), static_cast<int>(chunk.rows),
-                               static_cast<const __half*>(u_), ld, plan_.ld, batch, op_.largest,
-                               op_.in.exact, gradient_, static_cast<float*>(nullptr), false)) {
+                               PRODUCT_BYTES, stream_, op_.d_logits + chunk.first,
+                               op_.in.bank.count, static_cast<std::int64_t>(1),
+                               static_cast<int>(chunk.rows), static_cast<const __half*>(u_), ld,
+                               plan_.ld, batch, op_.largest_of_bank + chunk.first, 1, op_.in.exact,
+                               gradient_, static_cast<float*>(nullptr), false)) {
       return error;
     }
     if (int error =

@@ -2,8 +2,8 @@
 // the bank, float16, rows `ld` apart with zeros behind the student's width.
 //
 //   l = logit_scale u . n     with the target left out: a = log sum_{k != y} exp l_k - l_y
-//   nll = softplus(a)     p_other = sigmoid(a)     d nll / d (logit_scale u) = p_other (E' / Z' -
-//   n_y)
+//   nll = softplus(a)     p_other = sigmoid(a)
+//   d nll / d (logit_scale u) = p_other (E' / Z' - n_y)
 
 #pragma once
 
@@ -13,28 +13,22 @@ namespace ckd::cuda {
 
 // What the forward keeps of each part of the bank.
 struct PartSums {
-  float*
-      shift;  // [blocks, parts, batch] of the exponentials, to base 2; a copy for each block of W
+  // [blocks, parts, batch] of the exponentials, to base 2; a copy for each block of W
+  float* shift;
   float* total;   // [parts, batch] sum over k != y of 2^(l - shift)
   float* values;  // [parts, batch, ld] the same, times n; null: not kept
 };
 
-// l_y and n_y of the students whose target is in the chunk; a warp for each student.
+// n_target [batch, ld] gets n_y of the students whose target is in the chunk; a warp for each.
 static CKD_KERNEL void __launch_bounds__(THREADS)
-    find_targets(Students students, Chunk chunk, Targets targets, const float* scale,
-                 float* l_target, __half* n_target) {
+    keep_targets(Students students, Chunk chunk, Targets targets, __half* n_target) {
   const std::int64_t i = warp_row();
   if (i >= students.batch) return;
   const std::int64_t y = load_target(targets, i, chunk.bank_rows) - chunk.first;
   if (y < 0 || y >= chunk.rows) return;
-  float dot = 0;
   for (int w = lane_index(); w < students.ld; w += 32) {
-    const __half value = chunk.n[y * students.ld + w];
-    n_target[i * students.ld + w] = value;
-    dot += widen(students.u[i * students.ld + w]) * widen(value);
+    n_target[i * students.ld + w] = chunk.n[y * students.ld + w];
   }
-  dot = sum_of_warp(dot);
-  if (lane_index() == 0) l_target[i] = dot * product_factor(students.pieces) * positive(scale);
 }
 
 CKD_DEVICE int column_of(std::int64_t k, int columns) {
@@ -182,24 +176,37 @@ static CKD_KERNEL void __launch_bounds__(THREADS) sum_rows(Chunk chunk, int ld, 
 // log(1 + exp(-x)) for x >= 0, exact when tiny too.
 CKD_DEVICE float softplus_of_minus(float x) { return log1pf(expf(-x)); }
 
-// The parts become one, and the students' results; a warp for each student.
-static CKD_KERNEL void __launch_bounds__(THREADS)
-    combine(ContrastiveCeForward op, Students students, PartSums sums, int parts,
-            const float* l_target, const __half* n_target, const float* n_sum, int n_sum_parts) {
-  const std::int64_t i = warp_row(), batch = students.batch;
-  if (i >= batch) return;
+// n_y of student i: a row of the bank where all of it stands in one chunk, else what was kept.
+struct TargetRows {
+  const __half* rows;
+  bool is_bank;
+
+  CKD_DEVICE const __half* of(std::int64_t i, std::int64_t y, int ld) const {
+    return rows + (is_bank ? y : i) * ld;
+  }
+};
+
+// The parts of one student become one, and its results; by a warp.
+CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& students,
+                            const PartSums& sums, int parts, TargetRows n_target,
+                            const float* n_sum, int n_sum_parts, std::int64_t i) {
+  const std::int64_t batch = students.batch, bank_rows = op.in.bank.count;
   const int ld = students.ld, width = static_cast<int>(op.in.student.width), lane = lane_index();
-  const std::int64_t bank_rows = op.in.bank.count;
   const int pieces = students.pieces, piece = ld / pieces;
   const float smoothing = op.targets.label_smoothing;
+  const float to_logit = positive(op.in.logit_scale) * product_factor(pieces);
   float top = sums.shift[i], z = 0;
   for (int part = 1; part < parts; ++part) top = fmaxf(top, sums.shift[part * batch + i]);
   for (int part = 0; part < parts; ++part) {
     z += exp2f(sums.shift[part * batch + i] - top) * sums.total[part * batch + i];
   }
   const float log_other = (top + log2f(z)) / LOG2E;
-  const bool has_target = load_target(op.targets, i, bank_rows) >= 0;
-  const float l_y = has_target ? l_target[i] : 0;
+  const std::int64_t y = load_target(op.targets, i, bank_rows);
+  const bool has_target = y >= 0;
+  const __half *u = students.u + i * ld, *n_y = n_target.of(i, has_target ? y : 0, ld);
+  float dot = 0;
+  for (int w = lane; has_target && w < ld; w += 32) dot += widen(u[w]) * widen(n_y[w]);
+  const float l_y = sum_of_warp(dot) * to_logit;
   const float odds = log_other - l_y;  // -inf where the target is the whole bank
   const float small = expf(-fabsf(odds));
   const float other = has_target ? (odds < 0 ? small : 1) / (1 + small) : 1;
@@ -213,9 +220,8 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   };
   if (smoothing > 0) {
     float mean = 0;
-    for (int w = lane; w < ld; w += 32) mean += widen(students.u[i * ld + w]) * mean_n(w);
-    loss += smoothing *
-            (l_y - positive(op.in.logit_scale) * product_factor(pieces) * sum_of_warp(mean));
+    for (int w = lane; w < ld; w += 32) mean += widen(u[w]) * mean_n(w);
+    loss += smoothing * (l_y - to_logit * sum_of_warp(mean));
   }
   if (lane == 0) {
     const bool ignored = op.targets.target[i] == op.targets.ignore_index;
@@ -232,19 +238,57 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
                  bank_column(sums.values + (part * batch + i) * ld, w, piece, pieces);
     }
     n_other *= inverse;
-    const float n_y = has_target ? bank_column(n_target + i * ld, w, piece, pieces) : 0;
+    const float target = has_target ? bank_column(n_y, w, piece, pieces) : 0;
     if (op.residual != nullptr) {
-      float slope = other * (n_other - n_y);
+      float slope = other * (n_other - target);
       if (smoothing > 0) {
         const float low = pieces == 1 ? 0 : mean_n(2 * piece + w);
-        slope += smoothing * (n_y - (mean_n(w) + low) / (pieces == 1 ? 1 : PIECE_SCALE));
+        slope += smoothing * (target - (mean_n(w) + low) / (pieces == 1 ? 1 : PIECE_SCALE));
       }
       op.residual[i * width + w] = has_target ? slope : 0;
     }
     if (op.attention != nullptr) {
-      op.attention[i * width + w] = other * n_other + (1 - other) * n_y;
+      op.attention[i * width + w] = other * n_other + (1 - other) * target;
     }
   }
+}
+
+constexpr int COMBINE_BYTES = carve_bytes<float>(THREADS / 32) + 2 * carve_bytes<int>(THREADS / 32);
+
+// The results of the students, a warp for each; then the block that comes last adds up the losses,
+// which are few beside all else, always in one order.
+static CKD_KERNEL void __launch_bounds__(THREADS)
+    combine(ContrastiveCeForward op, Students students, PartSums sums, int parts,
+            TargetRows n_target, const float* n_sum, int n_sum_parts, int* arrived) {
+  const std::int64_t own = warp_row(), batch = students.batch;
+  if (own < batch) combine_row(op, students, sums, parts, n_target, n_sum, n_sum_parts, own);
+  if (op.loss == nullptr) return;
+
+  CKD_SHARED(memory);
+  Carve carve(memory);
+  float* losses = carve.take<float>(THREADS / 32);
+  int* counts = carve.take<int>(THREADS / 32);
+  int* last = carve.take<int>(THREADS / 32);
+  const int thread = static_cast<int>(threadIdx.x);
+  sync_block();  // the losses of this block are written
+  if (thread == 0) *last = arrive(arrived) == static_cast<int>(gridDim.x) - 1;
+  sync_block();
+  if (*last == 0) return;
+  float sum = 0;
+  int kept = 0;
+  for (std::int64_t i = thread; i < batch; i += THREADS) {
+    sum += op.nll[i];
+    kept += op.targets.target[i] != op.targets.ignore_index;
+  }
+  sum = sum_of_warp(sum);
+  for (int mask = 16; mask > 0; mask /= 2) kept += shuffle_xor(kept, mask);
+  if (lane_index() == 0) losses[warp_index()] = sum, counts[warp_index()] = kept;
+  sync_block();
+  if (thread != 0) return;
+  for (int warp = 1; warp < THREADS / 32; ++warp) sum += losses[warp], kept += counts[warp];
+  const float rows = static_cast<float>(kept > 0 ? kept : 1);
+  *op.loss = op.kept == nullptr ? sum : sum / rows;
+  if (op.kept != nullptr) *op.kept = rows;
 }
 
 }  // namespace ckd::cuda

@@ -97,19 +97,23 @@ struct Tile {
     }
   }
 
-  // Piece `index` of the same from any dtype and alignment, times `factor`; arrives with the next
-  // barrier.
-  template <class S>
+  // Piece `index` of the same from any dtype and alignment, times factor(column of the tile);
+  // arrives with the next barrier.
+  template <class S, class Factor>
   CKD_DEVICE void convert(const S* matrix, std::int64_t stride, std::int64_t first_row,
-                          std::int64_t rows, int first_column, int columns, float factor = 1,
-                          int index = 0, std::int64_t column_stride = 1) const {
+                          std::int64_t rows, int first_column, int columns, int index,
+                          const Factor& factor, std::int64_t column_stride = 1) const {
     for (int p = static_cast<int>(threadIdx.x); p < SIZE; p += THREADS) {
       const int row = p / COLUMNS, column = p % COLUMNS;
       const bool inside = first_row + row < rows && first_column + column < columns;
       const S* from = matrix + (first_row + row) * stride + (first_column + column) * column_stride;
-      at(row, column) = piece_of<T>(inside ? widen(*from) * factor : 0.0f, index);
+      at(row, column) = piece_of<T>(inside ? widen(*from) * factor(column) : 0.0f, index);
     }
   }
+};
+
+struct AsItIs {
+  CKD_DEVICE float operator()(int) const { return 1; }
 };
 
 // Two tiles in turn: one arrives while the other is used.

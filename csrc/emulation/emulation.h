@@ -233,6 +233,8 @@ inline void atomic_max(float* address, float value) {
   }
 }
 
+inline int arrive(int* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+
 }  // namespace ckd::cuda
 
 #undef CKD_SITE

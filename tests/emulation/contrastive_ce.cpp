@@ -173,7 +173,7 @@ struct Problem {
     bias.fill(random, 0.3);
     scale.set(0, 0, c.scale);
     // Every other element is the gradient's: d_nll_stride is 2.
-    d_nll.fill(random, 1e-3);
+    d_nll.fill(random, 5e-2);
     d_lse.fill(random, 1e-3);
     for (Int i = 0; i < c.batch; ++i) {
       target(i) = static_cast<Int>(random()) % c.bank_rows;
@@ -195,7 +195,12 @@ struct Problem {
   Int& target(Int i) { return targets[static_cast<std::size_t>(i)]; }
   Int target(Int i) const { return targets[static_cast<std::size_t>(i)]; }
   bool has_target(Int i) const { return target(i) >= 0 && target(i) < c.bank_rows; }
-  double g(Int i) const { return has_target(i) ? d_nll.at(0, 2 * i) : 0; }
+  double kept() const {
+    Int rows = 0;
+    for (Int y : targets) rows += y != IGNORE;
+    return static_cast<double>(std::max<Int>(rows, 1));
+  }
+  double g(Int i) const { return has_target(i) ? d_nll.at(0, 2 * i) / kept() : 0; }
   double h(Int i) const { return c.lse_gradient ? d_lse.at(0, i) : 0; }
 
   Inputs inputs() const {
@@ -244,6 +249,9 @@ struct Truth {
         n(p.c.bank_rows, p.c.width),
         probability(p.c.batch, p.c.bank_rows),
         nll(1, p.c.batch),
+        loss(1, 1),
+        sum(1, 1),
+        kept(1, 1),
         lse(1, p.c.batch),
         p_other(1, p.c.batch),
         residual(p.c.batch, p.c.width),
@@ -267,6 +275,9 @@ struct Truth {
         n.at(k, w) = rounded(n.at(k, w) / norms.back(), p.c.exact ? FLOAT : HALF);
     }
     for (Int i = 0; i < c.batch; ++i) forward(p, i);
+    for (double x : nll.values) sum.at(0, 0) += x;
+    kept.at(0, 0) = p.kept();
+    loss.at(0, 0) = sum.at(0, 0) / p.kept();
     for (Int i = 0; i < c.batch; ++i) of_student(p, i);
     for (Int k = 0; c.projection && k < c.bank_rows; ++k) of_projection(p, k);
   }
@@ -355,8 +366,8 @@ struct Truth {
     }
   }
 
-  Table u, n, probability, nll, lse, p_other, residual, attention, d_student, along, d_weight,
-      d_bias;
+  Table u, n, probability, nll, loss, sum, kept, lse, p_other, residual, attention, d_student,
+      along, d_weight, d_bias;
   std::vector<double> norms;
 };
 
@@ -393,7 +404,7 @@ void check(const char* what, const Case& c, const Matrix& got, Table truth, doub
     for (double x : truth.values) largest = std::fmax(largest, std::fabs(x));
     const auto last = std::find_if(truth.values.rbegin(), truth.values.rend(),
                                    [](double x) { return !std::isnan(x); });
-    *last += 2 * limit * (largest + FLOOR);
+    if (last != truth.values.rend()) *last += 2 * limit * (largest + FLOOR);
   }
   double difference = 0, size = 0, most = 0, largest = 0;
   for (Int j = 0; j < count; ++j) {
@@ -491,9 +502,13 @@ void test(const Case& c, unsigned seed) {
   const Matrix nll = vector(c.batch), lse = vector(c.batch), p_other = vector(c.batch);
   const Matrix residual(FLOAT, c.batch, c.width, c.width);
   const Matrix attention(FLOAT, c.lse_gradient ? c.batch : 0, c.width, c.width);
-  forward(c, {p.inputs(), p.op_targets(), cache.as<void>(), nll.data<float>(), lse.data<float>(),
-              p_other.data<float>(), residual.data<float>(), attention.data<float>()});
+  const Matrix loss = vector(1), kept = vector(1);
+  forward(c, {p.inputs(), p.op_targets(), cache.as<void>(), nll.data<float>(), loss.data<float>(),
+              kept.data<float>(), lse.data<float>(), p_other.data<float>(), residual.data<float>(),
+              attention.data<float>()});
   check("nll", c, nll, truth.nll, limit_of(c));
+  check("loss", c, loss, truth.loss, limit_of(c));
+  check("kept", c, kept, truth.kept, limit_of(c));
   check("lse", c, lse, truth.lse, limit_of(c));
   check("p_other", c, p_other, truth.p_other, limit_of(c));
   check("residual", c, residual, truth.residual, limit_of(c));
@@ -506,6 +521,7 @@ void test(const Case& c, unsigned seed) {
                                     cache.as<void>(),
                                     p.d_nll.data<float>(),
                                     2,
+                                    kept.data<float>(),
                                     d_lse,
                                     1,
                                     lse.data<float>(),
@@ -544,8 +560,10 @@ void test_loss_alone(const Case& c, unsigned seed) {
   const Problem p(c, seed);
   const Truth truth(p);
   const Matrix nll = vector(c.batch), lse = vector(c.batch), p_other = vector(c.batch);
-  forward(c, {p.inputs(), p.op_targets(), nullptr, nll.data<float>(), lse.data<float>(),
-              p_other.data<float>(), nullptr, nullptr});
+  const Matrix sum = vector(1);
+  forward(c, {p.inputs(), p.op_targets(), nullptr, nll.data<float>(), sum.data<float>(), nullptr,
+              lse.data<float>(), p_other.data<float>(), nullptr, nullptr});
+  check("sum alone", c, sum, truth.sum, limit_of(c));
   check("nll alone", c, nll, truth.nll, limit_of(c));
   check("lse alone", c, lse, truth.lse, limit_of(c));
   check("p_other alone", c, p_other, truth.p_other, limit_of(c));
