@@ -3,6 +3,7 @@
     python benchmarks/bench_loss.py                      every case, some ten minutes
     python benchmarks/bench_loss.py --quick              the small ones, a minute
     python benchmarks/bench_loss.py --case 256,5000,768,256 --providers eager,cpu
+    python benchmarks/bench_loss.py --sweep --plot curves.png --csv rows.csv
     python benchmarks/bench_loss.py --out mine.json
     python benchmarks/bench_loss.py --show mine.json
 
@@ -28,8 +29,9 @@ from typing import Any
 
 import machine
 import providers
+import report
 import torch
-from problem import CASES, GPU_CASES, QUICK, Problem
+from problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
 from worker import FORWARD, STEP, Errors, Failed, Worker
 
 from ckd._files import atomic_write
@@ -45,8 +47,8 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        show(options.show)
-        return 0
+        report.show(options.show)
+        return finish(options.show, options)
     record: Record = {
         "benchmark": "loss",
         "machine": machine.describe(options.threads, options.device),
@@ -55,14 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "competitors": options.competitors,
         "cases": [],
     }
-    show_machine(record)
+    report.show_machine(record)
     for name, problem in options.cases.items():
         record["cases"].append(run_case(name, problem, options))
-        show_case(record["cases"][-1], record["limits"])
+        report.show_case(record["cases"][-1], record["limits"])
         if options.out:
             atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
     wrong = [row for case in record["cases"] for row in case["rows"] if row.get("wrong")]
-    return 1 if wrong else 0
+    return finish(record, options) or (1 if wrong else 0)
+
+
+def finish(record: Record, options: argparse.Namespace) -> int:
+    """Further files of a whole record."""
+    try:
+        if options.csv:
+            report.write_csv(record, options.csv)
+        if options.plot:
+            report.plot(record, options.plot)
+    except ImportError:
+        print("--plot needs matplotlib: pip install 'ckd[plots]'", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"--plot: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"{', '.join(CASES | GPU_CASES)}, or B,K,D,W or B,K,D,W,frozen; may be repeated",
     )
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument(
+        "--sweep", action="store_true", help=f"banks from {SWEEP[0]} to {SWEEP[-1]}, for --plot"
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -95,6 +116,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
     )
     parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
+    parser.add_argument("--csv", type=Path, help="write a line for each measured time")
+    parser.add_argument(
+        "--plot", type=Path, help="draw time and memory over the rows of the bank (PNG)"
+    )
     parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
     options = parser.parse_args(arguments)
     if options.show:
@@ -105,13 +130,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.seconds is None:
         options.seconds = 1.0 if options.quick else 2.0
     known = CASES | GPU_CASES
-    names = options.case or (QUICK if options.quick else CASES if on_cpu(options) else known)
+    every = CASES if options.device == "cpu" else known
+    names = options.case or (QUICK if options.quick else SWEEP if options.sweep else every)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     try:
         options.cases = {n: known[n] if n in known else Problem.parse(n) for n in names}
         able = providers.of_device(options.device)
-        options.providers = options.providers.split(",") if options.providers else able
+        options.asked = options.providers is not None
+        options.providers = options.providers.split(",") if options.asked else able
         for provider in options.providers:
             if options.device not in providers.find(provider).devices:
                 raise ValueError(
@@ -124,25 +151,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def on_cpu(options: argparse.Namespace) -> bool:
-    return options.device == "cpu"
-
-
 def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record:
     rows: list[Record] = []
     workers: dict[str, Worker] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            truth = write_truth(problem, f"{folder}/truth.pt", options)
+            truths: dict[str, str] = {}
             for provider in options.providers:
                 found = providers.find(provider)
-                rows.append({"provider": provider, "half": found.half})
-                missing = found.missing()
-                if missing is not None:
-                    rows[-1]["failed"] = missing
+                reason = found.missing() or found.unfit(problem)
+                if reason is not None and named(provider, options):
+                    rows.append({"provider": provider, "half": found.half, "failed": reason})
+                if reason is not None:
                     continue
+                rows.append({"provider": provider, "half": found.half})
+                if found.truth not in truths:
+                    path = f"{folder}/{found.truth}.pt"
+                    truths[found.truth] = write_truth(problem, found.truth, path, options)
                 workers[provider] = Worker(provider, problem, options.threads, options.device)
-                examine(workers[provider], rows[-1], truth)
+                examine(workers[provider], rows[-1], truths[found.truth])
         able = [row for row in rows if "failed" not in row and "wrong" not in row]
         with busy(options.competitors):
             for mode in (STEP, FORWARD):
@@ -161,10 +188,15 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
     }
 
 
-def write_truth(problem: Problem, path: str, options: argparse.Namespace) -> str:
+def named(provider: str, options: argparse.Namespace) -> bool:
+    """Whether a reader expects a row of it: one who asked for it, or for what belongs to ckd."""
+    return options.asked or not providers.find(provider).is_peer
+
+
+def write_truth(problem: Problem, name: str, path: str, options: argparse.Namespace) -> str:
     worker = Worker("eager", problem, options.threads, options.device)
     try:
-        worker.ask("truth", path)
+        worker.ask("truth", name, path)
     finally:
         worker.stop()
     return path
@@ -221,87 +253,6 @@ def busy(processes: int) -> Iterator[None]:
 def _spin() -> None:
     while True:
         pass
-
-
-def show(record: Record) -> None:
-    show_machine(record)
-    for case in record["cases"]:
-        show_case(case, record["limits"])
-
-
-def show_machine(record: Record) -> None:
-    about = record["machine"]
-    print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
-    if about.get("gpu"):
-        print(f"{about['gpu']}, CUDA {about['cuda']}, triton {about['triton']}")
-    print(
-        f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, "
-        f"tier {next(iter(about['tiers']), 'none')}, {about['date']}"
-    )
-    print(", ".join(f"{k} {v:,.0f} G/s" for k, v in record["limits"].items()))
-    if record["competitors"]:
-        print(f"competing with {record['competitors']} busy processes")
-
-
-def show_case(case: Record, limits: Record) -> None:
-    problem = Problem(**case["problem"])
-    print(f"\n### {case['name']}: B,K,D,W = {problem}\n")
-    floors = {"float32": floor(case, limits, False), "bfloat16": floor(case, limits, True)}
-    known = ", ".join(f"{name} {duration(x)}" for name, x in floors.items() if x is not None)
-    print(
-        f"{case['step_flops'] / 1e9:,.3g} G operations, {case['step_bytes'] / 1e6:,.3g} MB "
-        f"at least; floor {known or 'unknown'}\n"
-    )
-    first = case["rows"][0]
-    print(
-        "| provider | step p50 (p20 to p80) | of first | forward p50 | of first | G op/s | of peak "
-        "| extra MiB | of first | worst error |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    )
-    for row in case["rows"]:
-        why = row.get("failed") or row.get("wrong")
-        if why:
-            print(f"| {row['provider']} | {why} |" + " |" * 8)
-            continue
-        step, forward = row[STEP], row[FORWARD]
-        rate, peak = case["step_flops"] / step["p50"] / 1e9, gemm_rate(limits, row["half"])
-        spread = f"{duration(step['p20'])} to {duration(step['p80'])}"
-        cells = [
-            row["provider"],
-            f"{duration(step['p50'])} ({spread})",
-            ratio(row, first, STEP),
-            duration(forward["p50"]),
-            ratio(row, first, FORWARD),
-            f"{rate:,.0f}",
-            "" if peak is None else f"{rate / peak:.0%}",
-            "" if row["peak_mib"] is None else f"{row['peak_mib']:,.1f}",
-            ratio(row, first, "peak_mib"),
-            f"{max(row['errors'].values()):.1e}",
-        ]
-        print("| " + " | ".join(cells) + " |")
-    sys.stdout.flush()
-
-
-def gemm_rate(limits: Record, half: bool) -> float | None:
-    return limits.get("gemm_bfloat16" if half else "gemm_float32")
-
-
-def floor(case: Record, limits: Record, half: bool) -> float | None:
-    """Seconds below which no step gets on this machine: arithmetic or memory."""
-    rate = gemm_rate(limits, half)
-    if rate is None:
-        return None
-    return max(case["step_flops"] / rate, case["step_bytes"] / limits["read"]) / 1e9
-
-
-def ratio(row: Record, first: Record, key: str) -> str:
-    mine, other = row.get(key), first.get(key)
-    if isinstance(mine, dict) and isinstance(other, dict):
-        mine, other = mine["p50"], other["p50"]
-    return f"{mine / other:.3f}" if mine is not None and other else ""
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.4g} ms"
 
 
 if __name__ == "__main__":

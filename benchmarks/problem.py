@@ -47,6 +47,11 @@ class Problem:
         batch, bank_rows, teacher_dim, student_dim = sizes
         return cls(batch, bank_rows, teacher_dim, student_dim, learned)
 
+    @property
+    def is_in_batch(self) -> bool:
+        """The bank holds the teacher's embeddings of the batch: row i belongs to student i."""
+        return not self.learned and self.batch == self.bank_rows
+
     # What the loss and its gradients need, counted once: a multiply-add is two operations, and
     # what some provider computes again, copies or converts is not work done.
 
@@ -82,7 +87,9 @@ CASES = {
     "bank-20k": Problem(1024, 20000, 768, 256),
     "ragged-20k": Problem(1000, 19997, 771, 250),
     "bank-100k": Problem(512, 100000, 768, 256),
+    "imagenet-21k": Problem(1024, 21841, 1024, 256),
     "frozen-50k": Problem(1024, 50000, 512, 512, learned=False),
+    "in-batch-4k": Problem(4096, 4096, 512, 512, learned=False),
 }
 # With the memory of a GPU: a row for each image of ImageNet-1k, and the batch as its own bank.
 GPU_CASES = {
@@ -90,7 +97,10 @@ GPU_CASES = {
     "frozen-1.3m": Problem(4096, 1_280_000, 256, 256, learned=False),
     "wide-100k": Problem(4096, 100_000, 768, 768),
     "in-batch-32k": Problem(32768, 32768, 768, 768, learned=False),
+    "in-batch-64k": Problem(65536, 65536, 512, 512, learned=False),
 }
+# One batch against banks of growing length.
+SWEEP = tuple(f"256,{10**n},1024,256" for n in range(1, 6))
 QUICK = ("call", "centroids-100", "centroids-1k")
 
 
@@ -141,6 +151,8 @@ def make_inputs(problem: Problem, device: str = "cpu", seed: int = 0) -> Inputs:
     for part in bank.split(4096):  # never the whole bank in float32
         part.copy_(randn(*part.shape))
     target = torch.randint(k, (b,), generator=g, device=device)
+    if problem.is_in_batch:
+        target = torch.arange(b, device=device)
     weight = bias = None
     own = bank[target].float()
     if problem.learned:
@@ -159,9 +171,14 @@ def checked_students(problem: Problem) -> int:
     return max(1, min(problem.batch, TRUTH_LOGITS // problem.bank_rows))
 
 
-def eager(inputs: Inputs) -> Tensor:
-    """The loss as one writes it in plain torch; in the inputs' own dtypes."""
+def unit_rows(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """u [B, W] and n [K, W] in plain torch; in the inputs' own dtypes."""
     bank = inputs.bank.to(inputs.student.dtype)
     z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
-    cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
-    return F.cross_entropy(inputs.logit_scale * cosines, inputs.target)
+    return F.normalize(inputs.student, dim=1), F.normalize(z, dim=1)
+
+
+def eager(inputs: Inputs) -> Tensor:
+    """The loss as one writes it in plain torch."""
+    u, n = unit_rows(inputs)
+    return F.cross_entropy(inputs.logit_scale * (u @ n.T), inputs.target)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import peers
 import torch
 import torch.nn.functional as F
-from problem import Inputs, eager
+from problem import Inputs, Problem, eager
 from torch import Tensor
 
 import ckd
@@ -32,6 +33,9 @@ class Provider:
     compiles: bool = False  # its first call does more than compute
     devices: tuple[str, ...] = ("cpu",)
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
+    is_peer: bool = False  # another project's
+    unfit: Callable[[Problem], str | None] = lambda problem: None  # why it has no such loss
+    truth: str = "eager"  # what it is compared with, of TRUTHS
 
 
 def eager_malloc() -> Loss:
@@ -133,6 +137,62 @@ PROVIDERS = {
     "triton-half": _on_gpu("triton", True),
     "cuda": _on_gpu("cuda", False),
     "cuda-half": _on_gpu("cuda", True),
+    "torch-linear": Provider(
+        "torch's linear_cross_entropy in chunks",
+        peers.torch_linear,
+        is_peer=True,
+        missing=peers.no_linear_cross_entropy,
+        devices=BOTH,
+    ),
+    "liger": Provider(
+        "liger-kernel's fused linear cross-entropy",
+        peers.liger,
+        compiles=True,
+        is_peer=True,
+        missing=peers.needs("liger_kernel"),
+        devices=("cuda",),
+    ),
+    "cut-cross-entropy": Provider(
+        "Apple's cut-cross-entropy, bfloat16 operands",
+        peers.cut_cross_entropy,
+        half=True,
+        compiles=True,
+        is_peer=True,
+        missing=peers.needs("cut_cross_entropy"),
+        devices=("cuda",),
+    ),
+    "inf-cl": Provider(
+        "Inf-CL's flash loss",
+        peers.inf_cl,
+        compiles=True,
+        is_peer=True,
+        missing=peers.needs("inf_cl"),
+        unfit=peers.head_fits,
+        devices=("cuda",),
+    ),
+    "open-clip": Provider(
+        "open_clip's ClipLoss, both directions",
+        peers.clip,
+        is_peer=True,
+        missing=peers.needs("open_clip"),
+        unfit=peers.only_in_batch,
+        truth="clip",
+        devices=BOTH,
+    ),
+    "open-clip-siglip": Provider(
+        "open_clip's SigLipLoss",
+        peers.siglip,
+        is_peer=True,
+        missing=peers.needs("open_clip"),
+        unfit=peers.only_in_batch,
+        truth="siglip",
+        devices=BOTH,
+    ),
+}
+TRUTHS: dict[str, Loss] = {
+    "eager": eager,
+    "clip": peers.clip_truth,
+    "siglip": peers.siglip_truth,
 }
 
 

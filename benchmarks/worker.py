@@ -112,10 +112,10 @@ class Bench:
             self._inputs = make_inputs(self._problem, self._device)
         return self._inputs
 
-    def truth(self, path: str) -> None:
-        """Writes loss and gradients by eager float64 to `path`."""
+    def truth(self, name: str, path: str) -> None:
+        """Writes loss and gradients in float64 to `path`, by one of providers.TRUTHS."""
         exact = self.inputs.cast(torch.float64, checked_students(self._problem))
-        torch.save(_loss_and_gradients(providers.eager, exact), path)
+        torch.save(_loss_and_gradients(providers.TRUTHS[name], exact), path)
 
     def memory(self) -> float | None:
         """Peak MiB of loss and gradients, results included, above the process with its inputs.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import bench_loss
+import peers
 import problem
 import providers
 import pytest
@@ -114,8 +117,9 @@ def test_providers_compute_the_same_loss(name: str, text: str) -> None:
     provider = providers.find(name)
     if name in ("compile", "eager-malloc"):
         pytest.skip("takes long, or changes the process")
-    if provider.missing():
-        pytest.skip(str(provider.missing()))
+    reason = provider.missing() or provider.unfit(problem.Problem.parse(text))
+    if reason:
+        pytest.skip(reason)
     inputs = problem.make_inputs(problem.Problem.parse(text))
     case = oracle.Case(
         inputs.student,
@@ -192,6 +196,84 @@ def test_bad_arguments_are_named(
         bench_loss.main(arguments)
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_clip_losses_are_compared_with() -> None:
+    """Against double loops over the pairs of a batch."""
+    inputs = problem.make_inputs(problem.Problem.parse("5,5,8,8,frozen")).cast(torch.float64)
+    assert inputs.target.tolist() == list(range(5))
+    u = [s / s.norm() for s in inputs.student.detach()]
+    n = [t / t.norm() for t in inputs.bank]
+    scale = inputs.logit_scale.item()
+    logits = [[scale * (a @ b).item() for b in n] for a in u]
+
+    def cross_entropy(rows: list[list[float]]) -> float:
+        return sum(math.log(sum(map(math.exp, r))) - r[i] for i, r in enumerate(rows)) / 5
+
+    clip = (cross_entropy(logits) + cross_entropy([list(c) for c in zip(*logits)])) / 2
+    assert peers.clip_truth(inputs).item() == pytest.approx(clip, rel=1e-12)
+    siglip = sum(
+        math.log1p(math.exp((-1 if i == j else 1) * (logit + peers.SIGLIP_BIAS)))
+        for i, row in enumerate(logits)
+        for j, logit in enumerate(row)
+    )
+    assert peers.siglip_truth(inputs).item() == pytest.approx(siglip / 5, rel=1e-12)
+
+
+def test_peers_that_cannot_run_are_rows_only_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfit one likewise; and its row says why."""
+    monkeypatch.setattr(bench_loss, "Worker", NoWorker)
+    peer = providers.Provider(
+        "", lambda: problem.eager, is_peer=True, unfit=lambda problem: "unfit"
+    )
+    monkeypatch.setitem(providers.PROVIDERS, "peer", peer)
+    monkeypatch.setattr(providers, "of_device", lambda device: ["eager", "peer"])
+
+    def rows(*more: str) -> list[dict[str, object]]:
+        out = tmp_path / "result.json"
+        arguments = ["--case", TINY, "--seconds", "0.001", "--device", "cpu", "--out", str(out)]
+        assert bench_loss.main([*arguments, *more]) == 0
+        found: list[dict[str, object]] = json.loads(out.read_text())["cases"][0]["rows"]
+        return found
+
+    assert [row["provider"] for row in rows()] == ["eager"]
+    assert [row.get("failed") for row in rows("--providers", "eager,peer")] == [
+        None,
+        "unfit",
+    ]
+
+
+class NoWorker:
+    """A worker that does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def ask(self, call: str, *arguments: object) -> object:
+        results = {"truth": None, "memory": 1.0, "errors": Errors({"loss": 1e-7}), "time": [1.0]}
+        return results[call]
+
+    def stop(self) -> None:
+        pass
+
+
+def test_csv_and_curves_of_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_loss, "Worker", NoWorker)
+    table, picture = tmp_path / "rows.csv", tmp_path / "curves.png"
+    few = ["--providers", "eager,reference", "--seconds", "0.001", "--device", "cpu"]
+    outputs = ["--csv", str(table), "--plot", str(picture)]
+    assert bench_loss.main(["--sweep", *few, *outputs]) == 0
+    lines = list(csv.DictReader(table.open()))
+    assert len(lines) == len(problem.SWEEP) * 2 * 2
+    assert {line["mode"] for line in lines} == {"step", "forward"}
+    assert all(line["torch"] == torch.__version__ and line["p50"] == "1.0" for line in lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bench_loss.main(["--case", TINY, *few, "--plot", str(picture)]) == 1
+    assert "a curve needs two cases" in capsys.readouterr().err
 
 
 def test_committed_results_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
