@@ -1,7 +1,11 @@
-"""python -m ckd.compare RUN...: a table of finished runs, and the paper's figure of them."""
+"""python -m ckd.compare RUN...: a table of finished runs, and the paper's figure of them; with
+--seeds runs that differ only in their seed become one row, mean and spread."""
 
 from __future__ import annotations
 
+import json
+import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ from ckd.train.figures import (
     save_figure,
 )
 from ckd.train.report import markdown
-from ckd.train.run import read_result
+from ckd.train.run import read_config, read_result
 
 METHOD_COLOURS = {
     "plain": GREY,
@@ -58,6 +62,53 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     heads = ["run", "method", "student", "parameters", "test accuracy"]
     heads += ["s / epoch", "images / s", "peak MiB"]
     return f"{markdown(heads, rows, text_columns=3)}\n\n{_footnote(results)}"
+
+
+def seed_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A Markdown table, one row for the runs of one setting under several seeds.
+
+    The spread is the sample standard deviation; times are medians over the runs.
+    """
+    rows = []
+    for name, results in groups.items():
+        accuracies = [result["test_accuracy"] for result in results]
+        spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(results) > 1 else ""
+        rows.append(
+            [
+                name,
+                results[0]["method"],
+                str(len(results)),
+                f"{100 * statistics.mean(accuracies):.2f}{spread}",
+                f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}",
+                f"{statistics.median(r['time_per_epoch_s'] for r in results):.2f}",
+                f"{statistics.median(r['train_time_s'] for r in results):,.0f}",
+            ]
+        )
+    heads = ["runs", "method", "seeds", "test accuracy (%)", "range", "s / epoch", "s in all"]
+    every = [result for results in groups.values() for result in results]
+    return f"{markdown(heads, rows, text_columns=2)}\n\n{_machines(every)}"
+
+
+def group_seeds(runs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """The results of runs whose settings differ in nothing but the seed, under the first one's name
+    without its seed. Raises TrainError for a folder that is no finished run."""
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for folder in runs:
+        result = read_result(folder)
+        settings = {**read_config(folder), "seed": None, "out": None}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder.name, result))
+    named: dict[str, list[dict[str, Any]]] = {}
+    for members in groups.values():
+        name = _without_seed(members[0][0])
+        while name in named:  # other settings under the same name
+            name += "'"
+        named[name] = [result for _, result in members]
+    return named
+
+
+def _without_seed(name: str) -> str:
+    """Of NAME-0 or NAME-seed0: NAME."""
+    return re.sub(r"[-_.]?(seed)?[-_]?\d+$", "", name) or name
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -113,6 +164,10 @@ def _footnote(results: Sequence[Mapping[str, Any]]) -> str:
         "allocated on the GPU" if cuda else "resident memory above the idle process"
         for cuda in sorted(kinds)
     )
+    return f"Peak MiB: {memory}. {_machines(results)}"
+
+
+def _machines(results: Sequence[Mapping[str, Any]]) -> str:
     machines = {
         f"{r['hardware']['device']}, CPU threads: {r['hardware']['threads']}, "
         f"torch {r['hardware']['torch']}"
@@ -120,7 +175,7 @@ def _footnote(results: Sequence[Mapping[str, Any]]) -> str:
     }
     where = "; ".join(sorted(machines))
     warning = " Times of different machines do not compare." if len(machines) > 1 else ""
-    return f"Peak MiB: {memory}. Times: median over the epochs, training only. {where}.{warning}"
+    return f"Times: median over the epochs, training only. {where}.{warning}"
 
 
 @dataclass(frozen=True)
@@ -131,6 +186,8 @@ class Command:
     """Run folders."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FIGURE.png")] = None
     """Draw memory, time per epoch and accuracy of the runs into this file."""
+    seeds: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One row for runs that differ only in their seed: mean and spread."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,6 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not command.runs:
             raise TrainError("name at least one run folder: python -m ckd.compare RUN...")
+        if command.seeds:
+            if command.out is not None:
+                raise TrainError("--out draws single runs; leave out --seeds")
+            print(seed_table(group_seeds(command.runs)))
+            return 0
         results = [{**read_result(run), "run": run.name} for run in command.runs]
         print(table(results))
         if command.out is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ckd.compare import draw, main, memory_mib, table
+from ckd.compare import draw, group_seeds, main, memory_mib, seed_table, table
 
 CPU = {"device": "A CPU", "threads": 2, "torch": "2.6"}
 
@@ -91,3 +91,40 @@ def test_a_run_that_cannot_be_compared_is_one_line_and_status_2(tmp_path, capsys
     (write(tmp_path / "torn", {}) / "result.json").write_text('{"run')
     assert main([str(tmp_path / "torn")]) == 2
     assert "result.json is damaged" in capsys.readouterr().err
+
+
+def write_run(folder: Path, seed: int, accuracy: float, **settings: Any) -> Path:
+    content = result(test_accuracy=accuracy, train_time_s=100.0 + seed)
+    write(folder, content)
+    config = {"seed": seed, "out": str(folder), "lr": 0.1, **settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / f"a-seed{n}", n, 0.5 + 0.01 * n) for n in range(3)]
+    runs.append(write_run(tmp_path / "b-0", 0, 0.9, lr=0.2))
+    groups = group_seeds(runs)
+    assert {name: len(members) for name, members in groups.items()} == {"a": 3, "b": 1}
+    first = [cell.strip() for cell in seed_table(groups).splitlines()[2].strip("|").split("|")]
+    assert first == ["a", "plain", "3", "51.00 ± 1.00", "50.00 to 52.00", "54.25", "101"]
+    assert main(["--seeds", *map(str, runs)]) == 0
+    assert "90.00 |" in capsys.readouterr().out
+
+
+def test_groups_of_one_name_stay_apart(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    runs = [write_run(tmp_path / "a-0", 0, 0.5), write_run(tmp_path / "x" / "a-1", 1, 0.5, lr=9)]
+    assert list(group_seeds(runs)) == ["a", "a'"]
+
+
+def test_seeds_need_settings_and_draw_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path / "plain-0", result())
+    assert main(["--seeds", str(run)]) == 2
+    assert "is not a run folder: it has no config.json" in capsys.readouterr().err
+    assert main(["--seeds", "--out", str(tmp_path / "a.png"), str(run)]) == 2
+    assert "--out draws single runs" in capsys.readouterr().err

@@ -230,6 +230,17 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise TrainError(f"{path} is damaged ({error}); delete it, and resume the run") from error
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run, its settings. Raises TrainError for any other folder."""
+    path = folder / CONFIG
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from error
+    except ValueError as error:
+        raise TrainError(f"{path} is damaged ({error})") from error
+
+
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
     return f"python -m ckd.train --resume {shlex.quote(str(folder))}"
