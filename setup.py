@@ -50,12 +50,13 @@ class NinjaBuild(build_ext):
         for folder in (module.parent, package):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / module.name).unlink(missing_ok=True)
-        compiler = find_compiler()
+        compiler, cuda = find_compiler(), Cuda.find()
         if compiler is None:
+            if os.environ.get("CKD_CUDA") == "1":
+                raise RuntimeError("CKD_CUDA=1, but no C++ compiler was found; set CXX")
             reason = "no C++ compiler was found (looked for $CXX, c++, g++, clang++)"
             print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
         else:
-            cuda = Cuda.find()
             reason = f"built with {compiler}; {cuda.about}"
             self.ninja(compiler, cuda, ext.sources, module)
         report = {"built": compiler is not None, "reason": reason}
@@ -83,14 +84,14 @@ class NinjaBuild(build_ext):
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
-        openmp, nvcc = "-fopenmp" in link, f"{quote(cuda.nvcc)} -ccbin {quote(compiler.split()[0])}"
+        openmp, nvcc = "-fopenmp" in link, f"{quote(cuda.nvcc)} {host_flags(compiler)}"
         linker = f"$cxx {' '.join(link)}"
         if cuda.nvcc:
             # nvcc links what CUDA needs, statically: the module loads where there is no driver.
             linker = f"{nvcc} -shared -cudart static"
             linker += " -Xcompiler -fopenmp" * openmp
         lines = [
-            f"cxx = {compiler}",
+            f"cxx = {' '.join(map(quote, shlex.split(compiler)))}",
             f"cflags = {' '.join(map(quote, flags))}",
             f"nvcc = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden",
             "rule compile",
@@ -193,7 +194,15 @@ def ninja_command() -> list[str]:
 
 def find_compiler() -> str | None:
     candidates = [os.environ.get("CXX"), "c++", "g++", "clang++"]
-    return next((c for c in candidates if c and shutil.which(c.split()[0])), None)
+    return next((c for c in candidates if c and shutil.which(shlex.split(c)[0])), None)
+
+
+def host_flags(compiler: str) -> str:
+    """For nvcc, which starts the compiler itself: of "ccache g++ -m64" it takes g++, and -m64."""
+    words = shlex.split(compiler)
+    *_, program = [word for word in words if not word.startswith("-")]
+    flags = words[words.index(program) + 1 :]
+    return " ".join([f"-ccbin {quote(program)}", *(f"-Xcompiler {quote(flag)}" for flag in flags)])
 
 
 def accepts(compiler: str, flags: list[str]) -> bool:
@@ -201,7 +210,7 @@ def accepts(compiler: str, flags: list[str]) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("int main() { return 0; }\n")
-        command = [*compiler.split(), *flags, str(source), "-o", str(Path(folder) / "probe")]
+        command = [*shlex.split(compiler), *flags, str(source), "-o", str(Path(folder) / "probe")]
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
