@@ -17,11 +17,12 @@ from tests.oracle import Case, make_case
 OPS = (contrastive_ce._forward, contrastive_ce._backward, similarity._forward, similarity._backward)
 
 
-def step(case: Case) -> Tensor:
+def step(case: Case, backend: str = "auto") -> Tensor:
     """Every op once."""
     t = case.requiring("student", "weight", "logit_scale")
-    loss = ckd.contrastive_cross_entropy(*t.arguments)
-    table = ckd.normalized_similarity(t.student, t.bank, t.weight, t.bias, t.logit_scale)
+    loss = ckd.contrastive_cross_entropy(*t.arguments, backend=backend)
+    pair = (t.student, t.bank, t.weight, t.bias, t.logit_scale)
+    table = ckd.normalized_similarity(*pair, backend=backend)
     (loss + table.sum()).backward()
     assert t.weight is not None
     assert t.weight.grad is not None
@@ -108,6 +109,44 @@ def test_tensor_subclasses_see_the_op() -> None:
     logits = ckd.normalized_similarity(Wrapped(case.student), *pair)
     assert "ckd.similarity.default" in seen
     assert torch.equal(logits, ckd.normalized_similarity(case.student, *pair))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_torchs_defaults_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(4, 10, 8, 6)
+    expected = step(case, backend)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = step(case, backend)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(found, expected)
+
+
+def test_lazily_negated_rows_are_resolved(backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    lazy = torch._neg_view(-case.student)
+    assert lazy.is_neg()
+    found = ckd.contrastive_cross_entropy(lazy, *case.arguments[1:], backend=backend)
+    assert torch.equal(found, ckd.contrastive_cross_entropy(*case.arguments, backend=backend))
+
+
+def test_batched_gradients_are_refused_or_right(backend: str) -> None:
+    """autograd's is_grads_batched passes tensors without memory of their own."""
+    case = make_case(4, 10, 8, 6).requiring("student")
+    losses = ckd.contrastive_cross_entropy(*case.arguments, reduction="none", backend=backend)
+    try:
+        (rows,) = torch.autograd.grad(
+            losses, case.student, torch.eye(4), is_grads_batched=True, retain_graph=True
+        )
+    except RuntimeError as error:
+        assert "atching rule" in str(error)  # noqa: PT017  # torch's own words
+        return
+    for i, row in enumerate(rows):
+        (one,) = torch.autograd.grad(losses[i], case.student, retain_graph=True)
+        torch.testing.assert_close(row, one)
 
 
 def test_vmap_sees_the_op() -> None:

@@ -98,12 +98,12 @@ def contrastive_ce_forward(
 ) -> Forward:
     inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
     batch, width = student.shape
-    loss = torch.empty(batch if options.reduction == "none" else ())
-    kept = torch.empty(() if options.reduction == "mean" else 0)
-    lse, p_other = torch.empty(batch), torch.empty(batch)
-    residual = torch.empty(batch, width) if save_residual else torch.empty(0)
-    attention = torch.empty(batch, width) if save_attention else torch.empty(0)
-    cache = torch.empty(cache_bytes, dtype=torch.uint8)
+    loss = _empty(batch) if options.reduction == "none" else _empty()
+    kept = _empty() if options.reduction == "mean" else _empty(0)
+    lse, p_other = _empty(batch), _empty(batch)
+    residual = _empty(batch, width) if save_residual else _empty(0)
+    attention = _empty(batch, width) if save_attention else _empty(0)
+    cache = torch.empty(cache_bytes, dtype=torch.uint8, device="cpu")
     target = target.contiguous()
     bad = _C.cpu_contrastive_ce_forward(
         *inputs.arguments,
@@ -163,7 +163,7 @@ def similarity_forward(
     allow_half: bool,
 ) -> Tensor:
     inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
-    logits = torch.empty(len(student), len(bank))
+    logits = _empty(len(student), len(bank))
     _C.cpu_similarity_forward(*inputs.arguments, logits.data_ptr())
     return logits
 
@@ -229,11 +229,16 @@ class _Inputs:
     def empty_gradients(self, needs: Needs) -> Gradients:
         (batch, width), dim = self.student.shape, self.bank.shape[1]
         return Gradients(
-            student=torch.empty(batch, width) if needs.student else torch.empty(0),
-            weight=torch.empty(width, dim) if needs.weight else torch.empty(0),
-            bias=torch.empty(width if needs.bias else 0),
-            logit_scale=torch.empty(() if needs.logit_scale else 0),
+            student=_empty(batch, width) if needs.student else _empty(0),
+            weight=_empty(width, dim) if needs.weight else _empty(0),
+            bias=_empty(width) if needs.bias else _empty(0),
+            logit_scale=_empty() if needs.logit_scale else _empty(0),
         )
+
+
+def _empty(*shape: int) -> Tensor:
+    """As the kernels write it, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _targets(target: Tensor, options: Options) -> tuple[int, int, float, int]:

@@ -111,7 +111,7 @@ def contrastive_ce_forward(
     if options.reduction == "none":
         loss, kept = call.empty(0), call.empty(0)
     else:  # of no rows nothing is started
-        loss = torch.zeros((), device=student.device) if batch == 0 else call.empty(())
+        loss = call.empty(()).zero_() if batch == 0 else call.empty(())
         kept = call.empty(0)
         if options.reduction == "mean":
             kept = torch.ones_like(loss) if batch == 0 else call.empty(())
@@ -210,7 +210,7 @@ def similarity_backward(
         if call.exact:  # the bank's high and low pieces
             slope = (slope[:, :piece] + slope[:, 2 * piece :]) / PIECE_SCALE
         slope = slope[:, :width].contiguous()
-        one = torch.ones(1, device=student.device)
+        one = call.empty(1).fill_(1)
         call.run(
             _C.cuda_contrastive_ce_backward,
             (0, 0, 0.0),

@@ -197,7 +197,7 @@ def similarity_backward(
                 projection.add(chunk, d_n.sum() * call.positive_scale)
         d_student = d_scale = None
         if needs.student or needs.logit_scale:
-            ones = torch.ones(call.batch, device=student.device)
+            ones = call.empty(call.batch).fill_(1)
             d_student, d_scale = call.student_gradient(ones, None, slope.sum(), slope.sum(), needs)
         return call.gradients(d_student, projection, d_scale, needs)
 

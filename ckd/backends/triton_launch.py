@@ -255,7 +255,9 @@ class SoftmaxSums:
         self._l_target = call.empty(batch)
         self._n_target = call.empty(batch, width, dtype=call.operand)
         smooth = options.label_smoothing > 0
-        self._n_sum = torch.zeros(width, device=target.device) if smooth else None
+        self._n_sum = (
+            torch.zeros(width, dtype=torch.float32, device=target.device) if smooth else None
+        )
 
     def _programs(self, chosen: Tiles) -> tuple[int, int]:
         """Of students, and of blocks of the width."""
@@ -360,7 +362,7 @@ class ProjectionGradient:
         self._call, self._needs = call, needs
         self._tiles: Tiles | None = None
         self.weight = Product(call, call.student_dim, call.teacher_dim)
-        self.bias = torch.zeros(call.width, device=call.student.device)
+        self.bias = call.empty(call.width).zero_()
 
     def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
         """The rows of a chunk, of a loss over softmax probabilities."""
@@ -445,7 +447,7 @@ class Product:
 
     def sum(self) -> Tensor:
         if self._parts is None:
-            return torch.zeros(self._rows, self._columns, device=self._call.student.device)
+            return self._call.empty(self._rows, self._columns).zero_()
         return self._parts[0] if len(self._parts) == 1 else self._parts.sum(0)
 
 

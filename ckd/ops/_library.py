@@ -9,6 +9,7 @@ to the implementation, past torch's dispatcher, which costs as much again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,7 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def _is_unobserved(args: tuple[Any, ...]) -> bool:
@@ -89,7 +91,22 @@ def _is_unobserved(args: tuple[Any, ...]) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0  # torch.device(...) as a context is one
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_meta) for x in args)
+        or any(isinstance(x, Tensor) and not _is_plain(x) for x in args)
     )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether its memory holds its values, as the implementations take for granted: torch
+    dispatches on its device alone. (Not so of meta, lazily negated, batched and wrapped ones.)"""
+    return type(x) in _PLAIN and _dispatch_keys(x).raw_repr() == _dense_keys(x.device.type)
+
+
+@functools.cache
+def _dense_keys(device_type: str) -> int | None:
+    if device_type == "meta":
+        return None
+    with torch.inference_mode(False):
+        return _dispatch_keys(torch.empty(0, device=device_type)).raw_repr()

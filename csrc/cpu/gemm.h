@@ -63,8 +63,6 @@ inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Oper
   Vec sum[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    if (0)
-      for (int j = 0; j < VECTORS * LANES; j += 16) __builtin_prefetch(at.c + i * at.ldc + j, 1);
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec{};
   }

@@ -274,13 +274,13 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   if (thread == 0) *last = arrive(arrived) == static_cast<int>(gridDim.x) - 1;
   sync_block();
   if (*last == 0) return;
-  float sum = 0;
+  double long_sum = 0;  // of as many terms as the batch is long
   int kept = 0;
   for (std::int64_t i = thread; i < batch; i += THREADS) {
-    sum += op.nll[i];
+    long_sum += static_cast<double>(op.nll[i]);
     kept += op.targets.target[i] != op.targets.ignore_index;
   }
-  sum = sum_of_warp(sum);
+  float sum = sum_of_warp(static_cast<float>(long_sum));
   for (int mask = 16; mask > 0; mask /= 2) kept += shuffle_xor(kept, mask);
   if (lane_index() == 0) losses[warp_index()] = sum, counts[warp_index()] = kept;
   sync_block();
