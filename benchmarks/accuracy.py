@@ -1,0 +1,96 @@
+"""How well students do by each method: three seeds, at equal epochs and at equal wall-clock time.
+
+    python benchmarks/accuracy.py --data cifar10-10k --teacher resnet56 \\
+        --teacher-weights resnet56.safetensors --out runs/accuracy
+
+Builds the teacher's bank and trains every setting below under every seed, each in a process of
+its own by `python -m ckd.train`, one after the other. What is finished is not trained again, so the
+command goes on where it was stopped. Then it prints the table of `python -m ckd.compare --seeds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckd.compare import group_seeds, seed_table
+
+LONGER = 11 / 6  # about what a step with a ResNet-56 teacher takes of one without
+TEACHER = ("--teacher", "{teacher}", "--teacher-weights", "{weights}")
+EMBED = ("--method", "embed-kd", "--bank", "{bank}")
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "plain": ("--method", "plain"),
+    "logit-kd": ("--method", "logit-kd", *TEACHER),
+    "teacher-kd": ("--method", "teacher-kd", *TEACHER),
+    "centroids": EMBED,
+    "samples": (*EMBED, "--targets", "samples"),
+    "scale-1": (*EMBED, "--logit-scale", "1", "--no-learn-logit-scale"),
+    "scale-14": (*EMBED, "--logit-scale", "14.2857", "--no-learn-logit-scale"),
+    "published": (*EMBED, "--paper-compat"),
+    # As long as teacher-kd takes.
+    "plain-longer": ("--method", "plain"),
+    "centroids-longer": EMBED,
+    "samples-longer": (*EMBED, "--targets", "samples"),
+}
+COMMON = [
+    *("--batch-size", "128", "--lr", "2e-3", "--weight-decay", "0.05"),
+    *("--warmup-epochs", "0.5", "--amp", "bf16"),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    bank = options.out / "bank"
+    options.out.mkdir(parents=True, exist_ok=True)
+    of_teacher = ["--teacher", options.teacher, "--teacher-weights", options.teacher_weights]
+    run("ckd.bank", "build", "--data", options.data, *of_teacher, "--out", str(bank))
+    folders = []
+    for seed in range(options.seeds):
+        for name in options.settings:
+            folders.append(options.out / f"{name}-seed{seed}")
+            train(name, seed, folders[-1], bank, options)
+    print(seed_table(group_seeds(folders)))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--data", required=True, help="a data set, as for python -m ckd.train")
+    parser.add_argument("--teacher", required=True, help="a model spec, such as resnet56")
+    parser.add_argument("--teacher-weights", required=True)
+    parser.add_argument("--student", default="resnet20", help="(default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument(
+        "--settings", default=",".join(SETTINGS), help="comma-separated (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    options = parser.parse_args(arguments)
+    options.settings = options.settings.split(",")
+    unknown = [name for name in options.settings if name not in SETTINGS]
+    if unknown:
+        parser.error(f"--settings: {unknown[0]!r} is none of {', '.join(SETTINGS)}")
+    if options.epochs < 1 or options.seeds < 1:
+        parser.error("--epochs and --seeds must be positive")
+    return options
+
+
+def train(name: str, seed: int, out: Path, bank: Path, options: argparse.Namespace) -> None:
+    values = {"teacher": options.teacher, "weights": options.teacher_weights, "bank": bank}
+    own = [argument.format(**values) for argument in SETTINGS[name]]
+    epochs = round(options.epochs * LONGER) if name.endswith("-longer") else options.epochs
+    sizes = ["--epochs", str(epochs), "--seed", str(seed), "--student", options.student]
+    # --resume begins a run, goes on with one that was stopped, or leaves a finished one as it is.
+    run("ckd.train", "--data", options.data, *COMMON, *sizes, *own, "--out", str(out), "--resume")
+
+
+def run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

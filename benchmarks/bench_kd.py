@@ -1,0 +1,267 @@
+"""What training a student costs by each of the trainer's methods: time, memory, energy.
+
+    python benchmarks/bench_kd.py                        four ViTs at 32 and 64 px
+    python benchmarks/bench_kd.py --quick                a small teacher, under two minutes
+    python benchmarks/bench_kd.py --teacher ViT-B/16 --image-size 32 --amp bf16
+    python benchmarks/bench_kd.py --out kd.json --csv kd.csv --plot kd.png
+    python benchmarks/bench_kd.py --show kd.json
+
+CLIP-Embed-KD (arXiv 2404.06170) says that a student takes 9 times less memory and 8 times less time
+when it learns from stored embeddings (`embed-kd`) than beside a running teacher (`teacher-kd`).
+Here the trainer's own loop goes through an epoch by each method, each in a process of its own; the
+processes of a table take turns, so that all share the machine's good and bad moments.
+What costs the same whatever it holds is random: the teachers' weights, unless --teacher is a path,
+the bank's rows, and the images. Epochs are extrapolated from the measured steps. On two CPU cores
+the default takes most of an hour, nearly all of it for the teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kd_report
+import machine
+import torch
+from kd_report import Record
+from kd_worker import (
+    CLASSES,
+    VITS,
+    Process,
+    Setting,
+    finish,
+    make_teacher,
+    measure_bank,
+    measure_training,
+    take_turns,
+    write_images,
+)
+
+from ckd import models
+from ckd.models import catalog
+from ckd.train.config import AMP_MODES
+from ckd.train.methods import METHODS
+
+QUICK_TEACHER = "resnet56"
+IMAGE_SIZES = (32, 64)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        print("--plot needs matplotlib: pip install 'ckd[plots]'", file=sys.stderr)
+        return 1
+    if options.show:
+        kd_report.show(options.show)
+        write_files(options.show, options)
+        return 0
+    record: Record = {
+        "benchmark": "kd",
+        "machine": machine.describe(options.threads, options.device),
+        "settings": {
+            "student": options.student,
+            "batch_size": options.batch_size,
+            "amp": options.amp,
+            "compile": options.compile,
+            "steps": options.steps,
+            "seconds": options.seconds,
+            "epoch_images": options.epoch_images,
+            "images": f"synthetic (random uint8, {CLASSES} classes)",
+        },
+        "cases": [],
+    }
+    kd_report.show_machine(record)
+    for size in options.image_size:
+        for teacher in options.teacher:
+            record["cases"].append(run_case(teacher, size, options))
+            kd_report.show_case(record["cases"][-1], record["settings"])
+            write_files(record, options)
+    rows = [row for case in record["cases"] for row in case["rows"]]
+    return 1 if all("failed" in row for row in rows) else 0
+
+
+def write_files(record: Record, options: argparse.Namespace) -> None:
+    if options.out:
+        kd_report.atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+    if options.csv:
+        kd_report.write_csv(record, options.csv)
+    if options.plot:
+        kd_report.plot(record, options.plot)
+
+
+def run_case(teacher: str, size: int, options: argparse.Namespace) -> Record:
+    """All methods with one teacher at one size."""
+    with tempfile.TemporaryDirectory(prefix="bench_kd-") as folder:
+        setting = Setting(
+            folder=folder,
+            student=options.student,
+            teacher=teacher,
+            image_size=size,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            seconds=options.seconds,
+            amp=options.amp,
+            compile=options.compile,
+            threads=options.threads,
+            device=options.device,
+        )
+        write_images(setting)
+        about = finish(start(setting, make_teacher, setting))
+        results = measure(options.methods, about, setting)
+    rows = [{"method": method, **results[method]} for method in options.methods]
+    case = {"teacher": teacher, "image_size": size, "about": about, "bank": results["bank"]}
+    case["rows"] = rows
+    kd_report.derive(case, {"epoch_images": options.epoch_images, "batch_size": options.batch_size})
+    return case
+
+
+def measure(methods: list[str], about: Record, setting: Setting) -> dict[str, Record]:
+    """The methods and the bank by name; where there is no teacher, why not."""
+    waiting: dict[str, Callable[[], Process]] = {}
+    dim = about.get("embedding_dim", 0)
+    for method in methods:
+        waiting[method] = partial(start, setting, measure_training, method, dim, setting)
+    waiting["bank"] = partial(start, setting, measure_bank, setting)
+    if "failed" not in about:
+        return take_turns(waiting)
+    able = {name: begin for name, begin in waiting.items() if name == "plain"}
+    return {name: dict(about) for name in waiting} | take_turns(able)
+
+
+def start(setting: Setting, task: Callable[..., Record], *arguments: Any) -> Process:
+    return Process(task, *arguments, threads=setting.threads)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument(
+        "--teacher",
+        action="append",
+        metavar="TEACHER",
+        help=f"{', '.join(VITS)} (random weights, 224 px), a model spec such as resnet56 (random "
+        "weights), a run folder or a .safetensors file; may be repeated (default: the four ViTs)",
+    )
+    parser.add_argument(
+        "--image-size",
+        action="append",
+        type=int,
+        metavar="PIXELS",
+        help="of the student; may be repeated (default: 32 and 64)",
+    )
+    parser.add_argument("--student", default="vit", help="its model spec (default: %(default)s)")
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        help="comma-separated (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, help="(default: 64; quick: 16)")
+    parser.add_argument(
+        "--steps", type=int, help="measured, at most, at least 2 (default: 100; quick: 20)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="after which no further step is measured, beyond two (default: 20; quick: 4)",
+    )
+    parser.add_argument("--amp", choices=AMP_MODES, default="off", help="(default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="the student, as the trainer does")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"teacher {QUICK_TEACHER}, 32 px, few small steps"
+    )
+    parser.add_argument(
+        "--epoch-images",
+        type=int,
+        default=50_000,
+        help="to which an epoch is extrapolated (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
+    parser.add_argument("--csv", type=Path, help="write a line for each method")
+    parser.add_argument("--plot", type=Path, help="draw memory and time an epoch (PNG)")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
+    options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
+    if options.show:
+        options.show = read(options.show)
+        return
+    quick = options.quick
+    options.teacher = options.teacher or ([QUICK_TEACHER] if quick else list(VITS))
+    options.image_size = options.image_size or list(IMAGE_SIZES[:1] if quick else IMAGE_SIZES)
+    options.batch_size = (16 if quick else 64) if options.batch_size is None else options.batch_size
+    options.steps = (20 if quick else 100) if options.steps is None else options.steps
+    options.seconds = (4.0 if quick else 20.0) if options.seconds is None else options.seconds
+    options.methods = options.methods.split(",")
+    for method in options.methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods: one of {', '.join(METHODS)} each, got {method!r}")
+    least = {"batch_size": 2, "steps": 2, "threads": 1, "epoch_images": 1}
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: expected at least {value}, got {getattr(options, name)}")
+    if not 0 < options.seconds < float("inf"):
+        raise ValueError(f"--seconds: expected a positive number, got {options.seconds}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, got cuda: torch sees no GPU")
+    for size in options.image_size:
+        check_model("--student", options.student, size)
+        for teacher in options.teacher:
+            check_model("--teacher", teacher, size)
+
+
+def check_model(flag: str, name: str, size: int) -> None:
+    """That there is such a model, and that images of this size fit it, where that is quickly said:
+    timm: and hf: tell only when they make it."""
+    if size < 1:
+        raise ValueError(f"--image-size: expected at least 1, got {size}")
+    teacher = flag == "--teacher"
+    if teacher and (name in VITS or Path(name).exists()):
+        return
+    if not catalog.is_spec(name):
+        expected = f"one of {', '.join(VITS)}, a path, or " if teacher else ""
+        raise ValueError(
+            f"{flag}: expected {expected}a model spec ({', '.join(models.known())}), got {name!r}"
+        )
+    if catalog.is_library(name):
+        return
+    try:
+        with torch.device("meta"):  # shapes without memory
+            models.create(name, num_classes=CLASSES, image_size=size, in_channels=3)
+    except models.ModelError as error:
+        raise ValueError(f"{flag}: expected a model for {size} px, got {error}") from error
+
+
+def read(path: Path) -> Record:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--show: {path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("benchmark") != "kd":
+        raise ValueError(f"--show: expected a file that bench_kd.py --out wrote, got {path}")
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""One measurement of bench_kd.py: a process of its own, in which the trainer itself trains.
+
+Nothing of a training step is written here again. `ckd.train` sets the run up and goes through an
+epoch, `ckd.bank` builds a bank; both call back once a step, and that is where the clock is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kd_gauge import Enough, Gauge, Memory, Result, TurnOver
+from torch import Tensor
+
+from ckd import data, models
+from ckd._hints import require
+from ckd.bank import BankWriter
+from ckd.bank.build import build_bank
+from ckd.models import catalog
+from ckd.train.config import Config
+from ckd.train.device import pick_device, torch_state
+from ckd.train.loop import train_epoch
+from ckd.train.methods import method_class
+from ckd.train.run import set_up
+
+CLASSES = 100
+
+GO, TURN_OVER, DONE, FAILED = "go", "turn over", "done", "failed"
+OUT_OF_MEMORY, KILLED = "out of memory", "killed, out of memory?"
+
+# Vision transformers at 224 px: width, layers, heads, patch (Dosovitskiy et al. 2021, table 1).
+VITS = {
+    "ViT-B/32": (768, 12, 12, 32),
+    "ViT-B/16": (768, 12, 12, 16),
+    "ViT-L/32": (1024, 24, 16, 32),
+    "ViT-L/16": (1024, 24, 16, 16),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the measurements of one table share."""
+
+    folder: str  # holds the images and the teacher's file, and takes what the trainer writes
+    student: str
+    teacher: str
+    image_size: int
+    batch_size: int
+    steps: int  # measured, at most
+    seconds: float  # after which no further step begins
+    amp: str
+    compile: bool
+    threads: int
+    device: str
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the measured ones: on a GPU, cuDNN tries its algorithms meanwhile."""
+        return 10 if self.device == "cuda" else 3 if self.compile else 1
+
+    def gauge(self, memory: Memory, turn_over: TurnOver, before_first: int = 0) -> Gauge:
+        """`before_first`: calls that come before the first step has ended."""
+        return Gauge(
+            memory,
+            turn_over,
+            warm_up=self.warm_up + before_first,
+            steps=self.steps,
+            seconds=self.seconds,
+            batch_size=self.batch_size,
+        )
+
+    @property
+    def images(self) -> Path:
+        return Path(self.folder) / "images.npz"
+
+    @property
+    def teacher_file(self) -> str:
+        """What the trainer's --teacher gets: the file of random weights, or the user's own path."""
+        if self.teacher in VITS or catalog.is_spec(self.teacher):
+            return f"{self.folder}/teacher.safetensors"
+        return self.teacher
+
+
+class Process:
+    """A task in a new process, which computes only while `proceed` waits for it.
+
+    The task's first argument is a function that it calls where its turn may end.
+    """
+
+    def __init__(self, task: Callable[..., Result], *arguments: Any, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child, task, arguments, threads), daemon=True
+        )
+        self._process.start()
+        child.close()
+
+    def proceed(self) -> Result | None:
+        """Let it compute until its turn ends (None) or it is done: its result, or why it failed."""
+        try:
+            self._pipe.send(GO)
+            kind, content = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode
+            return {"failed": KILLED if code == -9 else f"died, exit code {code}"}
+        except BaseException:
+            self._process.kill()
+            raise
+        if kind == TURN_OVER:
+            return None
+        self._process.join()
+        return {"failed": content} if kind == FAILED else content
+
+
+def finish(process: Process) -> Result:
+    """The result of a process that shares the machine with no other."""
+    while (result := process.proceed()) is None:
+        pass
+    return result
+
+
+def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
+    """The results of processes that take turns, so that all share the machine's good and bad
+    moments. One that runs out of memory beside the others is tried again alone."""
+    running = {}
+    results: dict[str, Result] = {}
+    for name, begin in start.items():
+        running[name] = begin()
+    while running:
+        for name, process in list(running.items()):
+            result = process.proceed()
+            if result is not None:
+                results[name] = result
+                del running[name]
+    for name, result in results.items():
+        if result.get("failed") in (KILLED, OUT_OF_MEMORY):
+            results[name] = finish(start[name]())
+    return {name: results[name] for name in start}
+
+
+def _serve(
+    pipe: Connection, task: Callable[..., Result], arguments: tuple[Any, ...], threads: int
+) -> None:
+    def turn_over() -> None:
+        pipe.send((TURN_OVER, None))
+        pipe.recv()
+
+    torch.set_num_threads(threads)
+    with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
+        pipe.recv()
+        try:
+            answer: tuple[str, Any] = (DONE, task(turn_over, *arguments))
+        except Exception as error:  # noqa: BLE001  # whatever it raises is its result
+            answer = (FAILED, _reason(error))
+            if answer[1] != OUT_OF_MEMORY:
+                traceback.print_exc(file=sys.stderr)
+        pipe.send(answer)
+
+
+def _reason(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    lost = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
+    return OUT_OF_MEMORY if lost else text[:200]
+
+
+def write_images(setting: Setting) -> None:
+    """Random uint8 images of CLASSES classes, so many that no measurement comes to their end."""
+    rows = setting.batch_size * (setting.warm_up + setting.steps + 3)
+    random = np.random.default_rng(0)
+    size = setting.image_size
+    arrays: dict[str, Any] = {
+        "train_images": random.integers(0, 256, (rows, size, size, 3), dtype=np.uint8),
+        "train_labels": np.arange(rows) % CLASSES,
+        "test_images": np.zeros((1, size, size, 3), dtype=np.uint8),
+        "test_labels": np.zeros(1, dtype=np.int64),
+        "class_names": np.array([str(label) for label in range(CLASSES)]),
+    }
+    np.savez(setting.images, **arrays)
+
+
+def make_teacher(turn_over: TurnOver, setting: Setting) -> Result:
+    """Write a teacher of random weights for the trainer to load, and say what it is.
+
+    Weights that the user names by a path stay what they are.
+    """
+    file = setting.teacher_file
+    stored = file == setting.teacher
+    if stored:
+        model = models.load(file)
+    else:
+        spec = _spec(setting.teacher, setting.folder)
+        size = None if catalog.is_library(spec) else setting.image_size
+        model = models.create(spec, num_classes=CLASSES, image_size=size, in_channels=3)
+        models.save(model, file)
+    return {
+        "weights": "stored" if stored else "random",
+        "image_size": model.image_size,
+        "embedding_dim": model.embedding_dim,
+        "parameters": models.parameter_count(model),
+    }
+
+
+def _spec(teacher: str, folder: str) -> str:
+    """The project's name for a teacher; for one of VITS, of a folder that holds its shape."""
+    if teacher not in VITS:
+        return teacher
+    return _vit_spec(VITS[teacher], Path(folder) / teacher.replace("/", "-"))
+
+
+def _vit_spec(shape: tuple[int, int, int, int], folder: Path) -> str:
+    transformers: Any = require("transformers", extra="hf", purpose="a ViT as teacher")
+    width, layers, heads, patch = shape
+    transformers.ViTConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        patch_size=patch,
+        image_size=224,
+    ).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def measure_training(
+    turn_over: TurnOver, method: str, teacher_dim: int, setting: Setting
+) -> Result:
+    """Seconds of a step, peak memory in MiB and energy in J of an image, by the trainer's loop."""
+    device = pick_device(setting.device)
+    config = config_of(method, setting)
+    if method == "embed-kd":
+        write_bank(Path(f"{setting.folder}/bank"), teacher_dim)
+    _load_libraries(setting, device)
+    with torch_state(config, device):
+        memory = Memory(device)
+        run = set_up(config, device, method_class(config))
+        memory.held += sum(_nbytes(one) for one in (run.train_set, run.test_set))
+        gauge = setting.gauge(memory, turn_over)
+        with contextlib.suppress(Enough):
+            train_epoch(run, gauge, verbose=False)
+    return gauge.result()
+
+
+def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
+    """The same of a batch of the teacher's forward, by the code that builds banks."""
+    device = pick_device(setting.device)
+    _load_libraries(setting, device)
+    dataset = data.load(str(setting.images), "train")
+    memory = Memory(device)
+    # Called when a batch begins, not when it has ended: the first call ends no batch.
+    gauge = setting.gauge(memory, turn_over, before_first=1)
+
+    def prepare(model: models.Model, images: Tensor) -> Tensor:
+        gauge()
+        return models.prepare(model, images)
+
+    with contextlib.suppress(Enough):
+        build_bank(
+            dataset,
+            models.load(setting.teacher_file),
+            f"{setting.folder}/teacher-bank",
+            batch_size=setting.batch_size,
+            device=device,
+            prepare=prepare,
+            progress=False,
+        )
+    return gauge.result()
+
+
+def config_of(method: str, setting: Setting) -> Config:
+    """What `python -m ckd.train` would be told."""
+    config = Config(
+        method=method,
+        data=str(setting.images),
+        student=setting.student,
+        teacher=setting.teacher_file if method in ("logit-kd", "teacher-kd") else None,
+        bank=f"{setting.folder}/bank" if method == "embed-kd" else None,
+        out=setting.folder,
+        batch_size=setting.batch_size,
+        amp=setting.amp,
+        compile=setting.compile,
+        device=setting.device,
+        checkpoint_minutes=1e9,
+        tensorboard=False,
+    )
+    config.check()
+    return config
+
+
+def write_bank(path: Path, dim: int) -> None:
+    """A bank whose centroids have the teacher's width: what they hold does not change the cost."""
+    labels = torch.arange(CLASSES)
+    with BankWriter(path, dim, class_names=[str(label) for label in range(CLASSES)]) as writer:
+        writer.write(labels, torch.randn(CLASSES, dim), labels)
+
+
+def _load_libraries(setting: Setting, device: torch.device) -> None:
+    """What the process maps once, before its memory is measured: no method is charged for it."""
+    small: list[models.Model] = [
+        models.create("vit:width=8,layers=1,heads=1", num_classes=2, image_size=8)
+    ]
+    if setting.teacher in VITS or setting.teacher.startswith("hf:"):
+        spec = _vit_spec((8, 1, 1, 32), Path(setting.folder) / "small")
+        small.append(models.create(spec, num_classes=2, image_size=None))
+    elif setting.teacher.startswith("timm:"):
+        importlib.import_module("timm")
+    for model in small:
+        model.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        size = model.image_size
+        model(torch.zeros(2, 3, size, size, device=device)).logits.sum().backward()
+        optimizer.step()
+
+
+def _nbytes(dataset: data.Dataset) -> int:
+    images = getattr(dataset, "images", None)
+    return 0 if images is None else images.nbytes
