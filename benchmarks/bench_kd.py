@@ -11,8 +11,8 @@ when it learns from stored embeddings (`embed-kd`) than beside a running teacher
 Here the trainer's own loop goes through an epoch by each method, each in a process of its own; the
 processes of a table take turns, so that all share the machine's good and bad moments.
 What costs the same whatever it holds is random: the teachers' weights, unless --teacher is a path,
-the bank's rows, and the images. Epochs are extrapolated from the measured steps. On two CPU cores
-the default takes most of an hour, nearly all of it for the teachers.
+the bank's rows, and the images. Epochs are extrapolated from the measured steps. On a CPU the
+default takes an hour or more, nearly all of it for the teachers.
 """
 
 from __future__ import annotations
