@@ -9,7 +9,6 @@ to the implementation, past torch's dispatcher, which costs as much again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,30 +82,34 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _dispatch_keys = torch._C._dispatch_keys
+_dense_keys: set[int] = set()  # those of tensors that torch dispatches on their device alone
 
 
 def _is_unobserved(args: tuple[Any, ...]) -> bool:
     """Whether only autograd has to do with a call of these arguments."""
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0  # torch.device(...) as a context is one
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(x, Tensor) and not _is_plain(x) for x in args)
-    )
+    ):
+        return False
+    for x in args:
+        if isinstance(x, Tensor):
+            if type(x) not in _PLAIN:
+                return False
+            if _dispatch_keys(x).raw_repr() not in _dense_keys and not _is_dense(x):
+                return False
+    return True
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether its memory holds its values, as the implementations take for granted: torch
-    dispatches on its device alone. (Not so of meta, lazily negated, batched and wrapped ones.)"""
-    return type(x) in _PLAIN and _dispatch_keys(x).raw_repr() == _dense_keys(x.device.type)
-
-
-@functools.cache
-def _dense_keys(device_type: str) -> int | None:
-    if device_type == "meta":
-        return None
+def _is_dense(x: Tensor) -> bool:
+    """Whether its memory holds its values, as the implementations take for granted. (Not so of
+    meta, lazily negated and batched tensors.)"""
+    if x.is_meta:
+        return False
     with torch.inference_mode(False):
-        return _dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+        _dense_keys.add(_dispatch_keys(torch.empty(0, device=x.device)).raw_repr())
+    return _dispatch_keys(x).raw_repr() in _dense_keys
