@@ -300,7 +300,7 @@ def test_similarity_at_every_edge(gpu: Gpu, shape: tuple[int, ...], chunks: int)
     case = make_case(*shape)
     expected = similarity(gpu, case, "reference")
     # In two dimensions what comes through a norm is a small rest of large terms.
-    atol = 6e-4 if shape[2 if shape[3] is None else 3] == 2 else 2e-4
+    atol = 4e-4 if shape[2 if shape[3] is None else 3] == 2 else 2e-4
     for name, value in similarity(gpu, case, gpu.name).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=atol)
 

@@ -26,14 +26,13 @@ def test_similarity_and_gradients_match_float64(shape: tuple[int, ...], backend:
     )
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-5)
-    factor = torch.randn(truth.shape, dtype=torch.float64)
+    # Random, and not orthogonal to the cosines: else the scale's gradient is a sum that cancels,
+    # and eager float32 itself is off by more than a fixed part of it.
+    factor = (
+        torch.randn(truth.shape, dtype=torch.float64) + truth.detach() / case.logit_scale.item()
+    )
     true_gradients = oracle.gradients(exact, (factor * truth).sum())
-    gradients = oracle.gradients(case, (factor * result).sum())
-    # A sum over all pairs whose terms cancel: held to their norm as well.
-    terms = torch.linalg.vector_norm(factor * truth / exact.logit_scale)
-    d_scale = true_gradients["logit_scale"]
-    assert (gradients.pop("logit_scale") - d_scale).abs() < 1e-5 * d_scale.abs() + 1e-6 * terms
-    for name, value in gradients.items():
+    for name, value in oracle.gradients(case, (factor * result).sum()).items():
         size = torch.linalg.vector_norm(true_gradients[name])
         assert relative_error(value, true_gradients[name]) < 1e-5 or size < 1e-6, name
 
