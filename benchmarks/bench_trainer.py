@@ -29,6 +29,7 @@ from unittest import mock
 import machine
 import numpy as np
 import torch
+from kd_gauge import Enough
 from kd_worker import Setting, config_of, write_bank, write_images
 from PIL import Image
 from report import duration
@@ -64,10 +65,6 @@ class Clock:
             return result
 
         return timed
-
-
-class Enough(Exception):
-    """The steps to be measured are done."""
 
 
 def measure_step(setting: Setting, method: str) -> Record:

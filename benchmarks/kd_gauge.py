@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from worker import MIB, status_bytes
 
-MIB = 1 << 20
 LEAST_STEPS = 2  # measured, however long they take
 TURN = 1.0  # seconds of steps after which another process may have the machine
 
@@ -111,7 +111,7 @@ class Memory:
         if device.type == "cuda":
             self.held = torch.cuda.memory_allocated(device)
         elif sys.platform == "linux":
-            self.held = _status("VmRSS")
+            self.held = status_bytes("VmRSS")
 
     def restart(self) -> None:
         self._trim()
@@ -123,7 +123,7 @@ class Memory:
     def peak_mib(self) -> float | None:
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self.device) - self.held) / MIB
-        return (_status("VmHWM") - self.held) / MIB if sys.platform == "linux" else None
+        return (status_bytes("VmHWM") - self.held) / MIB if sys.platform == "linux" else None
 
     def _trim(self) -> None:
         gc.collect()
@@ -132,14 +132,6 @@ class Memory:
         elif sys.platform == "linux":
             with contextlib.suppress(AttributeError):  # glibc has it, musl has not
                 ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(field: str) -> int:
-    """Bytes, of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 class EnergyMeter:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from kd_gauge import Enough, Gauge, Memory, Result, TurnOver
 from torch import Tensor
+from worker import OUT_OF_MEMORY, reason_of
 
 from ckd import data, models
 from ckd._hints import require
@@ -36,7 +37,7 @@ from ckd.train.run import set_up
 CLASSES = 100
 
 GO, TURN_OVER, DONE, FAILED = "go", "turn over", "done", "failed"
-OUT_OF_MEMORY, KILLED = "out of memory", "killed, out of memory?"
+KILLED = "killed, out of memory?"
 
 # Vision transformers at 224 px: width, layers, heads, patch (Dosovitskiy et al. 2021, table 1).
 VITS = {
@@ -163,16 +164,10 @@ def _serve(
         try:
             answer: tuple[str, Any] = (DONE, task(turn_over, *arguments))
         except Exception as error:  # noqa: BLE001  # whatever it raises is its result
-            answer = (FAILED, _reason(error))
+            answer = (FAILED, reason_of(error))
             if answer[1] != OUT_OF_MEMORY:
                 traceback.print_exc(file=sys.stderr)
         pipe.send(answer)
-
-
-def _reason(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    lost = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-    return OUT_OF_MEMORY if lost else text[:200]
 
 
 def write_images(setting: Setting) -> None:

@@ -75,14 +75,18 @@ def _serve(pipe: Connection, provider: str, problem: Problem, threads: int, devi
                 answer = (True, getattr(bench, call)(*arguments))
             except Exception as error:  # noqa: BLE001  # whatever it raises is its result
                 traceback.print_exc(file=sys.stderr)
-                answer = (False, _reason(error))
+                answer = (False, reason_of(error))
             pipe.send(answer)
 
 
-def _reason(error: Exception) -> str:
+OUT_OF_MEMORY = "out of memory"
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    lost = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in text
-    return "out of memory" if lost else text[:200]
+    lost = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
+    return OUT_OF_MEMORY if lost else text[:200]
 
 
 @dataclass
@@ -138,11 +142,11 @@ class Bench:
             self._call(STEP, inputs)
             return None
         ctypes.CDLL(None).malloc_trim(0)
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # VmHWM := VmRSS
         self._call(STEP, inputs)
-        return (_status("VmHWM") - before) / MIB
+        return (status_bytes("VmHWM") - before) / MIB
 
     def errors(self, path: str) -> Errors:
         """Against what truth() wrote."""
@@ -195,7 +199,7 @@ def _relative(value: Tensor, truth: Tensor) -> float:
     return (error / torch.linalg.vector_norm(truth)).item()
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """Bytes, of /proc/self/status."""
     with open("/proc/self/status") as file:
         for line in file:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckd
@@ -65,6 +66,22 @@ def test_dispatch_modes_see_every_op() -> None:
         watched = step(case)
     assert {f"ckd.{op.name}.default" for op in OPS} <= seen
     assert torch.equal(straight, watched)
+
+
+def test_function_modes_see_every_op() -> None:
+    """And pass it on: `torch.device` as a context is such a mode."""
+    seen: set[str] = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    case = make_case(4, 10, 8, 6)
+    with Watch():
+        ckd.contrastive_cross_entropy(*case.arguments)
+        ckd.normalized_similarity(case.student, case.bank, case.weight, case.bias, 2.0)
+    assert {"ckd.contrastive_ce.default", "ckd.similarity.default"} <= seen
 
 
 def test_the_profiler_sees_every_op() -> None:
