@@ -66,6 +66,17 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
         assert done.returncode == 0, f"{tier}: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.skipif("avx512_bf16" not in cpu.TIERS, reason="no AVX-512 with bfloat16")
+def test_the_walk_over_amx_tiles_on_emulated_tiles(tmp_path: Path) -> None:
+    header = ROOT / "tests" / "native" / "amx_emulated.h"
+    options = ["-include", str(header)]
+    if links("-fsanitize=address,undefined"):
+        options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    program = build(tmp_path, ["portable", "avx512_bf16"], options)
+    done = subprocess.run([program, "avx512_bf16"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_kernels_have_no_data_race(tmp_path: Path) -> None:
     """With std::thread in place of OpenMP, whose barriers ThreadSanitizer does not see."""
     sanitizer = ["-fsanitize=thread", "-DCKD_STD_THREADS", "-pthread"]

@@ -103,7 +103,7 @@ def contrastive_ce_forward(
     lse, p_other = _empty(batch), _empty(batch)
     residual = _empty(batch, width) if save_residual else _empty(0)
     attention = _empty(batch, width) if save_attention else _empty(0)
-    cache = torch.empty(cache_bytes, dtype=torch.uint8, device="cpu")
+    cache = _workspace(cache_bytes)
     target = target.contiguous()
     bad = _C.cpu_contrastive_ce_forward(
         *inputs.arguments,
@@ -239,6 +239,13 @@ class _Inputs:
 def _empty(*shape: int) -> Tensor:
     """As the kernels write it, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _workspace(size: int) -> Tensor:
+    """Bytes that the kernels keep for calls to come: fresh pages cost as much as the projection."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)
 
 
 def _targets(target: Tensor, options: Options) -> tuple[int, int, float, int]:

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-DEFAULT_CACHE_LIMIT = 64 << 20
+DEFAULT_CACHE_LIMIT = 128 << 20
 _cache_limit = DEFAULT_CACHE_LIMIT
 
 
@@ -22,11 +22,11 @@ def set_cache_limit(limit: int) -> None:
 
     Without it the backward for weight and bias projects the bank again: 2 K D W operations. Kept
     rows take W float16 numbers on a GPU and W bfloat16 ones on the CPU where half precision is
-    permitted, else W float32 ones; a GPU keeps all rows or none. 64 MiB unless it is set.
+    permitted, else W float32 ones; a GPU keeps all rows or none. 128 MiB unless it is set.
 
     Raises ValueError for a negative limit.
 
-    >>> ckd.backends.set_cache_limit(1 << 30)  # 1 GiB: a bank of 1.28 M rows at W = 256
+    >>> ckd.backends.set_cache_limit(1 << 30)  # 1 GiB: a million rows at W = 256
     """
     global _cache_limit
     if not isinstance(limit, int) or limit < 0:

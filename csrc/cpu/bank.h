@@ -29,16 +29,16 @@ class Bank {
   struct Scratch {
     explicit Scratch(const Bank& bank)
         : wide(PANEL * BLOCK),
-          rows(PANEL * 256),
+          rows(Type::PER_WORD == 1 ? 0 : PANEL * 256),
           columns(256 * PANEL),
           z(bank.width_ * Type::PER_WORD * PANEL),
-          words(bank.width_ * PANEL),
+          words(Type::PER_WORD == 1 ? 0 : bank.width_ * PANEL),
           inverse(PANEL) {}
     Buffer<float> wide;    // [64, BLOCK] numbers of the bank
-    Buffer<Word> rows;     // [64, 256] the same as words
+    Buffer<Word> rows;     // [64, 256] the same as words, where those are not the numbers
     Buffer<Word> columns;  // [256, 64] transposed
     Buffer<float> z;       // [W, 64], then n^T; zero rows up to a whole word
-    Buffer<Word> words;    // [words(W), 64]
+    Buffer<Word> words;    // [words(W), 64], where those are not the numbers
     Buffer<float> inverse;
   };
 
@@ -93,29 +93,35 @@ class Bank {
     widen(row, in_.element, from, n, out);
   }
 
-  // Projects and normalises a panel into `scratch` and, if it has a place there, into the cache.
-  Panel<Type> make(std::int64_t panel, Scratch& scratch) const {
+  // Projects and normalises a panel: its numbers into z, in whole words of rows, and all of it, if
+  // it has a place there, into the cache.
+  Panel<Type> make(std::int64_t panel, Scratch& scratch, float* z) const {
     const bool keep = panel < cached_;
-    Word* out = keep ? cached_words(panel) : scratch.words;
     float* inverse = keep ? cached_inverse(panel) : scratch.inverse;
-    float* z = scratch.z;
     if (few_z_ != nullptr) {
-      z = few_z(panel);
+      std::memcpy(z, few_z(panel), static_cast<std::size_t>(width_ * Type::PER_WORD * PANEL) * 4);
       std::memcpy(inverse, few_inverse_ + panel * PANEL, PANEL * sizeof(float));
     } else {
-      project(panel, scratch);
+      project(panel, scratch, z);
       normalise(panel, z, inverse);
     }
-    for (std::int64_t p = 0; p < width_; ++p) {
-      pair_rows(z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
+    if constexpr (Type::PER_WORD == 1) {
+      const std::size_t size = static_cast<std::size_t>(width_ * PANEL) * sizeof(Word);
+      if (keep) std::memcpy(cached_words(panel), z, size);
+      return {z, inverse, z};
+    } else {
+      Word* out = keep ? cached_words(panel) : scratch.words;
+      for (std::int64_t p = 0; p < width_; ++p) {
+        pair_rows(z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
+      }
+      return {out, inverse, z};
     }
-    return {out, inverse, z};
   }
 
   // What `make` made of the panel in the forward, or makes again.
   Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
     if (panel < cached_) return {cached_words(panel), cached_inverse(panel), nullptr};
-    return make(panel, scratch);
+    return make(panel, scratch, scratch.z);
   }
 
  private:
@@ -177,17 +183,17 @@ class Bank {
     return few_z_ + panel * width_ * Type::PER_WORD * PANEL;
   }
 
-  void project(std::int64_t panel, Scratch& scratch) const {
+  void project(std::int64_t panel, Scratch& scratch, float* z) const {
     const std::int64_t dim = in_.teacher_dim;
     for (std::int64_t d = 0; d < dim; d += BLOCK) {
       read_block(panel, d, scratch);
       if (in_.weight == nullptr) {
         transpose<float>(scratch.wide, BLOCK, columns(panel), smaller(BLOCK, dim - d),
-                         scratch.z + d * PANEL, PANEL);
+                         z + d * PANEL, PANEL);
         continue;
       }
       pack_block(panel, d, scratch, scratch.columns);
-      multiply_block(panel, d, 0, in_.student_dim, scratch.columns, scratch.z);
+      multiply_block(panel, d, 0, in_.student_dim, scratch.columns, z);
     }
   }
 
@@ -203,8 +209,12 @@ class Bank {
   // The block read, as words along D with the rows of the panel as columns.
   void pack_block(std::int64_t panel, std::int64_t d, Scratch& scratch, Word* out) const {
     const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d), cols = columns(panel);
-    for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
-    transpose<Word>(scratch.rows, 256, cols, words<Type>(n), out, PANEL);
+    if constexpr (Type::PER_WORD == 1) {
+      transpose<float>(scratch.wide, BLOCK, cols, n, out, PANEL);
+    } else {
+      for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
+      transpose<Word>(scratch.rows, 256, cols, words<Type>(n), out, PANEL);
+    }
   }
 
   // z (+)= what the block adds to rows [w, w + rows) of P t.
@@ -277,7 +287,7 @@ template <class Type>
 class Chunk {
  public:
   using Word = typename Type::Word;
-  static constexpr std::int64_t TILE_WORDS = TILE / Type::PER_WORD;
+  static constexpr std::int64_t TILE_PANELS = TILE / PANEL;
 
   Chunk(const Bank<Type>& bank, std::int64_t student_dim, std::int64_t tiles, bool needs_rows)
       : bank_(bank),
@@ -285,45 +295,60 @@ class Chunk {
         tiles_(tiles),
         needs_rows_(needs_rows),
         rows_(needs_rows ? tiles * TILE * bank.width() : 0),
-        columns_(tiles * TILE_WORDS * student_dim) {}
+        columns_(tiles * TILE_PANELS * panel_size()) {}
 
   // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; returns n^T [W, 64].
   const float* fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
-    const std::int64_t at = (panel - first) * PANEL, tile = at / TILE;
-    const Panel<Type> made = bank_.make(panel, scratch);
+    const std::int64_t at = panel - first;
+    Word* columns = columns_ + at * panel_size();
+    float* z;
+    if constexpr (Type::PER_WORD == 1) {
+      z = columns;
+    } else {
+      z = scratch.z;
+    }
+    const Panel<Type> made = bank_.make(panel, scratch, z);
+    if constexpr (Type::PER_WORD > 1) {
+      for (std::int64_t w = 0; w < dim_; ++w) {
+        to_words(z + w * PANEL, PANEL, columns + w * PANEL_WORDS<Type>);
+      }
+    }
     if (needs_rows_) {
-      transpose(made.words, PANEL, bank_.width(), PANEL, rows_ + at * bank_.width(), bank_.width());
+      const std::int64_t width = bank_.width();
+      transpose(made.words, PANEL, width, PANEL, rows_ + at * PANEL * width, width);
     }
-    Word* out = columns_ + tile * TILE_WORDS * dim_ + at % TILE / Type::PER_WORD;
-    for (std::int64_t w = 0; w < dim_; ++w) {
-      to_words(made.numbers + w * PANEL, PANEL, out + w * TILE_WORDS);
-    }
-    return made.numbers;
+    return z;
   }
 
-  // Adds the first `count` rows of a tile to sum [W].
+  // Adds the first `count` rows of a tile to sum [W]; what stands past the bank is zero.
   void add_rows(std::int64_t tile, std::int64_t count, float* sum) const {
-    float row[TILE + LANES];
-    for (std::int64_t w = 0; w < dim_; ++w) {
-      from_words(columns(tile) + w * TILE_WORDS, count, row);
-      for (std::int64_t k = count; k < round_up(count, LANES); ++k) row[k] = 0;
-      Vec part = {};
-      for (std::int64_t k = 0; k < count; k += LANES) part += load(row + k);
-      sum[w] += sum_lanes(part);
+    const Word* row = columns(tile);
+    for (std::int64_t k = 0; k < count; k += PANEL) {
+      for (std::int64_t w = 0; w < dim_; ++w, row += PANEL_WORDS<Type>) {
+        float numbers[PANEL];
+        from_words(row, PANEL, numbers);
+        Vec part = {};
+        for (int j = 0; j < PANEL; j += LANES) part += load(numbers + j);
+        sum[w] += sum_lanes(part);
+      }
     }
   }
 
   std::int64_t tiles() const { return tiles_; }
-  std::int64_t panels() const { return tiles_ * (TILE / PANEL); }
+  std::int64_t panels() const { return tiles_ * TILE_PANELS; }
   const Word* rows(std::int64_t tile) const { return rows_ + tile * TILE * bank_.width(); }
-  const Word* columns(std::int64_t tile) const { return columns_ + tile * TILE_WORDS * dim_; }
+  const Word* columns(std::int64_t tile) const {
+    return columns_ + tile * TILE_PANELS * panel_size();
+  }
 
  private:
+  std::int64_t panel_size() const { return dim_ * PANEL_WORDS<Type>; }
+
   const Bank<Type>& bank_;
   std::int64_t dim_, tiles_;
   bool needs_rows_;
   Buffer<Word> rows_;     // [tiles, 256, words(W)]: n, words along W
-  Buffer<Word> columns_;  // [tiles, W, 256 / PER_WORD]: n^T, words along the bank
+  Buffer<Word> columns_;  // [panels, W, 64 / PER_WORD]: n^T, words along the bank
 };
 
 }  // namespace ckd::cpu::CKD_TIER

@@ -5,6 +5,7 @@
 
 #include <pybind11/stl.h>
 
+#include "memory.h"
 #include "tiers.h"
 
 namespace py = pybind11;
@@ -136,6 +137,23 @@ double gemm_peak(const std::string& name, bool half, int threads, double seconds
   return kernels->gemm_peak(half, threads, seconds);
 }
 
+// Memory of the kernels that outlives a call, as a Python buffer.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) : bytes_(bytes), memory_(take_memory(bytes)) {}
+  ~Workspace() { give_memory(memory_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  py::buffer_info buffer() const {
+    return {static_cast<std::uint8_t*>(memory_.data), static_cast<py::ssize_t>(bytes_)};
+  }
+
+ private:
+  std::size_t bytes_;
+  Memory memory_;
+};
+
 std::vector<std::pair<std::string, bool>> list_tiers() {
   std::vector<std::pair<std::string, bool>> found;
   for (const Tier& tier : tiers()) found.emplace_back(tier.name, tier.kernels->half);
@@ -149,6 +167,9 @@ void bind(py::module_& m) {
         "The instruction sets that run here, best first: (name, has bfloat16 arithmetic).");
   m.def("cpu_gemm_peak", &gemm_peak,
         "GFLOP/s of the tier's matrix product on operands in the cache: (tier, half, threads, s).");
+  py::class_<Workspace>(m, "CpuWorkspace", py::buffer_protocol(), "Bytes, not initialised.")
+      .def(py::init<std::size_t>())
+      .def_buffer(&Workspace::buffer);
   m.def("cpu_contrastive_ce_forward", &contrastive_ce_forward);
   m.def("cpu_contrastive_ce_backward", &contrastive_ce_backward);
   m.def("cpu_similarity_forward", &similarity_forward);

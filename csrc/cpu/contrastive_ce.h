@@ -91,13 +91,20 @@ class CeForward {
           take_targets(first + p, chunk_.fill(first, first + p, mine.panel), mine);
         });
         const bool smooth = op_.label_smoothing > 0;
+        // A thread takes several strips side by side: a tile then comes from the cache for all but
+        // one.
         const std::int64_t strips = ceil_div(in_.batch, strip_);
-        each(strips * splits_ + smooth, [&](std::int64_t item) {
-          if (item == strips * splits_) return add_rows(first);
-          for (std::int64_t tile = item % splits_; tile < chunk_.tiles(); tile += splits_) {
+        const std::int64_t groups = smaller(strips, GROUPS_PER_THREAD * threads);
+        each(groups * splits_ + smooth, [&](std::int64_t item) {
+          if (item == groups * splits_) return add_rows(first);
+          const std::int64_t group = item / splits_, split = item % splits_;
+          for (std::int64_t tile = split; tile < chunk_.tiles(); tile += splits_) {
             const std::int64_t k0 = first * PANEL + tile * TILE;
-            if (k0 < in_.bank_rows)
-              add_tile(item / splits_ * strip_, item % splits_, tile, k0, mine);
+            if (k0 >= in_.bank_rows) break;
+            const std::int64_t end = (group + 1) * strips / groups;
+            for (std::int64_t strip = group * strips / groups; strip < end; ++strip) {
+              add_tile(strip * strip_, split, tile, k0, mine);
+            }
           }
         });
       }
@@ -167,8 +174,7 @@ class CeForward {
     const Word* p = exponentials(count, cols, to, mine);
     if (!keeps_values()) return;
     gemm(in_.student_dim, cols, words<Type>(count),
-         Operands<Type>{chunk_.columns(tile), Chunk<Type>::TILE_WORDS, p, PANEL, to.values, PANEL},
-         true);
+         from_panels<Type>(chunk_.columns(tile), in_.student_dim, p, to.values, PANEL), true);
   }
 
   // n_y, and l_y beyond the precision of the words, of the students whose target stands in the bank

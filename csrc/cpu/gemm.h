@@ -4,6 +4,9 @@
 // Row-major everywhere. `cols` is a multiple of LANES and at most PANEL; m is any. k counts words:
 // a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
 // the order of k, so that C does not depend on how the caller cuts m and cols.
+//
+// Rows of A may be cut into runs along k, with a matrix [m, run] for each: A then is read as it
+// stands in memory, and its rows are never a power of two apart, which caches do not take well.
 
 #pragma once
 
@@ -49,13 +52,34 @@ constexpr std::int64_t words(std::int64_t n) {
 
 template <class Type>
 struct Operands {
-  const typename Type::Word* a;
+  using Word = typename Type::Word;
+  const Word* a;
   std::int64_t lda;
-  const typename Type::Word* b;
+  const Word* b;
   std::int64_t ldb;
   float* c;
   std::int64_t ldc;
+  std::int64_t run = INT64_MAX, next_run = 0;  // words of a row in a run; from a run to the next
+
+  Operands from_row(std::int64_t row) const {
+    Operands rest = *this;
+    rest.a += row * lda;
+    rest.c += row * ldc;
+    return rest;
+  }
 };
+
+// Words of a row of a panel whose columns are neighbours along k.
+template <class Type>
+constexpr std::int64_t PANEL_WORDS = PANEL / Type::PER_WORD;
+
+// A [m, k] stands as panels [ceil(k / PANEL_WORDS), rows, PANEL_WORDS].
+template <class Type>
+Operands<Type> from_panels(const typename Type::Word* a, std::int64_t rows,
+                           const typename Type::Word* b, float* c, std::int64_t ldc) {
+  constexpr std::int64_t RUN = PANEL_WORDS<Type>;
+  return {a, RUN, b, PANEL, c, ldc, RUN, rows * RUN};
+}
 
 template <class Type, int ROWS, int VECTORS>
 inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Operands<Type>& at,
@@ -66,16 +90,20 @@ inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Oper
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec{};
   }
+  const typename Type::Word *a = at.a, *b = at.b;
+  for (std::int64_t left = k; left > 0; left -= at.run, a += at.next_run) {
+    const std::int64_t run = left < at.run ? left : at.run;
 #pragma GCC unroll 4
-  for (std::int64_t p = 0; p < k; ++p) {
-    decltype(load(at.b)) row[VECTORS];
+    for (std::int64_t p = 0; p < run; ++p, b += at.ldb) {
+      decltype(load(b)) row[VECTORS];
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) row[j] = load(at.b + p * at.ldb + j * LANES);
+      for (int j = 0; j < VECTORS; ++j) row[j] = load(b + j * LANES);
 #pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i) {
-      const auto x = broadcast(at.a[i * at.lda + p]);
+      for (int i = 0; i < ROWS; ++i) {
+        const auto x = broadcast(a[i * at.lda + p]);
 #pragma GCC unroll 4
-      for (int j = 0; j < VECTORS; ++j) sum[i][j] = Type::mac(sum[i][j], x, row[j]);
+        for (int j = 0; j < VECTORS; ++j) sum[i][j] = Type::mac(sum[i][j], x, row[j]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -93,8 +121,7 @@ inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Oper
 template <class Type, int VECTORS>
 void gemm_strip(std::int64_t m, std::int64_t k, Operands<Type> at, bool accumulate) {
   const auto skip = [&at, &m](int rows) {
-    at.a += rows * at.lda;
-    at.c += rows * at.ldc;
+    at = at.from_row(rows);
     m -= rows;
   };
   for (; m >= MR; skip(MR)) gemm_block<Type, MR, VECTORS>(k, at, accumulate);
@@ -126,7 +153,6 @@ inline void configure_tiles(int rows) {
 template <bool TWO_A, bool TWO_B>
 inline void tile_block(std::int64_t k, Operands<BFloat16> at, bool accumulate) {
   const std::int64_t lda = at.lda * 4, ldb = at.ldb * 4, ldc = at.ldc * 4;
-  const std::uint32_t* a = at.a;
   const std::uint32_t* b = at.b;
   float* lower = at.c + 16 * at.ldc;
   if (accumulate) {
@@ -140,18 +166,22 @@ inline void tile_block(std::int64_t k, Operands<BFloat16> at, bool accumulate) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (std::int64_t p = 0; p < k; p += 16, a += 16, b += 16 * at.ldb) {
-    _tile_loadd(4, a, lda);
-    _tile_loadd(6, b, ldb);
-    _tile_dpbf16ps(0, 4, 6);
-    if (TWO_B) {
-      _tile_loadd(7, b + 16, ldb);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (TWO_A) {
-      _tile_loadd(5, a + 16 * at.lda, lda);
-      _tile_dpbf16ps(2, 5, 6);
-      if (TWO_B) _tile_dpbf16ps(3, 5, 7);
+  const std::uint32_t* a = at.a;
+  for (std::int64_t left = k; left > 0; left -= at.run, a += at.next_run) {
+    const std::int64_t run = left < at.run ? left : at.run;
+    for (std::int64_t p = 0; p < run; p += 16, b += 16 * at.ldb) {
+      _tile_loadd(4, a + p, lda);
+      _tile_loadd(6, b, ldb);
+      _tile_dpbf16ps(0, 4, 6);
+      if (TWO_B) {
+        _tile_loadd(7, b + 16, ldb);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (TWO_A) {
+        _tile_loadd(5, a + p + 16 * at.lda, lda);
+        _tile_dpbf16ps(2, 5, 6);
+        if (TWO_B) _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, at.c, ldc);
@@ -162,13 +192,10 @@ inline void tile_block(std::int64_t k, Operands<BFloat16> at, bool accumulate) {
 
 template <bool TWO_A>
 inline void tile_row(int cols, std::int64_t k, Operands<BFloat16> at, bool accumulate) {
-  int j = 0;
-  for (; j + 32 <= cols; j += 32) {
-    tile_block<TWO_A, true>(k, {at.a, at.lda, at.b + j, at.ldb, at.c + j, at.ldc}, accumulate);
+  for (; cols >= 32; cols -= 32, at.b += 32, at.c += 32) {
+    tile_block<TWO_A, true>(k, at, accumulate);
   }
-  if (j < cols) {
-    tile_block<TWO_A, false>(k, {at.a, at.lda, at.b + j, at.ldb, at.c + j, at.ldc}, accumulate);
-  }
+  if (cols > 0) tile_block<TWO_A, false>(k, at, accumulate);
 }
 
 // Leaves no tile state behind: a thread that holds any makes its context switches slower, and other
@@ -176,15 +203,11 @@ inline void tile_row(int cols, std::int64_t k, Operands<BFloat16> at, bool accum
 inline void gemm(std::int64_t m, int cols, std::int64_t k, Operands<BFloat16> at, bool accumulate) {
   configure_tiles(16);
   std::int64_t i = 0;
-  const auto from = [&at](std::int64_t row) {
-    return Operands<BFloat16>{at.a + row * at.lda, at.lda, at.b, at.ldb,
-                              at.c + row * at.ldc, at.ldc};
-  };
-  for (; i + 32 <= m; i += 32) tile_row<true>(cols, k, from(i), accumulate);
-  if (i + 16 <= m) tile_row<false>(cols, k, from(i), accumulate), i += 16;
+  for (; i + 32 <= m; i += 32) tile_row<true>(cols, k, at.from_row(i), accumulate);
+  if (i + 16 <= m) tile_row<false>(cols, k, at.from_row(i), accumulate), i += 16;
   if (i < m) {
     configure_tiles(static_cast<int>(m - i));
-    tile_row<false>(cols, k, from(i), accumulate);
+    tile_row<false>(cols, k, at.from_row(i), accumulate);
   }
   _tile_release();
 }

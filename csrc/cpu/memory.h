@@ -7,7 +7,7 @@
 
 namespace ckd::cpu {
 
-constexpr std::size_t MAX_KEPT_BYTES = std::size_t{32} << 20;
+constexpr std::size_t MAX_KEPT_BYTES = std::size_t{192} << 20;
 
 struct Memory {
   void* data = nullptr;

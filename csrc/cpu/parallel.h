@@ -20,6 +20,10 @@
 
 namespace ckd::cpu::CKD_TIER {
 
+// Where items are better done in groups: as few as threads that are held up can still be made up
+// for with.
+constexpr int GROUPS_PER_THREAD = 2;
+
 #if defined(CKD_STD_THREADS)
 
 struct StdTeam {

@@ -50,12 +50,14 @@ class ProjectionGradient {
   template <class Fill>
   void run(int threads, const Fill& fill, float* d_weight, float* d_bias) {
     const std::int64_t panels = bank_.panels(), per_run = smaller(RUN / PANEL, panels);
-    const std::int64_t run_words = per_run * PANEL / Type::PER_WORD;
     const std::int64_t width = in_.student_dim, dim = in_.teacher_dim;
     const std::int64_t column_blocks = d_weight == nullptr ? 0 : ceil_div(dim, PANEL);
     const std::int64_t block = column_blocks < 4 * threads ? WEIGHT_BLOCK : TALL_WEIGHT_BLOCK;
     const std::int64_t row_blocks = ceil_div(width, block);
-    Buffer<Word> d_z(width * run_words);          // dZ^T, words along the bank
+    // A thread takes several blocks side by side: dZ then comes from the cache for all but one.
+    const std::int64_t groups = smaller(column_blocks, GROUPS_PER_THREAD * threads);
+    const std::int64_t panel_size = width * PANEL_WORDS<Type>;
+    Buffer<Word> d_z(per_run * panel_size);       // [panels, W, 64 / PER_WORD]: dZ^T, words along K
     Buffer<float> d_bias_parts(per_run * width);  // one row for each panel
     Buffer<float> edge(width * PANEL);            // columns of d_weight past the last whole panel
     std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
@@ -68,25 +70,32 @@ class ProjectionGradient {
       for (std::int64_t first = 0; first < panels; first += per_run) {
         const std::int64_t count = smaller(per_run, panels - first);
         each(count, [&](std::int64_t p) {
-          panel_gradient(first + p, fill, mine, d_z + p * PANEL / Type::PER_WORD, run_words,
-                         d_bias_parts + p * width);
+          panel_gradient(first + p, fill, mine, d_z + p * panel_size, d_bias_parts + p * width);
         });
-        each(column_blocks * row_blocks + 1, [&](std::int64_t item) {
-          if (item == column_blocks * row_blocks) {
+        each(groups * row_blocks + 1, [&](std::int64_t item) {
+          if (item == groups * row_blocks) {
             if (d_bias != nullptr) add_rows(d_bias_parts, count, width, d_bias);
             return;
           }
-          const std::int64_t d0 = item / row_blocks * PANEL, w0 = item % row_blocks * block;
-          const std::int64_t rows = smaller(block, width - w0);
-          const bool whole = d0 + PANEL <= dim;
-          float* out = whole ? d_weight + w0 * dim + d0 : edge + w0 * PANEL;
-          const std::int64_t ld = whole ? dim : PANEL;
-          weight_block(first, count, d0, rows, d_z + w0 * run_words, run_words, out, ld, mine);
-          if (!whole && first + count == panels) {
-            for (std::int64_t w = 0; w < rows; ++w) {
-              std::memcpy(d_weight + (w0 + w) * dim + d0, out + w * PANEL,
-                          static_cast<std::size_t>(dim - d0) * 4);
+          const std::int64_t w0 = item % row_blocks * block, rows = smaller(block, width - w0);
+          const std::int64_t group = item / row_blocks;
+          const std::int64_t from = group * column_blocks / groups * PANEL;
+          const std::int64_t to = smaller((group + 1) * column_blocks / groups * PANEL, dim);
+          const std::int64_t k1 = smaller((first + count) * PANEL, in_.bank_rows);
+          for (std::int64_t k = first * PANEL; k < k1; k += STUDENT_BLOCK) {
+            const Word* a = d_z + ((k / PANEL - first) * width + w0) * PANEL_WORDS<Type>;
+            for (std::int64_t d = from; d < to; d += PANEL) {
+              const bool whole = d + PANEL <= dim;
+              weight_block(k, smaller(STUDENT_BLOCK, k1 - k), d, rows, a,
+                           whole ? d_weight + w0 * dim + d : edge + w0 * PANEL, whole ? dim : PANEL,
+                           mine);
             }
+          }
+          if (to % PANEL == 0 || first + count < panels) return;
+          const std::int64_t d = to / PANEL * PANEL;
+          for (std::int64_t w = w0; w < w0 + rows; ++w) {
+            std::memcpy(d_weight + w * dim + d, edge + w * PANEL,
+                        static_cast<std::size_t>(dim - d) * 4);
           }
         });
       }
@@ -111,8 +120,8 @@ class ProjectionGradient {
   };
 
   void pack_students(std::int64_t i0, Scratch& mine) {
-    constexpr std::int64_t COUNT = PANEL / Type::PER_WORD;
-    const std::int64_t dim = in_.student_dim, ld = batch_ / Type::PER_WORD;
+    constexpr std::int64_t COUNT = PANEL_WORDS<Type>;
+    const std::int64_t dim = in_.student_dim;
     if (needs_logits_) students_.pack_rows(i0, rows_ + i0 * width_, mine.d_n);
     float* unit = mine.d_n;
     for (std::int64_t i = 0; i < PANEL; ++i) {
@@ -125,13 +134,13 @@ class ProjectionGradient {
     for (std::int64_t r = 0; r < COUNT; ++r) {
       pair_rows(unit + r * Type::PER_WORD * dim, dim, dim, mine.pairs + r * dim);
     }
-    transpose<Word>(mine.pairs, dim, COUNT, dim, columns_ + i0 / Type::PER_WORD, ld);
+    transpose<Word>(mine.pairs, dim, COUNT, dim, columns_ + i0 / Type::PER_WORD * dim, COUNT);
   }
 
-  // dZ^T of one panel, as words with `ld` between rows, and its sum over the panel.
+  // dZ^T of one panel as words, and its sum over the panel.
   template <class Fill>
   void panel_gradient(std::int64_t panel, const Fill& fill, Scratch& mine, Word* d_z,
-                      std::int64_t ld, float* d_bias) const {
+                      float* d_bias) const {
     const Panel<Type> n = bank_.recall(panel, mine.panel);
     const int cols = bank_.columns(panel);
     std::memset(mine.d_n, 0, static_cast<std::size_t>(in_.student_dim * PANEL) * 4);
@@ -144,8 +153,8 @@ class ProjectionGradient {
       fill(Block{i0, count, panel * PANEL, bank_.rows(panel), cols, mine.block});
       const Word* g = block_words<Type>(mine.block, count, mine.words);
       gemm(in_.student_dim, cols, words<Type>(count),
-           Operands<Type>{columns_ + i0 / Type::PER_WORD, batch_ / Type::PER_WORD, g, PANEL,
-                          mine.d_n, PANEL},
+           from_panels<Type>(columns_ + i0 / Type::PER_WORD * in_.student_dim, in_.student_dim, g,
+                             mine.d_n, PANEL),
            true);
     }
     through_norm(n, cols, mine.d_n);
@@ -154,7 +163,7 @@ class ProjectionGradient {
       Vec sum = {};
       for (int j = 0; j < cols; j += LANES) sum += load(row + j);
       d_bias[w] = sum_lanes(sum);
-      to_words(row, PANEL, d_z + w * ld);
+      to_words(row, PANEL, d_z + w * PANEL_WORDS<Type>);
     }
   }
 
@@ -184,34 +193,27 @@ class ProjectionGradient {
     }
   }
 
-  // d_weight [rows, 64 columns from d0] (+)= dZ^T T over `count` panels from `first`.
-  void weight_block(std::int64_t first, std::int64_t count, std::int64_t d0, std::int64_t rows,
-                    const Word* d_z, std::int64_t ld_z, float* out, std::int64_t ld,
-                    Scratch& mine) const {
-    const std::int64_t k0 = first * PANEL, k1 = smaller(k0 + count * PANEL, in_.bank_rows);
-    const std::int64_t dims = smaller(PANEL, in_.teacher_dim - d0);
-    const int cols = static_cast<int>(round_up(dims, 16));
-    for (std::int64_t k = k0; k < k1; k += STUDENT_BLOCK) {
-      const std::int64_t used = words<Type>(smaller(STUDENT_BLOCK, k1 - k));
-      for (std::int64_t p = 0; p < used; ++p) {
-        float* wide = mine.wide;
-        if constexpr (Type::PER_WORD == 1) wide = mine.words + p * PANEL;
-        for (int e = 0; e < Type::PER_WORD; ++e) {
-          float* row = wide + e * PANEL;
-          const std::int64_t at = k + p * Type::PER_WORD + e, known = at < k1 ? dims : 0;
-          if (known > 0) bank_.widen_row(at, d0, known, row);
-          if (known < PANEL) {
-            std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
-          }
-        }
-        if constexpr (Type::PER_WORD > 1) {
-          pair_rows(wide, PANEL, PANEL, mine.words + p * PANEL);
+  // d_weight [rows, 64 columns from d0] (+)= dZ^T T over `count` bank rows from k.
+  void weight_block(std::int64_t k, std::int64_t count, std::int64_t d0, std::int64_t rows,
+                    const Word* d_z, float* out, std::int64_t ld, Scratch& mine) const {
+    const std::int64_t dims = smaller(PANEL, in_.teacher_dim - d0), used = words<Type>(count);
+    for (std::int64_t p = 0; p < used; ++p) {
+      float* wide = mine.wide;
+      if constexpr (Type::PER_WORD == 1) wide = mine.words + p * PANEL;
+      for (int e = 0; e < Type::PER_WORD; ++e) {
+        float* row = wide + e * PANEL;
+        const std::int64_t r = p * Type::PER_WORD + e, known = r < count ? dims : 0;
+        if (known > 0) bank_.widen_row(k + r, d0, known, row);
+        if (known < PANEL) {
+          std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
         }
       }
-      gemm(rows, cols, used,
-           Operands<Type>{d_z + (k - k0) / Type::PER_WORD, ld_z, mine.words, PANEL, out, ld},
-           k > 0);
+      if constexpr (Type::PER_WORD > 1) {
+        pair_rows(wide, PANEL, PANEL, mine.words + p * PANEL);
+      }
     }
+    gemm(rows, static_cast<int>(round_up(dims, 16)), used,
+         from_panels<Type>(d_z, in_.student_dim, mine.words, out, ld), k > 0);
   }
 
   static void add_rows(const float* rows, std::int64_t count, std::int64_t n, float* sum) {
@@ -226,7 +228,7 @@ class ProjectionGradient {
   bool needs_logits_;
   std::int64_t width_, batch_;  // batch_: B rounded up to whole panels
   Buffer<Word> rows_;           // [B, words(W)]: u, words along W
-  Buffer<Word> columns_;        // [W, B / PER_WORD]: u^T, words along the students
+  Buffer<Word> columns_;        // [panels, W, 64 / PER_WORD]: u^T, words along the students
 };
 
 }  // namespace ckd::cpu::CKD_TIER

@@ -37,7 +37,7 @@ void similarity_forward(const SimilarityForward& op) {
       students.pack_rows(panel * PANEL, rows + panel * PANEL * width, mine.row);
     });
     each(bank.panels(), [&](std::int64_t panel) {
-      const Panel<Type> n = bank.make(panel, mine.panel);
+      const Panel<Type> n = bank.make(panel, mine.panel, mine.panel.z);
       for (std::int64_t i0 = 0; i0 < in.batch; i0 += STUDENT_BLOCK) {
         const std::int64_t count = smaller(STUDENT_BLOCK, in.batch - i0);
         gemm(count, bank.columns(panel), width,
@@ -113,9 +113,9 @@ class SimilaritySlope {
       to_words(op_.d_logits + (i0 + i) * in_.bank_rows + k0, count, mine.rows + i * LD);
     }
     transpose<Word>(mine.rows, LD, cols, k, mine.columns, PANEL);
+    float* slope = slope_ + panel * in_.student_dim * PANEL;
     gemm(in_.student_dim, cols, k,
-         Operands<Type>{chunk_.columns(tile), LD, mine.columns, PANEL,
-                        slope_ + panel * in_.student_dim * PANEL, PANEL},
+         from_panels<Type>(chunk_.columns(tile), in_.student_dim, mine.columns, slope, PANEL),
          true);
   }
 
