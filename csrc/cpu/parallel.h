@@ -20,8 +20,8 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// Where items are better done in groups: as few as threads that are held up can still be made up
-// for with.
+// Into how many groups a loop is cut whose neighbouring items share an operand. More of them even
+// out threads that are held up, fewer read the operand less often.
 constexpr int GROUPS_PER_THREAD = 2;
 
 #if defined(CKD_STD_THREADS)
