@@ -33,6 +33,8 @@ ELEMENTS = {
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # Reduction of csrc/cpu/arguments.h
 PANEL = 64  # bank rows of a panel of the cache
 CACHE_HEADER_BYTES = 64
+SMALL_WORKSPACE = 1 << 20  # bytes
+_CPU = torch.device("cpu")
 
 _tier = next(iter(TIERS), "")
 
@@ -238,13 +240,14 @@ class _Inputs:
 
 def _empty(*shape: int) -> Tensor:
     """As the kernels write it, whatever torch's defaults are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.empty(shape, dtype=torch.float32, device=_CPU)
 
 
 def _workspace(size: int) -> Tensor:
-    """Bytes of the kernels' own memory, which stays allocated: fresh pages cost 4 % of a step."""
-    if size == 0:
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    """Bytes. Many come from the kernels' own memory, which stays allocated: fresh pages cost 4 % of
+    a step. Few come from torch, which is faster, and malloc keeps their pages too."""
+    if size <= SMALL_WORKSPACE:
+        return torch.empty(size, dtype=torch.uint8, device=_CPU)
     return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)
 
 

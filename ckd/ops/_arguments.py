@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ckd import _hints
 
-HALF = (torch.float16, torch.bfloat16)
+SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+# Only float64 mathematics has a use for float64 data; elsewhere it is a mistake that costs 4x.
+DOUBLE = (*SINGLE, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -19,10 +21,9 @@ def check_matrices(
     student: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and the remedy."""
-    _check_tensor("student", student, ("B", "W"), (*HALF, torch.float32, torch.float64))
-    # Only float64 mathematics has a use for float64 data; elsewhere it is a mistake that costs 4x.
-    wide = (torch.float64,) if student.dtype == torch.float64 else ()
-    _check_tensor("bank", bank, ("K", "D"), (*HALF, torch.float32, *wide), student)
+    _check_tensor("student", student, ("B", "W"), DOUBLE)
+    dtypes = DOUBLE if student.dtype == torch.float64 else SINGLE
+    _check_tensor("bank", bank, ("K", "D"), dtypes, student)
     if bank.requires_grad:
         raise ValueError(
             "bank never receives a gradient, but bank.requires_grad is True; pass bank.detach()"
@@ -39,10 +40,10 @@ def check_matrices(
                 f"[{student.shape[1]}, {bank.shape[1]}] to project the bank"
             )
         return
-    _check_tensor("weight", weight, ("W", "D"), (*HALF, torch.float32, *wide), student)
+    _check_tensor("weight", weight, ("W", "D"), dtypes, student)
     _check_shape("weight", weight, (student.shape[1], bank.shape[1]))
     if bias is not None:
-        _check_tensor("bias", bias, ("W",), (*HALF, torch.float32, *wide), student)
+        _check_tensor("bias", bias, ("W",), dtypes, student)
         _check_shape("bias", bias, (student.shape[1],))
 
 
@@ -120,7 +121,7 @@ def _check_tensor(
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {list(shape)} to fit student and bank, got {list(value.shape)}"
         )

@@ -35,12 +35,14 @@ class Op:
         self._function: type[torch.autograd.Function] | None = None
 
     def differentiate(self, function: type[torch.autograd.Function]) -> None:
-        """Calls that need a gradient go through `function`, whose forward is `below_autograd` and
-        what it saves."""
+        """Calls that need a gradient go through `function`, whose forward gets what computes the
+        op and the op's arguments."""
         self._function = function
 
         def dispatch(*args: Any) -> Any:
-            return function.apply(*args) if _needs_gradient(args) else self.below_autograd(*args)
+            if _needs_gradient(args):
+                return function.apply(self._below_autograd, *args)
+            return self._below_autograd(*args)
 
         _library.impl(self.name, dispatch, "Autograd")
 
@@ -50,8 +52,8 @@ class Op:
 
         class Refusal(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                return op.below_autograd(*args)
+            def forward(ctx: Any, compute: Callable[..., Any], *args: Any) -> Any:
+                return compute(*args)
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
@@ -66,12 +68,10 @@ class Op:
         if not _is_unobserved(args):
             return self._registered(*args)
         if self._function is not None and _needs_gradient(args):
-            return self._function.apply(*args)
+            return self._function.apply(self._implementation, *args)
         return self._implementation(*args)
 
-    def below_autograd(self, *args: Any) -> Any:
-        if _is_unobserved(args):
-            return self._implementation(*args)
+    def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self._registered(*args)
 

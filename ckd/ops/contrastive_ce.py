@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -258,8 +258,10 @@ _backward = Op("contrastive_ce_backward", _backward_implementation, _backward_fa
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        output = _forward.below_autograd(*args)
+    def forward(
+        ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *args: Any
+    ) -> tuple[Tensor, ...]:
+        output = compute(*args)
         student, bank, target, weight, bias, logit_scale, _, _, _, *ctx.options = args
         ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output[1:])
         ctx.mark_non_differentiable(*output[2:])
@@ -271,12 +273,13 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
-        wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = ctx.needs_input_grad
+        _, *wanted = ctx.needs_input_grad
+        wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = wanted
         needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
         tensors = (student, bank, target, weight, bias, logit_scale)
         gradients = _backward(d_loss, d_lse, *tensors, saved, needs, *ctx.options)
         d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
+        return None, d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
 
 
 _forward.differentiate(_Differentiable)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,18 +101,19 @@ _backward = Op("similarity_backward", _backward_implementation, _backward_fake)
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, compute: Callable[..., Tensor], *args: Any) -> Tensor:
         *tensors, ctx.allow_half, ctx.backend = args
         ctx.save_for_backward(*tensors)
-        return _forward.below_autograd(*args)
+        return compute(*args)
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        wants_student, _, wants_weight, wants_bias, wants_scale, *_ = ctx.needs_input_grad
+        _, *wanted = ctx.needs_input_grad
+        wants_student, _, wants_weight, wants_bias, wants_scale, *_ = wanted
         needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
         gradients = _backward(d_logits, *ctx.saved_tensors, needs, ctx.allow_half, ctx.backend)
         d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return d_student, None, d_weight, d_bias, d_scale, None, None
+        return None, d_student, None, d_weight, d_bias, d_scale, None, None
 
 
 _forward.differentiate(_Differentiable)
