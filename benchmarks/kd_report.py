@@ -243,5 +243,5 @@ def _draw_paper(axis: Any, column: int, key: str) -> None:
         )
     axis.set_xticks([*axis.get_xticks(), column])
     labels = [text.get_text() for text in axis.get_xticklabels()]
-    axis.set_xticklabels([*labels[:-1], "the paper (GPU)"])
+    axis.set_xticklabels([*labels[:-1], "the paper\n(GPU)"])
     axis.set_xlim(-0.6, column + 0.8)
