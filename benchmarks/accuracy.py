@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import command
+
 from ckd.compare import group_seeds, seed_table
 
 LONGER = 11 / 6  # about what a step with a ResNet-56 teacher takes of one without
@@ -43,8 +45,14 @@ COMMON = [
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    try:
+        return measure(options)
+    except subprocess.CalledProcessError as error:
+        return error.returncode if error.returncode > 0 else 1  # it has said why
+
+
+def measure(options: argparse.Namespace) -> int:
     bank = options.out / "bank"
-    options.out.mkdir(parents=True, exist_ok=True)
     of_teacher = ["--teacher", options.teacher, "--teacher-weights", options.teacher_weights]
     run("ckd.bank", "build", "--data", options.data, *of_teacher, "--out", str(bank))
     folders = []
@@ -74,8 +82,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.settings if name not in SETTINGS]
     if unknown:
         parser.error(f"--settings: {unknown[0]!r} is none of {', '.join(SETTINGS)}")
-    if options.epochs < 1 or options.seeds < 1:
-        parser.error("--epochs and --seeds must be positive")
+    for name in ("epochs", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: expected a folder that can be made, got {options.out}: {error}")
     return options
 
 
@@ -93,4 +106,4 @@ def run(module: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -27,12 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command
 import kd_report
 import machine
 import torch
 from kd_report import Record
 from kd_worker import (
     CLASSES,
+    KILLED,
     VITS,
     Process,
     Setting,
@@ -43,9 +45,8 @@ from kd_worker import (
     take_turns,
     write_images,
 )
+from worker import OUT_OF_MEMORY
 
-from ckd import models
-from ckd.models import catalog
 from ckd.train.config import AMP_MODES
 from ckd.train.methods import METHODS
 
@@ -55,13 +56,8 @@ IMAGE_SIZES = (32, 64)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        print("--plot needs matplotlib: pip install 'ckd[plots]'", file=sys.stderr)
-        return 1
     if options.show:
-        kd_report.show(options.show)
-        write_files(options.show, options)
-        return 0
+        return show(options)
     record: Record = {
         "benchmark": "kd",
         "machine": machine.describe(options.threads, options.device),
@@ -83,8 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             record["cases"].append(run_case(teacher, size, options))
             kd_report.show_case(record["cases"][-1], record["settings"])
             write_files(record, options)
-    rows = [row for case in record["cases"] for row in case["rows"]]
-    return 1 if all("failed" in row for row in rows) else 0
+    return 1 if any(broken(case) for case in record["cases"]) else 0
+
+
+def broken(case: Record) -> bool:
+    """Whether something that was asked for could not be measured; want of memory is a result."""
+    failures = [part["failed"] for part in (*case["rows"], case["bank"]) if "failed" in part]
+    return any(failure not in (KILLED, OUT_OF_MEMORY) for failure in failures)
+
+
+def show(options: argparse.Namespace) -> int:
+    try:
+        command.show(options.show, options.record, kd_report.show)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    write_files(options.record, options)
+    return 0
 
 
 def write_files(record: Record, options: argparse.Namespace) -> None:
@@ -203,8 +214,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
+    for flag in ("--out", "--csv", "--plot"):
+        command.check_output(flag, getattr(options, flag[2:]))
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
     if options.show:
-        options.show = read(options.show)
+        options.record = command.read_record(options.show, "kd")
         return
     quick = options.quick
     options.teacher = options.teacher or ([QUICK_TEACHER] if quick else list(VITS))
@@ -221,47 +236,19 @@ def check(options: argparse.Namespace) -> None:
         if getattr(options, name) < value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: expected at least {value}, got {getattr(options, name)}")
-    if not 0 < options.seconds < float("inf"):
-        raise ValueError(f"--seconds: expected a positive number, got {options.seconds}")
+    command.check_seconds(options.seconds)
+    command.check_names("--methods", options.methods)
+    command.check_names("--teacher", options.teacher)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected cpu, got cuda: torch sees no GPU")
     for size in options.image_size:
-        check_model("--student", options.student, size)
+        command.check_model("--student", options.student, size)
         for teacher in options.teacher:
-            check_model("--teacher", teacher, size)
-
-
-def check_model(flag: str, name: str, size: int) -> None:
-    """That there is such a model, and that images of this size fit it, where that is quickly said:
-    timm: and hf: tell only when they make it."""
-    if size < 1:
-        raise ValueError(f"--image-size: expected at least 1, got {size}")
-    teacher = flag == "--teacher"
-    if teacher and (name in VITS or Path(name).exists()):
-        return
-    if not catalog.is_spec(name):
-        expected = f"one of {', '.join(VITS)}, a path, or " if teacher else ""
-        raise ValueError(
-            f"{flag}: expected {expected}a model spec ({', '.join(models.known())}), got {name!r}"
-        )
-    if catalog.is_library(name):
-        return
-    try:
-        with torch.device("meta"):  # shapes without memory
-            models.create(name, num_classes=CLASSES, image_size=size, in_channels=3)
-    except models.ModelError as error:
-        raise ValueError(f"{flag}: expected a model for {size} px, got {error}") from error
-
-
-def read(path: Path) -> Record:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--show: {path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("benchmark") != "kd":
-        raise ValueError(f"--show: expected a file that bench_kd.py --out wrote, got {path}")
-    return record
+            if teacher not in VITS and not Path(teacher).exists():
+                command.check_model(
+                    "--teacher", teacher, size, f"one of {', '.join(VITS)}, a path, or "
+                )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

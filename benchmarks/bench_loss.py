@@ -1,7 +1,7 @@
 """Time, memory and errors of the distillation loss, by ckd's backends and by plain torch.
 
     python benchmarks/bench_loss.py                      every case, some ten minutes
-    python benchmarks/bench_loss.py --quick              the small ones, a minute
+    python benchmarks/bench_loss.py --quick              the small ones, under two minutes
     python benchmarks/bench_loss.py --case 256,5000,768,256 --providers eager,cpu
     python benchmarks/bench_loss.py --sweep --plot curves.png --csv rows.csv
     python benchmarks/bench_loss.py --out mine.json
@@ -15,8 +15,10 @@ the columns.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -25,8 +27,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import command
 import machine
 import providers
 import report
@@ -47,8 +50,7 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        report.show(options.show)
-        return finish(options.show, options)
+        return show(options)
     record: Record = {
         "benchmark": "loss",
         "machine": machine.describe(options.threads, options.device),
@@ -67,6 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return finish(record, options) or (1 if wrong else 0)
 
 
+def show(options: argparse.Namespace) -> int:
+    try:
+        command.show(options.show, options.record, report.show)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return finish(options.record, options)
+
+
 def finish(record: Record, options: argparse.Namespace) -> int:
     """Further files of a whole record."""
     try:
@@ -74,9 +85,6 @@ def finish(record: Record, options: argparse.Namespace) -> int:
             report.write_csv(record, options.csv)
         if options.plot:
             report.plot(record, options.plot)
-    except ImportError:
-        print("--plot needs matplotlib: pip install 'ckd[plots]'", file=sys.stderr)
-        return 1
     except ValueError as error:
         print(f"--plot: {error}", file=sys.stderr)
         return 1
@@ -124,33 +132,49 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
     options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
+    for flag in ("--out", "--csv", "--plot"):
+        command.check_output(flag, getattr(options, flag[2:]))
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
     if options.show:
-        try:
-            options.show = json.loads(options.show.read_text())
-        except (OSError, ValueError) as error:
-            parser.error(f"--show: {options.show} cannot be read: {error}")
+        options.record = command.read_record(options.show, "loss")
+        return
     if options.seconds is None:
         options.seconds = 0.6 if options.quick else 2.0
+    command.check_seconds(options.seconds)
+    for name, least in (("threads", 1), ("competitors", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
     known = CASES | GPU_CASES
     every = CASES if options.device == "cpu" else known
     names = options.case or (QUICK if options.quick else SWEEP if options.sweep else every)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU")
-    try:
-        options.cases = {n: known[n] if n in known else Problem.parse(n) for n in names}
-        able = providers.of_device(options.device)
-        options.asked = options.providers is not None
-        options.providers = options.providers.split(",") if options.asked else able
-        for provider in options.providers:
-            if options.device not in providers.find(provider).devices:
-                raise ValueError(
-                    f"{provider!r} does not run on {options.device}; these do: {', '.join(able)}"
-                )
-    except ValueError as error:
-        parser.error(str(error))
-    if options.threads < 1 or options.seconds <= 0 or options.competitors < 0:
-        parser.error("--threads and --seconds must be positive, --competitors must not be negative")
-    return options
+    command.check_names("--case", list(names))
+    options.cases = {n: known[n] if n in known else Problem.parse(n) for n in names}
+    if options.plot:
+        try:
+            report.longest_sweep([{"problem": asdict(one)} for one in options.cases.values()])
+        except ValueError as error:
+            raise ValueError(f"--plot: {error}") from error
+    able = providers.of_device(options.device)
+    options.asked = options.providers is not None
+    options.providers = options.providers.split(",") if options.asked else able
+    command.check_names("--providers", options.providers)
+    for provider in options.providers:
+        if options.device not in providers.find(provider).devices:
+            raise ValueError(
+                f"{provider!r} does not run on {options.device}; these do: {', '.join(able)}"
+            )
 
 
 def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record:
@@ -158,7 +182,7 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
     workers: dict[str, Worker] = {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            truths: dict[str, str] = {}
+            truths: dict[str, Truth] = {}
             for provider in options.providers:
                 found = providers.find(provider)
                 reason = found.missing() or found.unfit(problem)
@@ -170,8 +194,11 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                 if found.truth not in truths:
                     path = f"{folder}/{found.truth}.pt"
                     truths[found.truth] = write_truth(problem, found.truth, path, options)
+                if truths[found.truth].failed is not None:
+                    rows[-1]["failed"] = f"no float64 to compare with: {truths[found.truth].failed}"
+                    continue
                 workers[provider] = Worker(provider, problem, options.threads, options.device)
-                examine(workers[provider], rows[-1], truths[found.truth])
+                examine(workers[provider], rows[-1], truths[found.truth].path)
         able = [row for row in rows if "failed" not in row and "wrong" not in row]
         with busy(options.competitors):
             for mode in (STEP, FORWARD):
@@ -195,13 +222,22 @@ def named(provider: str, options: argparse.Namespace) -> bool:
     return options.asked or not providers.find(provider).is_peer
 
 
-def write_truth(problem: Problem, name: str, path: str, options: argparse.Namespace) -> str:
+class Truth(NamedTuple):
+    """Loss and gradients in float64: the file, or why there is none."""
+
+    path: str
+    failed: str | None = None
+
+
+def write_truth(problem: Problem, name: str, path: str, options: argparse.Namespace) -> Truth:
     worker = Worker("eager", problem, options.threads, options.device)
     try:
         worker.ask("truth", name, path)
+    except Failed as failure:
+        return Truth(path, str(failure))
     finally:
         worker.stop()
-    return path
+    return Truth(path)
 
 
 def examine(worker: Worker, row: Record, truth: str) -> None:
@@ -241,7 +277,9 @@ def quantiles(times: list[float]) -> Record:
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     context = multiprocessing.get_context("spawn")
-    started = [context.Process(target=_spin, daemon=True) for _ in range(processes)]
+    started = [
+        context.Process(target=_spin, args=(os.getpid(),), daemon=True) for _ in range(processes)
+    ]
     for process in started:
         process.start()
     try:
@@ -252,10 +290,10 @@ def busy(processes: int) -> Iterator[None]:
             process.join()
 
 
-def _spin() -> None:
-    while True:
+def _spin(parent: int) -> None:
+    while os.getppid() == parent:  # so that it does not outlive a killed one
         pass
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -3,6 +3,7 @@
     python benchmarks/bench_trainer.py                     embed-kd, the paper's student, 32 px
     python benchmarks/bench_trainer.py --student resnet20 --threads 1
     python benchmarks/bench_trainer.py --steps 5 --out mine.json
+    python benchmarks/bench_trainer.py --show mine.json
 
 The first table is of the trainer's own loop: time in the student's forward, in the loss, in the
 backward, in the optimizer, and in everything else (data, augmentation, checks, reading the loss).
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import command
 import machine
 import numpy as np
 import torch
@@ -198,15 +200,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
+    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
     options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ValueError that names the argument, what it takes and what came."""
+    command.check_output("--out", options.out)
+    if options.show:
+        options.record = command.read_record(options.show, "trainer")
+        return
     for name in ("image_size", "batch_size", "steps", "threads"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
-    return options
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: expected at least 1, got {getattr(options, name)}")
+    command.check_model("--student", options.student, options.image_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.show:
+        try:
+            command.show(options.show, options.record, show)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        return 0
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(
@@ -242,4 +266,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -197,7 +197,9 @@ def make_teacher(turn_over: TurnOver, setting: Setting) -> Result:
     else:
         spec = _spec(setting.teacher, setting.folder)
         size = None if catalog.is_library(spec) else setting.image_size
+        torch.manual_seed(0)
         model = models.create(spec, num_classes=CLASSES, image_size=size, in_channels=3)
+        settle(model, setting)
         models.save(model, file)
     return {
         "weights": "stored" if stored else "random",
@@ -205,6 +207,22 @@ def make_teacher(turn_over: TurnOver, setting: Setting) -> Result:
         "embedding_dim": model.embedding_dim,
         "parameters": models.parameter_count(model),
     }
+
+
+@torch.no_grad()
+def settle(model: models.Model, setting: Setting) -> None:
+    """Give batch normalisation the statistics of a batch: with those that it begins with, depth
+    lets the embeddings of random weights grow past what a float16 bank can hold."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.momentum = None  # the mean of all batches seen: of this one
+    with np.load(setting.images) as arrays:
+        images = torch.from_numpy(arrays["train_images"][:64]).permute(0, 3, 1, 2)
+    model.train()
+    model(models.prepare(model, images))
+    model.eval()
 
 
 def _spec(teacher: str, folder: str) -> str:

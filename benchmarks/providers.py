@@ -86,7 +86,7 @@ def _no_compiler() -> str | None:
 def _no_half() -> str | None:
     reason = backends.ORDER["cpu"].missing()
     if reason is None and not next(iter(cpu.TIERS.values())):
-        reason = "this processor has no bfloat16 arithmetic"
+        reason = f"the kernels that are best here ({next(iter(cpu.TIERS))}) know float32 alone"
     return reason
 
 

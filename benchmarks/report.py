@@ -135,7 +135,7 @@ def plot(record: Record, path: Path) -> None:
 
     Raises ValueError where no two cases do, ImportError without matplotlib.
     """
-    cases = _longest_sweep(record["cases"])
+    cases = longest_sweep(record["cases"])
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -165,7 +165,9 @@ def plot(record: Record, path: Path) -> None:
     atomic_write(path, picture.getvalue())
 
 
-def _longest_sweep(cases: list[Record]) -> list[Record]:
+def longest_sweep(cases: list[Record]) -> list[Record]:
+    """Those cases that differ in the rows of the bank alone, by them. Raises ValueError where no
+    two do."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for case in cases:
         sizes = tuple(v for name, v in case["problem"].items() if name != "bank_rows")

@@ -156,10 +156,22 @@ def test_a_teacher_that_cannot_be_made_fails_all_that_need_it(
 
     monkeypatch.setattr(bench_kd, "start", start)
     out = tmp_path / "kd.json"
-    assert bench_kd.main([*TINY, "--out", str(out)]) == 0
+    assert bench_kd.main([*TINY, "--out", str(out)]) == 1
     (case,) = json.loads(out.read_text())["cases"]
     assert ["failed" in row for row in case["rows"]] == [False, True, True, True]
     assert case["bank"]["failed"] == "transformers is missing"
+
+
+def test_embeddings_of_random_weights_fit_into_a_bank(tmp_path: Path) -> None:
+    setting = Setting(str(tmp_path), "vit", "resnet56", 32, 16, 2, 1.0, "off", False, 1, "cpu")
+    kd_worker.write_images(setting)
+    about = kd_worker.make_teacher(lambda: None, setting)
+    assert about["weights"] == "random"
+    teacher = kd_worker.models.load(setting.teacher_file)
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        embeddings = teacher(kd_worker.models.prepare(teacher, images)).embedding
+    assert embeddings.abs().max() < 1000  # of 65,504
 
 
 def test_processes_take_turns_and_one_without_memory_is_tried_again_alone() -> None:
@@ -289,7 +301,7 @@ def test_vits_are_built_from_their_shape_alone(
 ) -> None:
     monkeypatch.setitem(kd_worker.VITS, "ViT-B/32", (16, 1, 2, 32))
     spec = kd_worker._spec("ViT-B/32", str(tmp_path))
-    model = bench_kd.models.create(spec, num_classes=5, image_size=None)
+    model = kd_worker.models.create(spec, num_classes=5, image_size=None)
     assert (model.embedding_dim, model.image_size, model.num_classes) == (16, 224, 5)
 
 
@@ -307,8 +319,9 @@ def test_figure_without_matplotlib_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert bench_kd.main([*TINY, "--plot", "kd.png"]) == 1
-    assert capsys.readouterr().err == "--plot needs matplotlib: pip install 'ckd[plots]'\n"
+    with pytest.raises(SystemExit):
+        bench_kd.main([*TINY, "--plot", "kd.png"])
+    assert "--plot needs matplotlib: pip install 'ckd[plots]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ def test_parts_add_up_to_the_step(
     shown = capsys.readouterr().out
     assert "| everything else |" in shown
     assert "| PIL, 2 workers |" in shown
+    assert bench_trainer.main(["--show", str(out)]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_backward_is_torchs_own_again_afterwards(tmp_path: Path) -> None:
@@ -65,4 +67,4 @@ def test_both_ways_make_the_same_kind_of_batch(tmp_path: Path) -> None:
 def test_bad_numbers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench_trainer.main(["--steps", "0"])
-    assert "--steps must be positive" in capsys.readouterr().err
+    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err

@@ -146,3 +146,10 @@ def test_methods_share_the_students_initial_weights(tmp_path):
     students = [Setting(tmp_path, method=method).student for method in METHODS]
     hashes = {models.weights_hash(student) for student in students}
     assert len(hashes) == 1
+
+
+def test_compile_includes_the_teacher_that_runs_beside_the_student(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    Setting(tmp_path, method="teacher-kd", compile=True).loss()
+    assert len(compiled) == 1

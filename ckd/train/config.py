@@ -100,7 +100,7 @@ class Config:
     amp: str = "off"
     """Mixed precision: off, bf16 or fp16."""
     compile: bool = False
-    """Run the student through torch.compile."""
+    """Run the student, and a teacher beside it, through torch.compile."""
     deterministic: bool = False
     """Deterministic kernels only (on a GPU; the CPU ones always are)."""
     device: str = "auto"

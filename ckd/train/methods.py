@@ -102,7 +102,7 @@ class LogitKD(Method):
                 f"{model.num_classes} ({_few(names) if names else 'unnamed'}); fine-tune it on "
                 "this data, or use teacher-kd or embed-kd, which need its embeddings only"
             )
-        method = cls(config, _frozen(model))
+        method = cls(config, _frozen(model, config))
         method.inputs["teacher"] = models.weights_hash(model)
         return method
 
@@ -153,7 +153,8 @@ class TeacherKD(ContrastiveMethod):
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
         model = _load_teacher(config, device)
-        method = cls(config, _frozen(model), student.embedding_dim, model.embedding_dim)
+        teacher = _frozen(model, config)
+        method = cls(config, teacher, student.embedding_dim, model.embedding_dim)
         method.inputs["teacher"] = models.weights_hash(model)
         return method
 
@@ -238,12 +239,13 @@ def _load_teacher(config: Config, device: torch.device) -> Any:
     return model.to(device, memory_format=torch.channels_last)  # like the student
 
 
-def _frozen(model: Any) -> Teacher:
+def _frozen(model: Any, config: Config) -> Teacher:
     """A function, not a module: the teacher belongs neither to the parameters nor the state."""
+    forward = torch.compile(model) if config.compile else model
 
     @torch.no_grad()
     def teacher(images: Tensor) -> ModelOutput:
-        return model(models.prepare(model, images))
+        return forward(models.prepare(model, images))
 
     return teacher
 

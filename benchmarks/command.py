@@ -1,0 +1,96 @@
+"""What the commands of this folder share: outputs, files to show, models by name, clean stops."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from ckd import models
+from ckd.models import catalog
+
+Record = dict[str, Any]
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with what `main` returns. A signal ends it as an error does: by way of every `finally`,
+    so that no process and no temporary folder outlives the command."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def check_output(flag: str, path: Path | None) -> None:
+    """Raise ValueError, before anything is measured, if no file can be written there."""
+    if path is None:
+        return
+    folder = path.parent
+    if path.is_dir():
+        raise ValueError(f"{flag}: expected a file to write, got the folder {path}")
+    if not folder.is_dir():
+        raise ValueError(f"{flag}: expected a file in a folder that exists, got {path}")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag}: expected a file in a folder that can be written, got {path}")
+
+
+def check_seconds(seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds: expected a positive number, got {seconds}")
+
+
+def check_names(flag: str, names: list[str]) -> None:
+    """Raise ValueError where one is given twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{flag}: expected each name once, got {name!r} {names.count(name)} times"
+            )
+
+
+def check_model(flag: str, name: str, size: int, others: str = "") -> None:
+    """Raise ValueError unless there is such a model and images of this size fit it, where that is
+    quickly said: timm: and hf: tell only when they make it. `others` is what else would do."""
+    if size < 1:
+        raise ValueError(f"--image-size: expected at least 1, got {size}")
+    if not catalog.is_spec(name):
+        raise ValueError(
+            f"{flag}: expected {others}a model spec ({', '.join(models.known())}), got {name!r}"
+        )
+    if catalog.is_library(name):
+        return
+    try:
+        with torch.device("meta"):  # shapes without memory
+            models.create(name, num_classes=2, image_size=size, in_channels=3)
+    except models.ModelError as error:
+        raise ValueError(f"{flag}: expected a model for {size} px, got {error}") from error
+
+
+def read_record(path: Path, benchmark: str) -> Record:
+    """What `--out` of this benchmark wrote. Raises ValueError that names --show and the file."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--show: {path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("benchmark") != benchmark:
+        raise ValueError(
+            f"--show: expected a file that bench_{benchmark}.py --out wrote, got {path}"
+        )
+    return record
+
+
+def show(path: Path, record: Record, print_record: Callable[[Record], None]) -> None:
+    """Print a record. Raises ValueError that names --show and the file where it lacks something."""
+    try:
+        print_record(record)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"--show: {path} is damaged ({type(error).__name__}: {error})") from error
