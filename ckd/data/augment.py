@@ -37,25 +37,23 @@ class Augment:
                 f"images are on {images.device}, the generator on {generator.device}; "
                 f"make it with step_generator(seed, step, {str(images.device)!r})"
             )
-        (batch, _, height, width), device = images.shape, images.device
-        rows = torch.arange(height, device=device).expand(batch, height)
-        columns = torch.arange(width, device=device).expand(batch, width)
+        (batch, channels, height, width), device = images.shape, images.device
         if self.flip:
-            flipped = torch.rand(batch, 1, generator=generator, device=device) < 0.5
-            columns = torch.where(flipped, columns.flip(1), columns)
+            flipped = torch.rand(batch, generator=generator, device=device) < 0.5
         if padding := self.crop_padding:
             shift = torch.randint(
                 2 * padding + 1, (2, batch, 1), generator=generator, device=device
             )
+            rows = shift[0] + torch.arange(height, device=device)
+            columns = shift[1] + torch.arange(width, device=device)
+            # First whole rows, then along them: several times faster on the CPU than at once.
             images = F.pad(images, (padding,) * 4)
-            rows, columns = rows + shift[0], columns + shift[1]
-        # Two gathers along one axis each read the batch in order: several times faster on the
-        # CPU than one gather with four index arrays.
-        images = _take(images, rows[:, None, :, None], dim=2)
-        return _take(images, columns[:, None, None, :], dim=3)
-
-
-def _take(images: Tensor, index: Tensor, dim: int) -> Tensor:
-    shape = list(images.shape)
-    shape[dim] = index.shape[dim]
-    return images.gather(dim, index.expand(shape))
+            tops = torch.arange(batch * channels, device=device) * images.shape[2]
+            rows = tops.view(batch, channels, 1) + rows[:, None]
+            images = images.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+            images = images.gather(3, columns[:, None, None].expand(-1, channels, height, -1))
+        if self.flip:
+            # Whole images are chosen, not pixels: some 15 times faster.
+            both = torch.cat([images, images.flip(3)])
+            images = both.index_select(0, torch.arange(batch, device=device) + batch * flipped)
+        return images

@@ -32,5 +32,8 @@ def prepare(model: Model, images: Tensor) -> Tensor:
     if images.shape[2:] != size:
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
         x = x.clamp_(0, 255)  # bicubic overshoots at edges
-    # Broadcasting over the channels is also what turns gray into colour.
-    return x.div_(255).sub(model.channel_mean).div_(model.channel_std)
+    x = x.div_(255)
+    if channels == model.in_channels:
+        return x.sub_(model.channel_mean).div_(model.channel_std)
+    # Broadcasting over the channels is what turns gray into colour.
+    return x.sub(model.channel_mean).div_(model.channel_std)
