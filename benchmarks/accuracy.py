@@ -23,19 +23,21 @@ from ckd.compare import group_seeds, seed_table
 LONGER = 11 / 6  # about what a step with a ResNet-56 teacher takes of one without
 TEACHER = ("--teacher", "{teacher}", "--teacher-weights", "{weights}")
 EMBED = ("--method", "embed-kd", "--bank", "{bank}")
+CENTROIDS = (*EMBED, "--targets", "centroids")
+SAMPLES = (*EMBED, "--targets", "samples")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "plain": ("--method", "plain"),
     "logit-kd": ("--method", "logit-kd", *TEACHER),
     "teacher-kd": ("--method", "teacher-kd", *TEACHER),
-    "centroids": EMBED,
-    "samples": (*EMBED, "--targets", "samples"),
-    "scale-1": (*EMBED, "--logit-scale", "1", "--no-learn-logit-scale"),
-    "scale-14": (*EMBED, "--logit-scale", "14.2857", "--no-learn-logit-scale"),
-    "published": (*EMBED, "--paper-compat"),
+    "centroids": CENTROIDS,
+    "samples": SAMPLES,
+    "scale-1": (*CENTROIDS, "--logit-scale", "1", "--no-learn-logit-scale"),
+    "scale-14": (*CENTROIDS, "--logit-scale", "14.2857", "--no-learn-logit-scale"),
+    "published": (*CENTROIDS, "--paper-compat"),
     # As long as teacher-kd takes.
     "plain-longer": ("--method", "plain"),
-    "centroids-longer": EMBED,
-    "samples-longer": (*EMBED, "--targets", "samples"),
+    "centroids-longer": CENTROIDS,
+    "samples-longer": SAMPLES,
 }
 COMMON = [
     *("--batch-size", "128", "--lr", "2e-3", "--weight-decay", "0.05"),

@@ -48,8 +48,10 @@ from ckd.train.run import Run, set_up
 PARTS = ("forward", "loss", "backward", "optimizer")
 PIL_WORKERS = 2
 TEACHER_DIM = 1024
-BATCHES = 20  # of a turn of the loaders
+BATCHES = 40  # of a turn of the loaders
 TURNS = 5
+REST = 0.3  # seconds in which the workers make what they hold in advance; nobody is timed
+IN_ADVANCE = 2 * PIL_WORKERS  # batches that a DataLoader holds; not counted
 Record = dict[str, Any]
 
 
@@ -165,6 +167,9 @@ def measure_loading(setting: Setting) -> Record:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(TURNS + 1):
         for name, batches in ways.items():
+            time.sleep(REST)
+            for _ in range(IN_ADVANCE):
+                next(batches)
             start = time.perf_counter()
             count = sum(len(next(batches)) for _ in range(BATCHES))
             if turn > 0:  # workers start in the first

@@ -127,10 +127,11 @@ def _cells(row: Record) -> list[str]:
 def bank_line(bank: Record, images: int) -> str:
     if "failed" in bank:
         return f"Bank: {bank['failed']}"
+    memory = "" if bank["peak_mib"] is None else f", in {bank['peak_mib']:,.0f} extra MiB"
     return (
         f"Bank, once: the teacher embeds {bank['images_per_s']:,.4g} images/s "
         f"({bank['step_s']['steps']} batches measured), {images:,} in "
-        f"{duration(bank['epoch_s_extrapolated'])}, extrapolated."
+        f"{duration(bank['epoch_s_extrapolated'])}, extrapolated{memory}."
     )
 
 

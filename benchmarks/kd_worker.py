@@ -299,6 +299,7 @@ def config_of(method: str, setting: Setting) -> Config:
         student=setting.student,
         teacher=setting.teacher_file if method in ("logit-kd", "teacher-kd") else None,
         bank=f"{setting.folder}/bank" if method == "embed-kd" else None,
+        targets="centroids",  # as published: what the paper's claims of cost are about
         out=setting.folder,
         batch_size=setting.batch_size,
         amp=setting.amp,

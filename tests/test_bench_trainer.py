@@ -25,6 +25,7 @@ def test_parts_add_up_to_the_step(
 ) -> None:
     monkeypatch.setattr(bench_trainer, "BATCHES", 1)
     monkeypatch.setattr(bench_trainer, "TURNS", 1)
+    monkeypatch.setattr(bench_trainer, "REST", 0.0)
     threads, out = torch.get_num_threads(), tmp_path / "result.json"
     options = ["--student", TINY, "--image-size", "16", "--batch-size", "4", "--steps", "2"]
     try:

@@ -87,7 +87,7 @@ def test_teacher_kd_contrasts_with_the_teachers_embeddings_of_the_batch(tmp_path
 
 
 def test_embed_kd_contrasts_with_the_class_centroids(tmp_path):
-    setting = Setting(tmp_path, method="embed-kd")
+    setting = Setting(tmp_path, method="embed-kd", targets="centroids")
     centroids = EmbeddingBank.open(setting.config.bank).centroids().double()
     _, terms = setting.loss()
     expected = setting.contrastive(centroids, setting.batch.labels, 14.2857)
@@ -95,7 +95,7 @@ def test_embed_kd_contrasts_with_the_class_centroids(tmp_path):
 
 
 def test_embed_kd_contrasts_with_each_samples_own_row(tmp_path):
-    setting = Setting(tmp_path, method="embed-kd", targets="samples")
+    setting = Setting(tmp_path, method="embed-kd")  # the default
     bank = EmbeddingBank.open(setting.config.bank)
     _, terms = setting.loss()
     own = bank.positions(setting.batch.sample_ids)

@@ -39,11 +39,11 @@ REPOSITORY = Path(__file__).parents[1]
 VARIANTS: dict[str, dict[str, Any]] = {
     "embed-kd": {},
     "ema, accumulate, bf16": {"ema": 0.9, "accumulate": 2, "amp": "bf16"},
-    "batch norm, clipping, samples": {
+    "batch norm, clipping, centroids": {
         "student": "resnet8",
         "ema": 0.5,
         "clip_norm": 0.1,
-        "targets": "samples",
+        "targets": "centroids",
     },
     "fp16 with its scaler": {"amp": "fp16", "method": "teacher-kd"},
     "logit-kd, warm-up": {"method": "logit-kd", "warmup_epochs": 1.5, "label_smoothing": 0.1},

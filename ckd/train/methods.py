@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ckd import models
 from ckd._hints import unknown
-from ckd.bank import EmbeddingBank
+from ckd.bank import BankError, EmbeddingBank
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss
 from ckd.models import ModelOutput
@@ -167,8 +167,8 @@ class TeacherKD(ContrastiveMethod):
 class EmbedKD(ContrastiveMethod):
     """CLIP-Embed-KD: contrast with the bank; no teacher runs.
 
-    `centroids`: one row per class, the target is the label. `samples`: every row of the bank, the
-    target is the sample's own, found by its id.
+    `samples`: every row of the bank, the target is the sample's own, found by its id. `centroids`:
+    one row per class, the target is the label.
     """
 
     needs = "bank"
@@ -185,7 +185,12 @@ class EmbedKD(ContrastiveMethod):
         bank = EmbeddingBank.open(config.bank)
         bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
         if config.targets == "samples":
-            bank.positions(dataset.sample_ids)  # an id without a row is an error now, not later
+            try:
+                bank.positions(dataset.sample_ids)  # an id without a row is an error now, not later
+            except BankError as error:
+                raise ConfigError(
+                    f"{error}; --targets centroids needs no row for every image"
+                ) from error
             method = cls(config, bank.embeddings(), student.embedding_dim)
             method.positions = bank.positions
         else:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ckd import data, models
-from ckd.bank import BankError
+from ckd.bank import BankError, BankWriter
 from ckd.data import DataError
 from ckd.models import ModelError
 from ckd.train import CheckpointError, Config, ConfigError, TrainError, checkpoint, loop, train
@@ -45,6 +46,15 @@ def bank_of_other_data(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     path = tiny_bank(other, data.load(tiny_data(other, train=91)))
+    train(replace(config, bank=str(path)), verbose=False)
+
+
+def bank_of_a_part(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    dataset, path = data.load(config.data), tmp_path / "part"
+    names = dataset.class_names
+    with BankWriter(path, 12, fingerprint=dataset.fingerprint, class_names=names) as writer:
+        writer.write(dataset.sample_ids[:50], torch.ones(50, 12), dataset.labels[:50])
     train(replace(config, bank=str(path)), verbose=False)
 
 
@@ -183,6 +193,10 @@ CASES = [
     Case("bank of other data", bank_of_other_data, BankError, ("fingerprint", "this data has")),
     Case("bank of other classes", bank_with(class_names=["a", "b", "c"]), BankError,
          ("class 0 is 'a'", "'class 0' in the data")),
+    Case("bank of a part of the data", bank_of_a_part, ConfigError,
+         ("not in the bank", "--targets centroids needs no row for every image")),
+    Case("centroids of few rows without centroids", set_to(centroids_per_class=5), ConfigError,
+         ("--centroids-per-class needs --targets centroids, got --targets samples",)),
     Case("teacher of other classes", teacher_of_other_classes, ConfigError,
          ("the data has 3 (class 0, class 1, class 2)", "has 5 (class 0", "teacher-kd")),
     Case("oblong images", oblong_images, ConfigError, ("12 x 8", "--image-size")),
