@@ -201,7 +201,7 @@ def plot(record: Record, path: Path) -> None:
     weights = "random weights; " if _any_random(record) else ""
     paper = "; hollow: the paper's own GPU numbers" if PAPER_SIZE in sizes else ""
     figure.suptitle(
-        f"{about.get('gpu') or about['processor']}, {about['threads']} threads, "
+        f"{about.get('gpu') or about['processor']}, {about['threads']} threads\n"
         f"{about['date'][:10]}, {weights}batch {record['settings']['batch_size']}{paper}",
         fontsize="medium",
     )
