@@ -34,7 +34,6 @@ import torch
 from kd_report import Record
 from kd_worker import (
     CLASSES,
-    KILLED,
     VITS,
     Process,
     Setting,
@@ -45,7 +44,7 @@ from kd_worker import (
     take_turns,
     write_images,
 )
-from worker import OUT_OF_MEMORY
+from worker import KILLED, OUT_OF_MEMORY
 
 from ckd.train.config import AMP_MODES
 from ckd.train.methods import METHODS

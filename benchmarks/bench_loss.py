@@ -35,7 +35,7 @@ import providers
 import report
 import torch
 from problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
-from worker import FORWARD, STEP, Errors, Failed, Worker
+from worker import FORWARD, KILLED, OUT_OF_MEMORY, STEP, Errors, Failed, Worker
 
 from ckd._files import atomic_write
 
@@ -234,6 +234,8 @@ def write_truth(problem: Problem, name: str, path: str, options: argparse.Namesp
     try:
         worker.ask("truth", name, path)
     except Failed as failure:
+        if str(failure) not in (KILLED, OUT_OF_MEMORY):
+            raise  # a mistake, and nothing would be compared with anything
         return Truth(path, str(failure))
     finally:
         worker.stop()

@@ -35,8 +35,8 @@ def check_output(flag: str, path: Path | None) -> None:
     if path is None:
         return
     folder = path.parent
-    if path.is_dir():
-        raise ValueError(f"{flag}: expected a file to write, got the folder {path}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{flag}: expected a file to write, got a folder or device, {path}")
     if not folder.is_dir():
         raise ValueError(f"{flag}: expected a file in a folder that exists, got {path}")
     if not os.access(folder, os.W_OK):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from kd_gauge import Enough, Gauge, Memory, Result, TurnOver
 from torch import Tensor
-from worker import OUT_OF_MEMORY, reason_of
+from worker import KILLED, OUT_OF_MEMORY, reason_of
 
 from ckd import data, models
 from ckd._hints import require
@@ -37,7 +37,6 @@ from ckd.train.run import set_up
 CLASSES = 100
 
 GO, TURN_OVER, DONE, FAILED = "go", "turn over", "done", "failed"
-KILLED = "killed, out of memory?"
 
 # Vision transformers at 224 px: width, layers, heads, patch (Dosovitskiy et al. 2021, table 1).
 VITS = {

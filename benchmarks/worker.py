@@ -25,6 +25,7 @@ from torch import Tensor
 MIB = 1 << 20
 GRADIENTS = ("student", "weight", "bias", "logit_scale")
 STEP, FORWARD = "step", "forward"
+KILLED, OUT_OF_MEMORY = "killed, out of memory?", "out of memory"
 
 
 class Failed(Exception):
@@ -51,7 +52,7 @@ class Worker:
         except (EOFError, ConnectionError):
             self._process.join()
             code = self._process.exitcode
-            reason = "killed, out of memory?" if code == -9 else f"died, exit code {code}"
+            reason = KILLED if code == -9 else f"died, exit code {code}"
             raise Failed(reason) from None
         if not worked:
             raise Failed(result)
@@ -68,7 +69,7 @@ class Worker:
 def _serve(pipe: Connection, provider: str, problem: Problem, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
     bench = Bench(provider, problem, device)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             call, arguments = pipe.recv()
             try:
@@ -77,9 +78,6 @@ def _serve(pipe: Connection, provider: str, problem: Problem, threads: int, devi
                 traceback.print_exc(file=sys.stderr)
                 answer = (False, reason_of(error))
             pipe.send(answer)
-
-
-OUT_OF_MEMORY = "out of memory"
 
 
 def reason_of(error: Exception) -> str:

@@ -264,7 +264,8 @@ class NoWorker:
 def test_without_memory_for_the_truth_nothing_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the next case is measured all the same."""
+    """And the next case is measured all the same. Another reason is a mistake."""
+    reason = "out of memory"
 
     class Small(NoWorker):
         def __init__(self, provider: str, size: problem.Problem, *_: object) -> None:
@@ -272,7 +273,7 @@ def test_without_memory_for_the_truth_nothing_is_timed(
 
         def ask(self, call: str, *arguments: object) -> object:
             if call == "truth" and self.size.bank_rows > 10:
-                raise Failed("out of memory")
+                raise Failed(reason)
             return super().ask(call, *arguments)
 
     monkeypatch.setattr(bench_loss, "Worker", Small)
@@ -281,9 +282,11 @@ def test_without_memory_for_the_truth_nothing_is_timed(
     few = ["--providers", "eager,reference", "--seconds", "0.001", "--device", "cpu"]
     assert bench_loss.main([*cases, *few, "--out", str(out)]) == 0
     large, small = json.loads(out.read_text())["cases"]
-    reason = "no float64 to compare with: out of memory"
-    assert [row["failed"] for row in large["rows"]] == [reason, reason]
+    assert {row["failed"] for row in large["rows"]} == {f"no float64 to compare with: {reason}"}
     assert all("step" in row for row in small["rows"])
+    reason = "ValueError: a mistake"
+    with pytest.raises(Failed, match="a mistake"):
+        bench_loss.main([*cases, *few])
 
 
 def test_csv_and_curves_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

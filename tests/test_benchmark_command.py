@@ -37,7 +37,8 @@ def test_outputs_that_cannot_be_written_are_refused_first(
     said = refusal(bench, capsys, "--out", absent)
     assert f"--out: expected a file in a folder that exists, got {absent}" in said
     said = refusal(bench, capsys, "--out", str(tmp_path))
-    assert f"--out: expected a file to write, got the folder {tmp_path}" in said
+    assert f"--out: expected a file to write, got a folder or device, {tmp_path}" in said
+    assert "got a folder or device, /dev/null" in refusal(bench, capsys, "--out", "/dev/null")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -89,7 +90,8 @@ def test_mistakes_are_named(
 
 
 MAIN = """
-import sys, tempfile, time
+import signal, sys, tempfile, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {folder!r})
 import command
 

@@ -16,7 +16,8 @@ class Augment:
     """Random crop from a zero-padded image, and random horizontal flip, drawn per image.
 
     Called with images uint8 [B, C, H, W] and a generator on their device, returns uint8 of the
-    same shape. With `crop_padding` p every one of the (2p + 1)^2 shifts is equally likely.
+    same shape: the images themselves if there is nothing to do. With `crop_padding` p every one of
+    the (2p + 1)^2 shifts is equally likely.
     """
 
     crop_padding: int = 0

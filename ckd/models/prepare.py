@@ -33,7 +33,7 @@ def prepare(model: Model, images: Tensor) -> Tensor:
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
         x = x.clamp_(0, 255)  # bicubic overshoots at edges
     x = x.div_(255)
-    if channels == model.in_channels:
+    if channels == model.in_channels and model.channel_mean.dtype == x.dtype:
         return x.sub_(model.channel_mean).div_(model.channel_std)
     # Broadcasting over the channels is what turns gray into colour.
     return x.sub(model.channel_mean).div_(model.channel_std)

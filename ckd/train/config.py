@@ -83,10 +83,10 @@ class Config:
 
     distill_weight: float = 0.5
     """Weight of the distillation term beside the cross-entropy against the labels."""
-    targets: str = "samples"
+    targets: str | None = None
     """embed-kd: contrast with all rows of the bank, each image with its own (`samples`), or with
-    the class `centroids`: as published (and under --paper-compat), less accurate, and the cheaper
-    the larger the bank (docs/results/accuracy.md)."""
+    the class `centroids`: as published, less accurate, and the cheaper the larger the bank
+    (docs/results/accuracy.md); default: samples, centroids under --paper-compat."""
     centroids_per_class: int | None = None
     """embed-kd: rows per class that a centroid averages, drawn by seed; default: all."""
     logit_scale: float = 14.2857
@@ -138,16 +138,15 @@ class Config:
         What the method needs is checked by `ckd.train.methods.method_class`.
         """
         for name, known in (("targets", TARGETS), ("amp", AMP_MODES)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) is not None and getattr(self, name) not in known:
                 raise ConfigError(unknown(name, getattr(self, name), known))
         for name, expected in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not expected.holds(value):
                 raise ConfigError(f"{_flag(name)} must be {expected.words}, got {value}")
-        if self.centroids_per_class is not None and self.targets != "centroids":
-            raise ConfigError(
-                f"--centroids-per-class needs --targets centroids, got --targets {self.targets}"
-            )
+        few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
+        if few_rows and self.targets != "centroids":
+            raise ConfigError("--centroids-per-class needs --targets centroids")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"--warmup-epochs must be at most --epochs ({self.epochs}), "

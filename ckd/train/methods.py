@@ -184,13 +184,8 @@ class EmbedKD(ContrastiveMethod):
         assert config.bank is not None  # `method_class` has seen to it
         bank = EmbeddingBank.open(config.bank)
         bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
-        if config.targets == "samples":
-            try:
-                bank.positions(dataset.sample_ids)  # an id without a row is an error now, not later
-            except BankError as error:
-                raise ConfigError(
-                    f"{error}; --targets centroids needs no row for every image"
-                ) from error
+        if config.targets != "centroids":
+            _check_rows(bank, dataset)  # an image without its row is an error now, not later
             method = cls(config, bank.embeddings(), student.embedding_dim)
             method.positions = bank.positions
         else:
@@ -210,6 +205,25 @@ class EmbedKD(ContrastiveMethod):
         if self.positions is not None:
             target = self.positions(batch.sample_ids.cpu()).to(target.device)
         return {"contrastive": self.contrastive(output.embedding, self.bank, target)}
+
+
+def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
+    """Raise ConfigError unless every image has a row of its own in the bank, by id and by class."""
+    remedy = "--targets centroids needs no row for every image"
+    try:
+        positions = bank.positions(dataset.sample_ids)
+    except BankError as error:
+        raise ConfigError(f"{error}; {remedy}") from error
+    labels = bank.labels[positions]
+    others = (labels >= 0) & (labels != dataset.labels)
+    if bool(others.any()):
+        first = int(others.nonzero()[0])
+        raise ConfigError(
+            f"the bank {bank.path} has other ids than {dataset.name}: sample_id "
+            f"{int(dataset.sample_ids[first])} is of class {int(labels[first])} there and of class "
+            f"{int(dataset.labels[first])} in the data; build the bank from this data, or give the "
+            f"ids with --ids; {remedy}"
+        )
 
 
 METHODS: dict[str, type[Method]] = {

@@ -58,6 +58,15 @@ def bank_of_a_part(tmp_path: Path) -> None:
     train(replace(config, bank=str(path)), verbose=False)
 
 
+def bank_in_another_order(tmp_path: Path) -> None:
+    """As imported without ids, with row numbers in their place."""
+    config = tiny_config(tmp_path)
+    dataset, path = data.load(config.data), tmp_path / "reversed"
+    with BankWriter(path, 12, class_names=dataset.class_names) as writer:
+        writer.write(dataset.sample_ids, torch.ones(90, 12), dataset.labels.flip(0))
+    train(replace(config, bank=str(path)), verbose=False)
+
+
 def teacher_of_other_classes(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, method="logit-kd")
     other = tmp_path / "other"
@@ -196,7 +205,10 @@ CASES = [
     Case("bank of a part of the data", bank_of_a_part, ConfigError,
          ("not in the bank", "--targets centroids needs no row for every image")),
     Case("centroids of few rows without centroids", set_to(centroids_per_class=5), ConfigError,
-         ("--centroids-per-class needs --targets centroids, got --targets samples",)),
+         ("--centroids-per-class needs --targets centroids",)),
+    Case("bank whose ids are not those of the data", bank_in_another_order, ConfigError,
+         ("sample_id 0 is of class 2 there and of class 0 in the data", "--ids",
+          "--targets centroids")),
     Case("teacher of other classes", teacher_of_other_classes, ConfigError,
          ("the data has 3 (class 0, class 1, class 2)", "has 5 (class 0", "teacher-kd")),
     Case("oblong images", oblong_images, ConfigError, ("12 x 8", "--image-size")),
