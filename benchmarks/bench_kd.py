@@ -18,9 +18,7 @@ default takes an hour or more, nearly all of it for the teachers.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,7 +54,10 @@ IMAGE_SIZES = (32, 64)
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        return show(options)
+        status = command.show(options, kd_report.show)
+        if status == 0:
+            write_files(options.record, options)
+        return status
     record: Record = {
         "benchmark": "kd",
         "machine": machine.describe(options.threads, options.device),
@@ -85,16 +86,6 @@ def broken(case: Record) -> bool:
     """Whether something that was asked for could not be measured; want of memory is a result."""
     failures = [part["failed"] for part in (*case["rows"], case["bank"]) if "failed" in part]
     return any(failure not in (KILLED, OUT_OF_MEMORY) for failure in failures)
-
-
-def show(options: argparse.Namespace) -> int:
-    try:
-        command.show(options.show, options.record, kd_report.show)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    write_files(options.record, options)
-    return 0
 
 
 def write_files(record: Record, options: argparse.Namespace) -> None:
@@ -203,20 +194,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="write a line for each method")
     parser.add_argument("--plot", type=Path, help="draw memory and time an epoch (PNG)")
     parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    options = parser.parse_args(arguments)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    return command.parse(parser, arguments, check)
 
 
 def check(options: argparse.Namespace) -> None:
     """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
-    for flag in ("--out", "--csv", "--plot"):
-        command.check_output(flag, getattr(options, flag[2:]))
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
+    command.check_outputs(options, "out", "csv", "plot")
     if options.show:
         options.record = command.read_record(options.show, "kd")
         return
@@ -230,11 +213,7 @@ def check(options: argparse.Namespace) -> None:
     for method in options.methods:
         if method not in METHODS:
             raise ValueError(f"--methods: one of {', '.join(METHODS)} each, got {method!r}")
-    least = {"batch_size": 2, "steps": 2, "threads": 1, "epoch_images": 1}
-    for name, value in least.items():
-        if getattr(options, name) < value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: expected at least {value}, got {getattr(options, name)}")
+    command.check_least(options, batch_size=2, steps=2, threads=1, epoch_images=1)
     command.check_seconds(options.seconds)
     command.check_names("--methods", options.methods)
     command.check_names("--teacher", options.teacher)

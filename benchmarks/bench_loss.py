@@ -15,7 +15,6 @@ the columns.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -50,7 +49,7 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        return show(options)
+        return command.show(options, report.show) or finish(options.record, options)
     record: Record = {
         "benchmark": "loss",
         "machine": machine.describe(options.threads, options.device),
@@ -67,15 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
     wrong = [row for case in record["cases"] for row in case["rows"] if row.get("wrong")]
     return finish(record, options) or (1 if wrong else 0)
-
-
-def show(options: argparse.Namespace) -> int:
-    try:
-        command.show(options.show, options.record, report.show)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return finish(options.record, options)
 
 
 def finish(record: Record, options: argparse.Namespace) -> int:
@@ -131,29 +121,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--plot", type=Path, help="draw time and memory over the rows of the bank (PNG)"
     )
     parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    options = parser.parse_args(arguments)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    return command.parse(parser, arguments, check)
 
 
 def check(options: argparse.Namespace) -> None:
     """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
-    for flag in ("--out", "--csv", "--plot"):
-        command.check_output(flag, getattr(options, flag[2:]))
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
+    command.check_outputs(options, "out", "csv", "plot")
     if options.show:
         options.record = command.read_record(options.show, "loss")
         return
     if options.seconds is None:
         options.seconds = 0.6 if options.quick else 2.0
     command.check_seconds(options.seconds)
-    for name, least in (("threads", 1), ("competitors", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    command.check_least(options, threads=1, competitors=0)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     known = CASES | GPU_CASES

@@ -19,7 +19,6 @@ import contextlib
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -206,36 +205,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
     parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    options = parser.parse_args(arguments)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+    return command.parse(parser, arguments, check)
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError that names the argument, what it takes and what came."""
-    command.check_output("--out", options.out)
+    command.check_outputs(options, "out")
     if options.show:
         options.record = command.read_record(options.show, "trainer")
         return
-    for name in ("image_size", "batch_size", "steps", "threads"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: expected at least 1, got {getattr(options, name)}")
+    command.check_least(options, image_size=1, batch_size=1, steps=1, threads=1)
     command.check_model("--student", options.student, options.image_size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        try:
-            command.show(options.show, options.record, show)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
-        return 0
+        return command.show(options, show)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,10 +32,30 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.exit(128 + signal.SIGINT)
 
 
-def check_output(flag: str, path: Path | None) -> None:
-    """Raise ValueError, before anything is measured, if no file can be written there."""
-    if path is None:
-        return
+def parse(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    check: Callable[[argparse.Namespace], None],
+) -> argparse.Namespace:
+    """`check` fills in defaults; its ValueError names the argument, what it takes and what came."""
+    options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check_outputs(options: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError, before anything is measured, if one of the files cannot be written."""
+    for name in names:
+        if getattr(options, name) is not None:
+            check_output(f"--{name}", getattr(options, name))
+    if getattr(options, "plot", None) and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
+
+
+def check_output(flag: str, path: Path) -> None:
     folder = path.parent
     if path.exists() and not path.is_file():
         raise ValueError(f"{flag}: expected a file to write, got a folder or device, {path}")
@@ -41,6 +63,14 @@ def check_output(flag: str, path: Path | None) -> None:
         raise ValueError(f"{flag}: expected a file in a folder that exists, got {path}")
     if not os.access(folder, os.W_OK):
         raise ValueError(f"{flag}: expected a file in a folder that can be written, got {path}")
+
+
+def check_least(options: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError where an option is below its least value."""
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: expected at least {value}, got {getattr(options, name)}")
 
 
 def check_seconds(seconds: float) -> None:
@@ -88,9 +118,13 @@ def read_record(path: Path, benchmark: str) -> Record:
     return record
 
 
-def show(path: Path, record: Record, print_record: Callable[[Record], None]) -> None:
-    """Print a record. Raises ValueError that names --show and the file where it lacks something."""
+def show(options: argparse.Namespace, print_record: Callable[[Record], None]) -> int:
+    """Print the record that --show named; the exit status: 2, with a reason, if it lacks
+    something."""
     try:
-        print_record(record)
+        print_record(options.record)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"--show: {path} is damaged ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        print(f"--show: {options.show} is damaged ({reason})", file=sys.stderr)
+        return 2
+    return 0

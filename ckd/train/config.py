@@ -138,8 +138,9 @@ class Config:
         What the method needs is checked by `ckd.train.methods.method_class`.
         """
         for name, known in (("targets", TARGETS), ("amp", AMP_MODES)):
-            if getattr(self, name) is not None and getattr(self, name) not in known:
-                raise ConfigError(unknown(name, getattr(self, name), known))
+            value = getattr(self, name)
+            if value not in known and (name, value) != ("targets", None):
+                raise ConfigError(unknown(name, value, known))
         for name, expected in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not expected.holds(value):
