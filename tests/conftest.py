@@ -42,6 +42,15 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """Tests may set the cache limit and put other backends in place; neither they nor the plans
+    made with them outlive the test."""
+    limit = ckd.backends.cache_limit()
+    yield
+    ckd.backends.set_cache_limit(limit)
+
+
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, which is faster for tiny models on a busy machine, and no figures."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import cpu, interface
+from ckd.backends import cpu
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 
@@ -323,13 +323,11 @@ def test_nan_of_an_earlier_call_does_not_come_back(tier: str) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 64, 3])
-def test_results_do_not_depend_on_the_cache(
-    room: int, monkeypatch: pytest.MonkeyPatch, tier: str
-) -> None:
+def test_results_do_not_depend_on_the_cache(room: int, tier: str) -> None:
     case = make_case(30, 400, 20, 17)
     expected = ours(case)
     # No room, room for some bytes, for three panels.
-    monkeypatch.setattr(interface, "_cache_limit", room if room != 3 else 3 * 256 * 18)
+    ckd.backends.set_cache_limit(room if room != 3 else 3 * 256 * 18)
     for name, value in ours(case).items():
         assert torch.equal(value, expected[name]), name
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import cuda, interface, triton
+from ckd.backends import cuda, triton
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 
@@ -44,7 +44,7 @@ class Gpu:
 
     def in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The bank projected anew for the backward, and 48 or 64 rows at a time."""
-        monkeypatch.setattr(interface, "_cache_limit", 0)
+        ckd.backends.set_cache_limit(0)
         if self.name == "cuda":
             monkeypatch.setattr(cuda, "MOST_CHUNK_ROWS", 64)
             return
@@ -202,7 +202,7 @@ def test_bank_is_read_in_place_whatever_its_strides(gpu: Gpu, chunks: int) -> No
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_cache_is_used_and_bounded(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_and_bounded(gpu: Gpu) -> None:
     case = on_device(gpu, make_case(8, 100, 24, 16)).requiring(*GRADIENTS)
 
     def weight_gradient_after_the_bank_is_lost() -> torch.Tensor:
@@ -213,9 +213,9 @@ def test_cache_is_used_and_bounded(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) ->
         return torch.autograd.grad(loss, case.bias)[0]
 
     size = 100 * ((16 if gpu.name == "triton" else 24) * 4 + 4)  # float32, or three float16
-    monkeypatch.setattr(interface, "_cache_limit", size)
+    ckd.backends.set_cache_limit(size)
     kept = weight_gradient_after_the_bank_is_lost()
-    monkeypatch.setattr(interface, "_cache_limit", size - 1)
+    ckd.backends.set_cache_limit(size - 1)
     lost = weight_gradient_after_the_bank_is_lost()
     expected = ours(gpu, replace(case, bank=case.bank.half()))["bias"].to(kept.device)
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-6)

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import Forward, Gradients, Needs, Options, Problem, Saved, refuse_target
+from ckd.backends.interface import (
+    Forward,
+    Gradients,
+    Needs,
+    Options,
+    Problem,
+    Saved,
+    changed_settings,
+    refuse_target,
+)
 from ckd.backends.precision import float32_products
 
 _missing: str | None = None
@@ -50,10 +59,12 @@ def use_tier(name: str) -> Iterator[None]:
     if name not in TIERS:
         raise ValueError(f"tier must be one of {', '.join(TIERS)} on this machine, got {name!r}")
     before, _tier = _tier, name
+    changed_settings()
     try:
         yield
     finally:
         _tier = before
+        changed_settings()
 
 
 def missing() -> str | None:
@@ -139,7 +150,7 @@ def contrastive_ce_backward(
     inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
     gradients = inputs.empty_gradients(needs)
     target = target.contiguous()
-    d_loss, d_lse = (None if d is None else d.float().contiguous() for d in (d_loss, d_lse))
+    d_loss, d_lse = _single(d_loss), _single(d_lse)
     _C.cpu_contrastive_ce_backward(
         *inputs.arguments,
         _targets(target, options),
@@ -182,7 +193,7 @@ def similarity_backward(
 ) -> Gradients:
     inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
     gradients = inputs.empty_gradients(needs)
-    d_logits = d_logits.float().contiguous()
+    d_logits = _single(d_logits)
     _C.cpu_similarity_backward(
         *inputs.arguments, d_logits.data_ptr(), *(gradient.data_ptr() for gradient in gradients)
     )
@@ -206,10 +217,10 @@ class _Inputs:
         allow_half: bool,
     ) -> None:
         half = allow_half or float32_products("cpu") == "bf16"
-        self.student = student.float().contiguous()
+        self.student = _single(student)
         self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
-        self.weight = None if weight is None else weight.float().contiguous()
-        self.bias = None if bias is None else bias.float().contiguous()
+        self.weight = _single(weight)
+        self.bias = _single(bias)
         self.arguments = (
             _tier,
             (
@@ -238,6 +249,18 @@ class _Inputs:
         )
 
 
+@overload
+def _single(x: Tensor) -> Tensor: ...
+@overload
+def _single(x: Tensor | None) -> Tensor | None: ...
+def _single(x: Tensor | None) -> Tensor | None:
+    """Contiguous float32. To look first is faster than to let torch find that there is nothing to
+    do."""
+    if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
+        return x
+    return x.float().contiguous()
+
+
 def _empty(*shape: int) -> Tensor:
     """As the kernels write it, whatever torch's defaults are."""
     return torch.empty(shape, dtype=torch.float32, device=_CPU)
@@ -260,11 +283,15 @@ def _in_dtypes_of(
     gradients: Gradients, student: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Gradients:
     return Gradients(
-        student=gradients.student.to(student.dtype),
-        weight=gradients.weight if weight is None else gradients.weight.to(weight.dtype),
-        bias=gradients.bias if bias is None else gradients.bias.to(bias.dtype),
-        logit_scale=gradients.logit_scale,
+        _like(gradients.student, student),
+        _like(gradients.weight, weight),
+        _like(gradients.bias, bias),
+        gradients.logit_scale,
     )
+
+
+def _like(gradient: Tensor, x: Tensor | None) -> Tensor:
+    return gradient if x is None or x.dtype is torch.float32 else gradient.to(x.dtype)
 
 
 def _address(tensor: Tensor | None) -> int:

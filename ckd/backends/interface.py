@@ -9,6 +9,13 @@ from torch import Tensor
 
 DEFAULT_CACHE_LIMIT = 128 << 20
 _cache_limit = DEFAULT_CACHE_LIMIT
+settings = 0  # how often something changed on which a backend's choice or memory hangs
+
+
+def changed_settings() -> None:
+    """To be called after such a change: what examining earlier calls found holds no longer."""
+    global settings
+    settings += 1
 
 
 def cache_limit() -> int:
@@ -32,6 +39,7 @@ def set_cache_limit(limit: int) -> None:
     if not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit must be a number of bytes, an int >= 0, got {limit!r}")
     _cache_limit = limit
+    changed_settings()
 
 
 class Problem(NamedTuple):

@@ -13,7 +13,8 @@ def float32_products(device_type: str) -> str:
     """
     products = (torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn).matmul
     wanted = "tf32" if device_type == "cuda" else "bf16"
-    if hasattr(products, "fp32_precision"):
-        return wanted if products.fp32_precision == wanted else "ieee"
+    setting = getattr(products, "fp32_precision", None)
+    if setting is not None:
+        return wanted if setting == wanted else "ieee"
     least = {"tf32": ("high", "medium"), "bf16": ("medium",)}[wanted]
     return wanted if torch.get_float32_matmul_precision() in least else "ieee"

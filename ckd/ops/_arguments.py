@@ -70,6 +70,8 @@ def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
                 "logit_scale must be a float or a 0-dim floating-point tensor, got shape "
                 f"{list(logit_scale.shape)}, {logit_scale.dtype}; use logit_scale.float().squeeze()"
             )
+        if logit_scale.dtype is dtype and logit_scale.device == student.device:
+            return logit_scale
         return logit_scale.to(device=student.device, dtype=dtype)
     if not isinstance(logit_scale, (int, float, np.floating, np.integer)):
         raise TypeError(
@@ -83,7 +85,7 @@ def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
 def check_scale(logit_scale: Tensor) -> None:
     """Refuse a scale that is not finite and > 0. On a GPU, where reading it would be a
     synchronisation, it gives a NaN loss instead."""
-    if logit_scale.device.type == "cpu" and not 0 < logit_scale.item() < math.inf:
+    if logit_scale.is_cpu and not 0 < logit_scale.item() < math.inf:
         raise ValueError(_scale_message(logit_scale.item()))
 
 

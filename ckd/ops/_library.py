@@ -19,29 +19,32 @@ _library = torch.library.Library("ckd", "FRAGMENT")
 
 
 class Op:
-    """`ckd::name`, to be called with the arguments of its implementation in their order."""
+    """`ckd::name`, whose arguments are tensors first and then what else there is, its options."""
 
     def __init__(
-        self, name: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+        self, name: str, implementation: Callable[..., Any], fake: Callable[..., Any], tensors: int
     ) -> None:
-        """The schema is read from the annotations of the implementation."""
+        """The schema is read from the annotations of the implementation, whose first `tensors`
+        arguments are the tensors that a gradient may be asked for."""
         schema = torch.library.infer_schema(implementation, mutates_args=())
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"ckd::{name}", fake, lib=_library)
         self.name = name
+        self.tensors = tensors
         self._registered = getattr(torch.ops.ckd, name).default
         self._implementation = implementation
         self._function: type[torch.autograd.Function] | None = None
 
     def differentiate(self, function: type[torch.autograd.Function]) -> None:
         """Calls that need a gradient go through `function`, whose forward gets what computes the
-        op and the op's arguments."""
+        op, the op's options as a tuple, and its tensors."""
         self._function = function
 
         def dispatch(*args: Any) -> Any:
-            if _needs_gradient(args):
-                return function.apply(self._below_autograd, *args)
+            tensors, options = args[: self.tensors], args[self.tensors :]
+            if _needs_gradient(tensors):
+                return function.apply(self._below_autograd, options, *tensors)
             return self._below_autograd(*args)
 
         _library.impl(self.name, dispatch, "Autograd")
@@ -52,8 +55,10 @@ class Op:
 
         class Refusal(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, compute: Callable[..., Any], *args: Any) -> Any:
-                return compute(*args)
+            def forward(
+                ctx: Any, compute: Callable[..., Any], options: tuple[Any, ...], *tensors: Any
+            ) -> Any:
+                return compute(*tensors, *options)
 
             @staticmethod
             def backward(ctx: Any, *gradients: Any) -> Any:
@@ -65,51 +70,69 @@ class Op:
         self.differentiate(Refusal)
 
     def __call__(self, *args: Any) -> Any:
-        if not _is_unobserved(args):
-            return self._registered(*args)
-        if self._function is not None and _needs_gradient(args):
-            return self._function.apply(self._implementation, *args)
-        return self._implementation(*args)
+        tensors = args[: self.tensors]
+        return self.way(tensors)(args[self.tensors :], *tensors)
+
+    def way(self, tensors: tuple[Tensor | None, ...]) -> Callable[..., Any]:
+        """How a call of these tensors is made, as a function of its options and them: `observed`,
+        `differentiated` or `computed`. It is the same for tensors of the same `kind`."""
+        if is_observed() or not all(x is None or _is_plain(x) for x in tensors):
+            return self.observed
+        if self._function is not None and _needs_gradient(tensors):
+            return self.differentiated
+        return self.computed
+
+    def observed(self, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        return self._registered(*tensors, *options)
+
+    def differentiated(self, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        assert self._function is not None
+        return self._function.apply(self._implementation, options, *tensors)
+
+    def computed(self, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        return self._implementation(*tensors, *options)
 
     def _below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self._registered(*args)
 
 
-def _needs_gradient(args: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_dispatch_keys = torch._C._dispatch_keys
-_dense_keys: set[int] = set()  # those of tensors that torch dispatches on their device alone
-
-
-def _is_unobserved(args: tuple[Any, ...]) -> bool:
-    """Whether only autograd has to do with a call of these arguments."""
-    if (
+def is_observed() -> bool:
+    """Whether something other than autograd has to see the ops that are called now."""
+    return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0  # torch.device(...) as a context is one
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
-    ):
-        return False
-    for x in args:
-        if isinstance(x, Tensor):
-            if type(x) not in _PLAIN:
-                return False
-            if _dispatch_keys(x).raw_repr() not in _dense_keys and not _is_dense(x):
-                return False
-    return True
+    )
 
 
-def _is_dense(x: Tensor) -> bool:
+PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_keys = torch._C._dispatch_keys
+_dense_keys: set[int] = set()  # those of tensors that torch dispatches on their device alone
+
+
+def kind(x: Tensor) -> tuple[Any, ...]:
+    """What there is to know of a plain tensor but its values, its strides and where they stand."""
+    return type(x), _dispatch_keys(x).raw_repr(), x.dtype, x.device, x.shape, x.requires_grad
+
+
+def _is_plain(x: Tensor) -> bool:
     """Whether its memory holds its values, as the implementations take for granted. (Not so of
-    meta, lazily negated and batched tensors.)"""
+    subclasses, and of meta, lazily negated and batched tensors.)"""
+    if type(x) not in PLAIN:
+        return False
+    keys = _dispatch_keys(x).raw_repr()
+    if keys in _dense_keys:
+        return True
     if x.is_meta:
         return False
     with torch.inference_mode(False):
         _dense_keys.add(_dispatch_keys(torch.empty(0, device=x.device)).raw_repr())
-    return _dispatch_keys(x).raw_repr() in _dense_keys
+    return keys in _dense_keys

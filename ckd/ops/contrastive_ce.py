@@ -13,6 +13,7 @@ from ckd.backends.interface import Needs, Options, Problem, Reduction, Saved
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
 from ckd.ops._library import Op
+from ckd.ops._plans import Plan, Plans
 
 
 @overload
@@ -112,35 +113,54 @@ def contrastive_cross_entropy(
         >>> loss = ckd.contrastive_cross_entropy(student, bank, target, weight, logit_scale=14.3)
         >>> loss.backward()
     """
+    plan = _plans(
+        (student, bank, target, weight, bias, logit_scale),
+        (label_smoothing, ignore_index, reduction, return_lse, backend),
+    )
+    scale = _arguments.scale_tensor(logit_scale, student)
+    loss, lse, *_ = plan.way(plan.options, student, bank, target, weight, bias, scale)
+    return (loss, lse) if return_lse else loss
+
+
+def _examine(
+    student: Tensor,
+    bank: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float | Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    return_lse: bool,
+    backend: str,
+) -> Plan:
     _arguments.check_matrices(student, bank, weight, bias)
     _arguments.check_target(target, student)
     scale = _arguments.scale_tensor(logit_scale, student)
     _arguments.check_options(label_smoothing, ignore_index, reduction)
 
     problem = Problem.of("contrastive_ce", student, bank, weight)
+    name = backends.resolve(backend, problem)
     # Without a gradient for student or scale the forward need not accumulate sum_k p_k n_k.
     row_gradients = torch.is_grad_enabled() and (student.requires_grad or scale.requires_grad)
     projection_gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (weight, bias)
     )
-    name = backends.resolve(backend, problem)
-    loss, lse, *_ = _forward(
-        student,
-        bank,
-        target,
-        weight,
-        bias,
-        scale,
-        row_gradients,
-        row_gradients and return_lse,
-        backends.ORDER[name].contrastive_ce_cache_bytes(problem) if projection_gradients else 0,
-        float(label_smoothing),
-        ignore_index,
-        reduction,
-        problem.allow_half,
-        name,
+    keep = backends.ORDER[name].contrastive_ce_cache_bytes if projection_gradients else None
+    return Plan(
+        _forward.way((student, bank, target, weight, bias, scale)),
+        (
+            row_gradients,
+            row_gradients and return_lse,
+            0 if keep is None else keep(problem),
+            float(label_smoothing),
+            ignore_index,
+            reduction,
+            problem.allow_half,
+            name,
+        ),
     )
-    return (loss, lse) if return_lse else loss
 
 
 def _implementation(
@@ -252,20 +272,24 @@ def _backward_fake(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-_forward = Op("contrastive_ce", _implementation, _fake)
-_backward = Op("contrastive_ce_backward", _backward_implementation, _backward_fake)
+_forward = Op("contrastive_ce", _implementation, _fake, tensors=6)
+_backward = Op("contrastive_ce_backward", _backward_implementation, _backward_fake, tensors=8)
+_plans = Plans(_examine)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *args: Any
+        ctx: Any,
+        compute: Callable[..., tuple[Tensor, ...]],
+        options: tuple[Any, ...],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        output = compute(*args)
-        student, bank, target, weight, bias, logit_scale, _, _, _, *ctx.options = args
-        ctx.save_for_backward(student, bank, target, weight, bias, logit_scale, *output[1:])
+        output = compute(*tensors, *options)
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
+        _, _, _, *ctx.options = options
         return output
 
     @staticmethod
@@ -273,13 +297,12 @@ class _Differentiable(torch.autograd.Function):
         ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
-        _, *wanted = ctx.needs_input_grad
-        wants_student, _, _, wants_weight, wants_bias, wants_scale, *others = wanted
+        _, _, wants_student, _, _, wants_weight, wants_bias, wants_scale = ctx.needs_input_grad
         needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
         tensors = (student, bank, target, weight, bias, logit_scale)
         gradients = _backward(d_loss, d_lse, *tensors, saved, needs, *ctx.options)
         d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return None, d_student, None, None, d_weight, d_bias, d_scale, *(None for _ in others)
+        return None, None, d_student, None, None, d_weight, d_bias, d_scale
 
 
 _forward.differentiate(_Differentiable)

@@ -13,6 +13,7 @@ from ckd.backends.interface import Needs, Problem
 from ckd.ops import _arguments
 from ckd.ops._gradients import fake_gradients, or_none
 from ckd.ops._library import Op
+from ckd.ops._plans import Plan, Plans
 
 
 def normalized_similarity(
@@ -33,11 +34,24 @@ def normalized_similarity(
     Returns:
         [B, K] float32 (float64 for a float64 student).
     """
+    plan = _plans((student, bank, weight, bias, logit_scale), (backend,))
+    scale = _arguments.scale_tensor(logit_scale, student)
+    return plan.way(plan.options, student, bank, weight, bias, scale)
+
+
+def _examine(
+    student: Tensor,
+    bank: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float | Tensor,
+    backend: str,
+) -> Plan:
     _arguments.check_matrices(student, bank, weight, bias)
     scale = _arguments.scale_tensor(logit_scale, student)
     problem = Problem.of("similarity", student, bank, weight)
     name = backends.resolve(backend, problem)
-    return _forward(student, bank, weight, bias, scale, problem.allow_half, name)
+    return Plan(_forward.way((student, bank, weight, bias, scale)), (problem.allow_half, name))
 
 
 def _implementation(
@@ -95,25 +109,30 @@ def _backward_fake(
     return fake_gradients(student, weight, bias, logit_scale, needs)
 
 
-_forward = Op("similarity", _implementation, _fake)
-_backward = Op("similarity_backward", _backward_implementation, _backward_fake)
+_forward = Op("similarity", _implementation, _fake, tensors=5)
+_backward = Op("similarity_backward", _backward_implementation, _backward_fake, tensors=6)
+_plans = Plans(_examine)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        *tensors, ctx.allow_half, ctx.backend = args
+    def forward(
+        ctx: Any,
+        compute: Callable[..., Tensor],
+        options: tuple[Any, ...],
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.options = options
         ctx.save_for_backward(*tensors)
-        return compute(*args)
+        return compute(*tensors, *options)
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        _, *wanted = ctx.needs_input_grad
-        wants_student, _, wants_weight, wants_bias, wants_scale, *_ = wanted
+        _, _, wants_student, _, wants_weight, wants_bias, wants_scale = ctx.needs_input_grad
         needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
-        gradients = _backward(d_logits, *ctx.saved_tensors, needs, ctx.allow_half, ctx.backend)
+        gradients = _backward(d_logits, *ctx.saved_tensors, needs, *ctx.options)
         d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return None, d_student, None, d_weight, d_bias, d_scale, None, None
+        return None, None, d_student, None, d_weight, d_bias, d_scale
 
 
 _forward.differentiate(_Differentiable)
