@@ -27,15 +27,11 @@ class Bank {
   // What a thread needs to project panels.
   struct Scratch {
     explicit Scratch(const Bank& bank)
-        : wide(PANEL * BLOCK),
-          rows(Type::PER_WORD == 1 ? 0 : PANEL * 256),
-          columns(256 * PANEL),
+        : columns(256 * PANEL),
           z(bank.width_ * Type::PER_WORD * PANEL),
           words(Type::PER_WORD == 1 ? 0 : bank.width_ * PANEL),
           inverse(PANEL) {}
-    Buffer<float> wide;    // [64, BLOCK] numbers of the bank
-    Buffer<Word> rows;     // [64, 256] the same as words, where those are not the numbers
-    Buffer<Word> columns;  // [256, 64] transposed
+    Buffer<Word> columns;  // [256, 64] a block of the bank, words along D
     Buffer<float> z;       // [W, 64], then n^T; zero rows up to a whole word
     Buffer<Word> words;    // [words(W), 64], where those are not the numbers
     Buffer<float> inverse;
@@ -50,20 +46,28 @@ class Bank {
       narrow_ = Buffer<Word>(in.student_dim * weight_ld_);
       weight_ = narrow_;
     }
+    const bool all_cached = cached_ > 0 && cached_ == panels();
+    if (Type::PER_WORD == 1 && all_cached) {
+      numbers_ = reinterpret_cast<float*>(cache_);
+      inverses_ = cached_inverse(0);
+    }
     const std::int64_t few = panels() * weight_ld_ * PANEL;
-    const bool all_cached = cache.filled && cached_ == panels();
-    if (weight_ != nullptr && !all_cached && in.threads > 1 && panels() <= FEW_PANELS &&
-        few * 4 <= FEW_BYTES) {
+    if (weight_ != nullptr && !(cache.filled && all_cached) && in.threads > 1 &&
+        panels() <= FEW_PANELS && few * 4 <= FEW_BYTES) {
       few_columns_ = Buffer<Word>(few);
-      few_z_ = Buffer<float>(panels() * width_ * Type::PER_WORD * PANEL);
-      few_inverse_ = Buffer<float>(panels() * PANEL);
+      if (numbers_ == nullptr) {
+        few_numbers_ = Buffer<float>(panels() * panel_numbers());
+        few_inverses_ = Buffer<float>(panels() * PANEL);
+        numbers_ = few_numbers_;
+        inverses_ = few_inverses_;
+      }
     }
   }
 
   // To be called by every thread of a team before the first panel is made.
-  void prepare(Scratch& scratch) const {
+  void prepare() const {
     pack_weight();
-    if (few_z_ != nullptr) project_few(scratch);
+    if (are_few()) project_few();
   }
 
   // What float32 dropped of a student's lse, from the forward for the backward.
@@ -79,34 +83,50 @@ class Bank {
   }
   int columns(std::int64_t panel) const { return static_cast<int>(round_up(rows(panel), 16)); }
 
-  // Elements [from, from + n) of row k of the bank as float32. Asks for those of a row to come: a
-  // part of each row is a pattern that processors do not foresee.
-  void widen_row(std::int64_t k, std::int64_t from, std::int64_t n, float* out) const {
-    constexpr std::int64_t AHEAD = 16;
-    const std::int64_t size = in_.element == Element::float32 ? 4 : 2;
-    const char* row = static_cast<const char*>(in_.bank) + k * in_.bank_stride * size;
-    if (k + AHEAD < in_.bank_rows) {
-      const char* next = row + AHEAD * in_.bank_stride * size + from * size;
-      for (std::int64_t byte = 0; byte < n * size; byte += 64) __builtin_prefetch(next + byte);
-    }
-    widen(row, in_.element, from, n, out);
+  // Columns [d, d + 64) of `count` rows of the bank from row k on, words along the bank; zeros past
+  // the last column up to whole vectors, and past the last row up to a whole word.
+  void pack_rows(std::int64_t k, std::int64_t count, std::int64_t d, Word* out) const {
+    with_stored(in_.element, [&](auto stored) {
+      using Stored = decltype(stored);
+      const std::int64_t end = in_.teacher_dim, cols = round_up(smaller(PANEL, end - d), 16);
+      for (std::int64_t p = 0; p < words<Type>(count); ++p, out += PANEL) {
+        const char* row[Type::PER_WORD];
+        std::int64_t ends[Type::PER_WORD];
+        for (int e = 0; e < Type::PER_WORD; ++e) {
+          const std::int64_t r = p * Type::PER_WORD + e;
+          row[e] = stored_row<Stored>(k + r);
+          ends[e] = r < count ? end : 0;
+          ask_for<Stored>(k + r + AHEAD, d, PANEL);
+        }
+        for (std::int64_t j = 0; j < cols; j += LANES) {
+          Vec numbers[Type::PER_WORD];
+          for (int e = 0; e < Type::PER_WORD; ++e) {
+            numbers[e] = widen<Stored>(row[e], d + j, ends[e]);
+          }
+          store_words(numbers, out + j);
+        }
+      }
+    });
   }
 
-  // Projects and normalises a panel: its numbers into z, in whole words of rows, and all of it, if
-  // it has a place there, into the cache.
+  // Where n^T of a panel stands if panels stand one after another during the whole call; or else
+  // `otherwise`.
+  float* place(std::int64_t panel, float* otherwise) const {
+    return numbers_ == nullptr ? otherwise : numbers_ + panel * panel_numbers();
+  }
+
+  // Projects and normalises a panel: its numbers into z, which is its place if it has one, in whole
+  // words of rows; and all of it, if there is room, into the cache.
   Panel<Type> make(std::int64_t panel, Scratch& scratch, float* z) const {
     const bool keep = panel < cached_;
-    float* inverse = keep ? cached_inverse(panel) : scratch.inverse;
-    if (few_z_ != nullptr) {
-      std::memcpy(z, few_z(panel), static_cast<std::size_t>(width_ * Type::PER_WORD * PANEL) * 4);
-      std::memcpy(inverse, few_inverse_ + panel * PANEL, PANEL * sizeof(float));
-    } else {
+    float* inverse = inverse_of(panel, scratch.inverse);
+    if (!are_few()) {
       project(panel, scratch, z);
       normalise(panel, z, inverse);
     }
     if constexpr (Type::PER_WORD == 1) {
       const std::size_t size = static_cast<std::size_t>(width_ * PANEL) * sizeof(Word);
-      if (keep) std::memcpy(cached_words(panel), z, size);
+      if (keep && z != cached_words(panel)) std::memcpy(cached_words(panel), z, size);
       return {z, inverse};
     } else {
       Word* out = keep ? cached_words(panel) : scratch.words;
@@ -120,7 +140,7 @@ class Bank {
   // What `make` made of the panel in the forward, or makes again.
   Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
     if (panel < cached_) return {cached_words(panel), cached_inverse(panel)};
-    return make(panel, scratch, scratch.z);
+    return make(panel, scratch, place(panel, scratch.z));
   }
 
  private:
@@ -156,14 +176,12 @@ class Bank {
   }
 
   // Projects and normalises every panel, the threads sharing the rows of the weight.
-  void project_few(Scratch& scratch) const {
+  void project_few() const {
     constexpr std::int64_t ROWS = 8 * MR;
     const std::int64_t blocks = ceil_div(in_.teacher_dim, BLOCK);
     each(panels() * blocks, [&](std::int64_t item) {
       const std::int64_t panel = item / blocks, d = item % blocks * BLOCK;
-      read_block(panel, d, scratch);
-      pack_block(panel, d, scratch,
-                 few_columns_ + (panel * weight_ld_ + d / Type::PER_WORD) * PANEL);
+      pack_block<Type>(panel, d, few_columns_ + (panel * weight_ld_ + d / Type::PER_WORD) * PANEL);
     });
     const std::int64_t parts = ceil_div(in_.student_dim, ROWS);
     each(panels() * parts, [&](std::int64_t item) {
@@ -171,49 +189,63 @@ class Bank {
       const Word* columns = few_columns_ + panel * weight_ld_ * PANEL;
       for (std::int64_t d = 0; d < in_.teacher_dim; d += BLOCK) {
         multiply_block(panel, d, w, smaller(ROWS, in_.student_dim - w),
-                       columns + d / Type::PER_WORD * PANEL, few_z(panel));
+                       columns + d / Type::PER_WORD * PANEL, place(panel, nullptr));
       }
     });
-    each(panels(),
-         [&](std::int64_t panel) { normalise(panel, few_z(panel), few_inverse_ + panel * PANEL); });
+    each(panels(), [&](std::int64_t panel) {
+      normalise(panel, place(panel, nullptr), inverse_of(panel, nullptr));
+    });
   }
 
-  float* few_z(std::int64_t panel) const {
-    return few_z_ + panel * width_ * Type::PER_WORD * PANEL;
+  bool are_few() const { return few_columns_ != nullptr; }
+  // Floats of a panel of numbers: whole words of rows.
+  std::int64_t panel_numbers() const { return width_ * Type::PER_WORD * PANEL; }
+  float* inverse_of(std::int64_t panel, float* otherwise) const {
+    if (panel < cached_) return cached_inverse(panel);
+    return inverses_ != nullptr ? inverses_ + panel * PANEL : otherwise;
   }
 
   void project(std::int64_t panel, Scratch& scratch, float* z) const {
-    const std::int64_t dim = in_.teacher_dim;
-    for (std::int64_t d = 0; d < dim; d += BLOCK) {
-      read_block(panel, d, scratch);
+    for (std::int64_t d = 0; d < in_.teacher_dim; d += BLOCK) {
       if (in_.weight == nullptr) {
-        transpose<float>(scratch.wide, BLOCK, columns(panel), smaller(BLOCK, dim - d),
-                         z + d * PANEL, PANEL);
-        continue;
+        pack_block<Float32>(panel, d, z + d * PANEL);
+      } else {
+        pack_block<Type>(panel, d, scratch.columns);
+        multiply_block(panel, d, 0, in_.student_dim, scratch.columns, z);
       }
-      pack_block(panel, d, scratch, scratch.columns);
-      multiply_block(panel, d, 0, in_.student_dim, scratch.columns, z);
     }
   }
 
-  // Elements from d on, at most BLOCK, of the rows of a panel; zero rows up to whole vectors.
-  void read_block(std::int64_t panel, std::int64_t d, Scratch& scratch) const {
-    const int count = rows(panel);
-    const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d);
-    for (int r = 0; r < count; ++r) widen_row(panel * PANEL + r, d, n, scratch.wide + r * BLOCK);
-    std::memset(scratch.wide + count * BLOCK, 0,
-                static_cast<std::size_t>((columns(panel) - count) * BLOCK) * sizeof(float));
+  template <class Stored>
+  const char* stored_row(std::int64_t k) const {
+    return static_cast<const char*>(in_.bank) + k * in_.bank_stride * Stored::SIZE;
   }
 
-  // The block read, as words along D with the rows of the panel as columns.
-  void pack_block(std::int64_t panel, std::int64_t d, Scratch& scratch, Word* out) const {
-    const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d), cols = columns(panel);
-    if constexpr (Type::PER_WORD == 1) {
-      transpose<float>(scratch.wide, BLOCK, cols, n, out, PANEL);
-    } else {
-      for (int r = 0; r < cols; ++r) to_words(scratch.wide + r * BLOCK, n, scratch.rows + r * 256);
-      transpose<Word>(scratch.rows, 256, cols, words<Type>(n), out, PANEL);
-    }
+  // Part of a row that is to come: a part of each row is a pattern that processors do not foresee.
+  static constexpr std::int64_t AHEAD = 16;
+  template <class Stored>
+  void ask_for(std::int64_t k, std::int64_t d, std::int64_t n) const {
+    if (k >= in_.bank_rows) return;
+    const char* at = stored_row<Stored>(k) + d * Stored::SIZE;
+    for (std::int64_t byte = 0; byte < n * Stored::SIZE; byte += 64) __builtin_prefetch(at + byte);
+  }
+
+  // Elements from d on, at most BLOCK, of the rows of a panel, as words along D with the rows as
+  // columns; zero columns up to whole vectors.
+  template <class To>
+  void pack_block(std::int64_t panel, std::int64_t d, typename To::Word* out) const {
+    with_stored(in_.element, [&](auto stored) {
+      using Stored = decltype(stored);
+      const std::int64_t n = smaller(BLOCK, in_.teacher_dim - d);
+      const std::int64_t stride = in_.bank_stride * Stored::SIZE;
+      for (int r = 0; r < columns(panel); r += LANES) {
+        const std::int64_t k = panel * PANEL + r;
+        const int count = static_cast<int>(smaller(LANES, in_.bank_rows - k));
+        for (int i = 0; i < LANES; ++i) ask_for<Stored>(k + i + AHEAD, d, n);
+        transpose_stored<Stored>(stored_row<Stored>(k), stride, count, d, d + n, words<To>(n),
+                                 out + r, PANEL);
+      }
+    });
   }
 
   // z (+)= what the block adds to rows [w, w + rows) of P t.
@@ -276,7 +308,8 @@ class Bank {
   Buffer<Word> narrow_;
   // Of a bank of few panels: [panels, words(D), 64] packed; then n^T [panels, W, 64], and 1 / |z|.
   Buffer<Word> few_columns_;
-  Buffer<float> few_z_, few_inverse_;
+  Buffer<float> few_numbers_, few_inverses_;
+  float *numbers_ = nullptr, *inverses_ = nullptr;  // see `place`
 };
 
 constexpr std::int64_t TILE = 256;  // bank rows whose logits stand in the cache at a time
@@ -294,7 +327,7 @@ class Chunk {
         tiles_(tiles),
         needs_rows_(needs_rows),
         rows_(needs_rows ? tiles * TILE * bank.width() : 0),
-        columns_(tiles * TILE_PANELS * panel_size()) {}
+        columns_(in_place() ? 0 : tiles * TILE_PANELS * panel_size()) {}
 
   // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; returns n^T [W, 64].
   const float* fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
@@ -302,9 +335,9 @@ class Chunk {
     Word* columns = columns_ + at * panel_size();
     float* z;
     if constexpr (Type::PER_WORD == 1) {
-      z = columns;
+      z = bank_.place(panel, columns);
     } else {
-      z = scratch.z;
+      z = bank_.place(panel, scratch.z);
     }
     const Panel<Type> made = bank_.make(panel, scratch, z);
     if constexpr (Type::PER_WORD > 1) {
@@ -320,8 +353,8 @@ class Chunk {
   }
 
   // Adds the first `count` rows of a tile to sum [W]; what stands past the bank is zero.
-  void add_rows(std::int64_t tile, std::int64_t count, float* sum) const {
-    const Word* row = columns(tile);
+  void add_rows(std::int64_t first, std::int64_t tile, std::int64_t count, float* sum) const {
+    const Word* row = columns(first, tile);
     for (std::int64_t k = 0; k < count; k += PANEL) {
       for (std::int64_t w = 0; w < dim_; ++w, row += PANEL_WORDS<Type>) {
         float numbers[PANEL];
@@ -335,19 +368,25 @@ class Chunk {
 
   std::int64_t tiles() const { return tiles_; }
   std::int64_t panels() const { return tiles_ * TILE_PANELS; }
+  // Of a tile of the chunk that begins at panel `first`.
   const Word* rows(std::int64_t tile) const { return rows_ + tile * TILE * bank_.width(); }
-  const Word* columns(std::int64_t tile) const {
+  const Word* columns(std::int64_t first, std::int64_t tile) const {
+    if constexpr (Type::PER_WORD == 1) {
+      if (in_place()) return bank_.place(first + tile * TILE_PANELS, nullptr);
+    }
     return columns_ + tile * TILE_PANELS * panel_size();
   }
 
  private:
+  bool in_place() const { return Type::PER_WORD == 1 && bank_.place(0, nullptr) != nullptr; }
   std::int64_t panel_size() const { return dim_ * PANEL_WORDS<Type>; }
 
   const Bank<Type>& bank_;
   std::int64_t dim_, tiles_;
   bool needs_rows_;
-  Buffer<Word> rows_;     // [tiles, 256, words(W)]: n, words along W
-  Buffer<Word> columns_;  // [panels, W, 64 / PER_WORD]: n^T, words along the bank
+  Buffer<Word> rows_;  // [tiles, 256, words(W)]: n, words along W
+  // [panels, W, 64 / PER_WORD]: n^T, words along the bank, unless it stands in place.
+  Buffer<Word> columns_;
 };
 
 }  // namespace ckd::cpu::CKD_TIER

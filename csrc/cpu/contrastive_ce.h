@@ -83,12 +83,13 @@ class CeForward {
     clear();
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.prepare(mine.panel);
+      bank_.prepare();
       each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
         each(end - first, [&](std::int64_t p) {
-          take_targets(first + p, chunk_.fill(first, first + p, mine.panel), mine);
+          const float* numbers = chunk_.fill(first, first + p, mine.panel);
+          take_targets(first, first + p, numbers, mine);
         });
         const bool smooth = op_.label_smoothing > 0;
         // A thread takes several strips side by side: a tile then comes from the cache for all but
@@ -103,7 +104,7 @@ class CeForward {
             if (k0 >= in_.bank_rows) break;
             const std::int64_t end = (group + 1) * strips / groups;
             for (std::int64_t strip = group * strips / groups; strip < end; ++strip) {
-              add_tile(strip * strip_, split, tile, k0, mine);
+              add_tile(strip * strip_, split, first, tile, mine);
             }
           }
         });
@@ -145,10 +146,11 @@ class CeForward {
     for (std::int64_t i = 0; i < panels_ * splits_ * PANEL; ++i) shift_[i] = shift;
     for (std::int64_t i = 0; i < in_.batch; ++i) l_target_[i] = l_exact_[i] = -__builtin_inf();
     total_.zero();
-    values_.zero();
     n_sum_.zero();
-    if (keeps_values()) {
-      std::memset(n_target(), 0, static_cast<std::size_t>(in_.batch * in_.student_dim) * 4);
+    for (std::int64_t i = 0; keeps_values() && i < in_.batch; ++i) {
+      if (op_.target[i] != op_.ignore_index) continue;
+      std::memset(n_target() + i * in_.student_dim, 0,
+                  static_cast<std::size_t>(in_.student_dim) * 4);
     }
   }
 
@@ -160,9 +162,11 @@ class CeForward {
                     queries_ + panel * bank_.width() * PANEL, PANEL);
   }
 
-  // A strip of students, from i0 on, by a tile of bank rows, from k0 on.
-  void add_tile(std::int64_t i0, std::int64_t split, std::int64_t tile, std::int64_t k0,
+  // A strip of students, from i0 on, by a tile of the chunk that begins at panel `first`.
+  void add_tile(std::int64_t i0, std::int64_t split, std::int64_t first, std::int64_t tile,
                 Scratch& mine) {
+    const std::int64_t k0 = first * PANEL + tile * TILE;
+    const bool begins = k0 == split * TILE;  // there are no sums yet
     const std::int64_t count = smaller(TILE, in_.bank_rows - k0), width = bank_.width();
     const int cols = static_cast<int>(round_up(smaller(strip_, in_.batch - i0), 16));
     const Sums to = sums(i0, split);
@@ -170,22 +174,28 @@ class CeForward {
     gemm(count, cols, width,
          Operands<Type>{chunk_.rows(tile), width, queries, PANEL, mine.logits, PANEL}, false);
     leave_out_targets(i0, k0, count, mine.logits);
-    if (!is_plain()) raise_shift(mine.logits, count, cols, to);
+    if (!is_plain()) raise_shift(mine.logits, count, cols, to, begins);
     const Word* p = exponentials(count, cols, to, mine);
     if (!keeps_values()) return;
     gemm(in_.student_dim, cols, words<Type>(count),
-         from_panels<Type>(chunk_.columns(tile), in_.student_dim, p, to.values, PANEL), true);
+         from_panels<Type>(chunk_.columns(first, tile), in_.student_dim, p, to.values, PANEL),
+         !begins);
   }
 
   // n_y, and l_y beyond the precision of the words, of the students whose target stands in the bank
   // panel just made: the loss of a row hangs on this one logit.
-  void take_targets(std::int64_t panel, const float* numbers, Scratch& mine) {
+  void take_targets(std::int64_t first, std::int64_t panel, const float* numbers, Scratch& mine) {
     const std::int64_t dim = in_.student_dim, k0 = panel * PANEL, count = bank_.rows(panel);
     for (std::int64_t i = 0; i < in_.batch; ++i) {
       const std::int64_t k = op_.target[i] - k0;
       if (k < 0 || k >= count || op_.target[i] == op_.ignore_index) continue;
       float* n = keeps_values() ? n_target() + i * dim : mine.row + dim;
-      for (std::int64_t w = 0; w < dim; ++w) n[w] = numbers[w * PANEL + k];
+      if constexpr (Type::PER_WORD == 1) {
+        const float* row = chunk_.rows(0) + ((panel - first) * PANEL + k) * dim;
+        std::memcpy(n, row, static_cast<std::size_t>(dim) * 4);
+      } else {
+        for (std::int64_t w = 0; w < dim; ++w) n[w] = numbers[w * PANEL + k];
+      }
       students_.unit_row(i, mine.row);
       l_exact_[i] = static_cast<double>(in_.logit_scale) * dot(mine.row, n, dim);
     }
@@ -201,7 +211,7 @@ class CeForward {
     }
   }
 
-  void raise_shift(const float* logits, std::int64_t count, int cols, Sums to) const {
+  void raise_shift(const float* logits, std::int64_t count, int cols, Sums to, bool begins) const {
     for (int j = 0; j < cols; j += LANES) {
       Vec top = broadcast(-__builtin_inff());
       for (std::int64_t k = 0; k < count; ++k) top = larger(top, load(logits + k * PANEL + j));
@@ -213,7 +223,8 @@ class CeForward {
       const Vec factor = above ? exp2_integral(old - shift) : broadcast(1.0f);
       store(to.shift + j, shift);
       store(to.total + j, load(to.total + j) * factor);
-      for (std::int64_t w = 0; to.values != nullptr && w < in_.student_dim; ++w) {
+      if (begins || to.values == nullptr) continue;
+      for (std::int64_t w = 0; w < in_.student_dim; ++w) {
         float* value = to.values + w * PANEL + j;
         store(value, load(value) * factor);
       }
@@ -268,7 +279,7 @@ class CeForward {
     for (std::int64_t tile = 0; tile < chunk_.tiles(); ++tile) {
       const std::int64_t count = in_.bank_rows - first * PANEL - tile * TILE;
       if (count <= 0) return;
-      chunk_.add_rows(tile, smaller(TILE, count), n_sum_);
+      chunk_.add_rows(first, tile, smaller(TILE, count), n_sum_);
     }
   }
 

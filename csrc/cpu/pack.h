@@ -8,26 +8,59 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// Elements [from, from + n) of a row as float32.
-inline void widen(const void* row, Element element, std::int64_t from, std::int64_t n, float* out) {
-  if (element == Element::float32) {
-    std::memcpy(out, static_cast<const float*>(row) + from, static_cast<std::size_t>(n) * 4);
-    return;
+// Numbers of a word.
+template <class Word>
+constexpr std::int64_t words_hold = 1;
+template <>
+constexpr std::int64_t words_hold<std::uint32_t> = 2;
+
+// Numbers as they are stored.
+struct StoredFloat16 {
+  static constexpr std::int64_t SIZE = 2;
+  static Vec widen(const char* at) {
+    return widen_float16(reinterpret_cast<const std::uint16_t*>(at));
   }
-  const std::uint16_t* half = static_cast<const std::uint16_t*>(row) + from;
-  const bool is_float16 = element == Element::float16;
-  std::int64_t i = 0;
-  if (is_float16) {
-    for (; i + LANES <= n; i += LANES) store(out + i, widen_float16(half + i));
-  } else {
-    for (; i + LANES <= n; i += LANES) store(out + i, widen_bfloat16(half + i));
+};
+struct StoredBFloat16 {
+  static constexpr std::int64_t SIZE = 2;
+  static Vec widen(const char* at) {
+    return widen_bfloat16(reinterpret_cast<const std::uint16_t*>(at));
   }
-  if (i == n) return;
-  std::uint16_t rest[LANES] = {};
-  float wide[LANES];
-  std::memcpy(rest, half + i, static_cast<std::size_t>(n - i) * 2);
-  store(wide, is_float16 ? widen_float16(rest) : widen_bfloat16(rest));
-  std::memcpy(out + i, wide, static_cast<std::size_t>(n - i) * 4);
+};
+struct StoredFloat32 {
+  static constexpr std::int64_t SIZE = 4;
+  static Vec widen(const char* at) { return load_as<Vec>(at); }
+};
+
+// f(StoredFloat16{}), or whatever the elements are.
+template <class F>
+void with_stored(Element element, const F& f) {
+  switch (element) {
+    case Element::float16:
+      return f(StoredFloat16{});
+    case Element::bfloat16:
+      return f(StoredBFloat16{});
+    case Element::float32:
+      return f(StoredFloat32{});
+  }
+}
+
+// LANES elements from `from` on of a row that ends at `end`; zeros past it.
+template <class Stored>
+inline Vec widen(const char* row, std::int64_t from, std::int64_t end) {
+  if (from + LANES <= end) return Stored::widen(row + from * Stored::SIZE);
+  char rest[LANES * 4] = {};
+  if (from < end) {
+    std::memcpy(rest, row + from * Stored::SIZE,
+                static_cast<std::size_t>((end - from) * Stored::SIZE));
+  }
+  return Stored::widen(rest);
+}
+
+// LANES words of the same, each of neighbours in the row.
+template <class Stored>
+inline void widen_words(const char* row, std::int64_t from, std::int64_t end, Vec* out) {
+  *out = widen<Stored>(row, from, end);
 }
 
 // n numbers as words<Type>(n) words, neighbours sharing a word.
@@ -39,6 +72,9 @@ inline void to_words(const float* x, std::int64_t n, float* out) {
 inline void pair_rows(const float* x, std::int64_t, std::int64_t n, float* out) {
   std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
 }
+
+// The same of as many vectors as a word holds numbers.
+inline void store_words(const Vec* rows, float* out) { store(out, rows[0]); }
 
 // Two rows of numbers as one row of words, or as two.
 inline void store_pair(Vec row, Vec next, float* out) {
@@ -56,22 +92,34 @@ inline void from_words(const float* words, std::int64_t n, float* out) {
 
 #if defined(CKD_BFLOAT16)
 
+inline WordVec narrow(Vec low, Vec high) {
+  return (WordVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
 inline void to_words(const float* x, std::int64_t n, std::uint32_t* out) {
   std::int64_t i = 0;
   for (; i + 32 <= n; i += 32, out += 16) {
-    store(out, (WordVec)_mm512_cvtne2ps_pbh((__m512)load(x + i + 16), (__m512)load(x + i)));
+    store(out, narrow(load(x + i), load(x + i + 16)));
   }
   if (i == n) return;
   float rest[32] = {};
   std::memcpy(rest, x + i, static_cast<std::size_t>(n - i) * 4);
-  store(out, (WordVec)_mm512_cvtne2ps_pbh((__m512)load(rest + 16), (__m512)load(rest)));
+  store(out, narrow(load(rest), load(rest + 16)));
 }
 
 inline WordVec pair(Vec low, Vec high) {
-  const auto narrow = [](Vec v) {
-    return __builtin_convertvector((HalfVec)_mm512_cvtneps_pbh((__m512)v), WordVec);
-  };
-  return narrow(low) | (narrow(high) << 16);
+  typedef std::uint16_t Halves __attribute__((vector_size(64)));
+  const Halves both = (Halves)narrow(low, high);
+  return (WordVec)__builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
+                                          22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                          14, 30, 15, 31);
+}
+
+inline void store_words(const Vec* rows, std::uint32_t* out) { store(out, pair(rows[0], rows[1])); }
+
+template <class Stored>
+inline void widen_words(const char* row, std::int64_t from, std::int64_t end, WordVec* out) {
+  *out = narrow(widen<Stored>(row, from, end), widen<Stored>(row, from + LANES, end));
 }
 
 inline void pair_rows(const float* x, std::int64_t ld, std::int64_t n, std::uint32_t* out) {
@@ -96,7 +144,8 @@ inline void split_word(const std::uint32_t* words, Vec out[2]) {
 }
 
 inline void from_words(const std::uint32_t* words, std::int64_t n, float* out) {
-  widen(words, Element::bfloat16, 0, n, out);
+  const char* row = reinterpret_cast<const char*>(words);
+  for (std::int64_t i = 0; i < n; i += LANES) store(out + i, StoredBFloat16::widen(row + 2 * i));
 }
 
 #endif
@@ -143,12 +192,9 @@ inline V interleave_high(V a, V b) {
 }
 
 // log2(LANES) perfect shuffles transpose a square.
-template <class Word>
-inline void transpose_square(const Word* x, std::int64_t ldx, Word* out, std::int64_t ldo) {
-  using V = decltype(load(x));
-  V v[LANES], w[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) v[i] = load(x + i * ldx);
+template <class V>
+inline void transpose_square(V v[LANES]) {
+  V w[LANES];
 #pragma GCC unroll 4
   for (int round = 1; round < LANES; round *= 2) {
 #pragma GCC unroll 8
@@ -159,8 +205,44 @@ inline void transpose_square(const Word* x, std::int64_t ldx, Word* out, std::in
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) v[i] = w[i];
   }
+}
+
+template <class Word>
+inline void transpose_square(const Word* x, std::int64_t ldx, Word* out, std::int64_t ldo) {
+  decltype(load(x)) v[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) v[i] = load(x + i * ldx);
+  transpose_square(v);
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) store(out + i * ldo, v[i]);
+}
+
+// Elements [from, end) of `rows` <= LANES stored rows, `stride` bytes apart, as `words` rows of
+// LANES words: neighbours along a row share a word, rows become columns. Zeros where there is
+// nothing.
+template <class Stored, class Word>
+inline void transpose_stored(const char* row, std::int64_t stride, int rows, std::int64_t from,
+                             std::int64_t end, std::int64_t words, Word* out, std::int64_t ldo) {
+  constexpr std::int64_t PER_SQUARE = LANES * words_hold<Word>;
+  decltype(load(out)) v[LANES];
+  for (; words >= LANES && rows == LANES && from + PER_SQUARE <= end; words -= LANES) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) widen_words<Stored>(row + i * stride, from, INT64_MAX, &v[i]);
+    transpose_square(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) store(out + i * ldo, v[i]);
+    from += PER_SQUARE;
+    out += LANES * ldo;
+  }
+  for (; words > 0; words -= LANES) {
+    for (int i = 0; i < LANES; ++i) {
+      widen_words<Stored>(row + i * stride, from, i < rows ? end : from, &v[i]);
+    }
+    transpose_square(v);
+    for (int i = 0; i < LANES && i < words; ++i) store(out + i * ldo, v[i]);
+    from += PER_SQUARE;
+    out += LANES * ldo;
+  }
 }
 
 // out [cols, rows] = x [rows, cols] transposed, word by word.

@@ -33,6 +33,7 @@ class ProjectionGradient {
   static constexpr std::int64_t RUN = 2048;  // bank rows whose dZ is kept
   // Rows of a block of d_weight, which has 64 columns. The bank is converted once for each.
   static constexpr std::int64_t WEIGHT_BLOCK = 128, TALL_WEIGHT_BLOCK = 512;
+  static constexpr std::int64_t WEIGHT_RUN = 256 * Type::PER_WORD;  // bank rows between its sums
 
  public:
   ProjectionGradient(const Inputs& in, const Students<Type>& students, const Bank<Type>& bank,
@@ -65,7 +66,7 @@ class ProjectionGradient {
 
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.prepare(mine.panel);
+      bank_.prepare();
       each(batch_ / PANEL, [&](std::int64_t panel) { pack_students(panel * PANEL, mine); });
       for (std::int64_t first = 0; first < panels; first += per_run) {
         const std::int64_t count = smaller(per_run, panels - first);
@@ -82,11 +83,11 @@ class ProjectionGradient {
           const std::int64_t from = group * column_blocks / groups * PANEL;
           const std::int64_t to = smaller((group + 1) * column_blocks / groups * PANEL, dim);
           const std::int64_t k1 = smaller((first + count) * PANEL, in_.bank_rows);
-          for (std::int64_t k = first * PANEL; k < k1; k += STUDENT_BLOCK) {
+          for (std::int64_t k = first * PANEL; k < k1; k += WEIGHT_RUN) {
             const Word* a = d_z + ((k / PANEL - first) * width + w0) * PANEL_WORDS<Type>;
             for (std::int64_t d = from; d < to; d += PANEL) {
               const bool whole = d + PANEL <= dim;
-              weight_block(k, smaller(STUDENT_BLOCK, k1 - k), d, rows, a,
+              weight_block(k, smaller(WEIGHT_RUN, k1 - k), d, rows, a,
                            whole ? d_weight + w0 * dim + d : edge + w0 * PANEL, whole ? dim : PANEL,
                            mine);
             }
@@ -107,21 +108,25 @@ class ProjectionGradient {
     Scratch(const Bank<Type>& bank, const Inputs& in)
         : panel(bank),
           block(STUDENT_BLOCK * PANEL),
-          words(STUDENT_BLOCK / Type::PER_WORD * PANEL),
+          words(WEIGHT_RUN / Type::PER_WORD * PANEL),
           d_n(bank.width() * Type::PER_WORD * PANEL),
-          pairs(PANEL * in.student_dim),
-          wide(2 * PANEL) {}
+          pairs(PANEL * in.student_dim) {}
     typename Bank<Type>::Scratch panel;
     Buffer<float> block;  // [256, 64] logits, then G
     Buffer<Word> words;   // G as words along the students; then bank rows as words along the bank
     Buffer<float> d_n;    // [W, 64]; before that unit rows of 64 students
     Buffer<Word> pairs;   // the same as words along the students
-    Buffer<float> wide;   // two half rows of the bank
   };
 
   void pack_students(std::int64_t i0, Scratch& mine) {
     constexpr std::int64_t COUNT = PANEL_WORDS<Type>;
     const std::int64_t dim = in_.student_dim;
+    Word* columns = columns_ + i0 / Type::PER_WORD * dim;
+    if constexpr (Type::PER_WORD == 1) {
+      float* rows = needs_logits_ ? rows_ + i0 * width_ : mine.d_n;
+      students_.pack_rows(i0, rows, mine.pairs);
+      return transpose<float>(rows, dim, PANEL, dim, columns, PANEL);
+    }
     if (needs_logits_) students_.pack_rows(i0, rows_ + i0 * width_, mine.d_n);
     float* unit = mine.d_n;
     for (std::int64_t i = 0; i < PANEL; ++i) {
@@ -134,7 +139,7 @@ class ProjectionGradient {
     for (std::int64_t r = 0; r < COUNT; ++r) {
       pair_rows(unit + r * Type::PER_WORD * dim, dim, dim, mine.pairs + r * dim);
     }
-    transpose<Word>(mine.pairs, dim, COUNT, dim, columns_ + i0 / Type::PER_WORD * dim, COUNT);
+    transpose<Word>(mine.pairs, dim, COUNT, dim, columns, COUNT);
   }
 
   // dZ^T of one panel as words, and its sum over the panel.
@@ -143,7 +148,13 @@ class ProjectionGradient {
                       float* d_bias) const {
     const Panel<Type> n = bank_.recall(panel, mine.panel);
     const int cols = bank_.columns(panel);
-    std::memset(mine.d_n, 0, static_cast<std::size_t>(in_.student_dim * PANEL) * 4);
+    float* d_n;
+    if constexpr (Type::PER_WORD == 1) {
+      d_n = d_z;
+    } else {
+      d_n = mine.d_n;
+    }
+    if (in_.batch == 0) std::memset(d_n, 0, static_cast<std::size_t>(in_.student_dim * PANEL) * 4);
     for (std::int64_t i0 = 0; i0 < in_.batch; i0 += STUDENT_BLOCK) {
       const std::int64_t count = smaller(STUDENT_BLOCK, in_.batch - i0);
       if (needs_logits_) {
@@ -154,16 +165,16 @@ class ProjectionGradient {
       const Word* g = block_words<Type>(mine.block, count, mine.words);
       gemm(in_.student_dim, cols, words<Type>(count),
            from_panels<Type>(columns_ + i0 / Type::PER_WORD * in_.student_dim, in_.student_dim, g,
-                             mine.d_n, PANEL),
-           true);
+                             d_n, PANEL),
+           i0 > 0);
     }
-    through_norm(n, cols, mine.d_n);
+    through_norm(n, cols, d_n);
     for (std::int64_t w = 0; w < in_.student_dim; ++w) {
-      const float* row = mine.d_n + w * PANEL;
+      const float* row = d_n + w * PANEL;
       Vec sum = {};
       for (int j = 0; j < cols; j += LANES) sum += load(row + j);
       d_bias[w] = sum_lanes(sum);
-      to_words(row, PANEL, d_z + w * PANEL_WORDS<Type>);
+      if constexpr (Type::PER_WORD > 1) to_words(row, PANEL, d_z + w * PANEL_WORDS<Type>);
     }
   }
 
@@ -197,21 +208,7 @@ class ProjectionGradient {
   void weight_block(std::int64_t k, std::int64_t count, std::int64_t d0, std::int64_t rows,
                     const Word* d_z, float* out, std::int64_t ld, Scratch& mine) const {
     const std::int64_t dims = smaller(PANEL, in_.teacher_dim - d0), used = words<Type>(count);
-    for (std::int64_t p = 0; p < used; ++p) {
-      float* wide = mine.wide;
-      if constexpr (Type::PER_WORD == 1) wide = mine.words + p * PANEL;
-      for (int e = 0; e < Type::PER_WORD; ++e) {
-        float* row = wide + e * PANEL;
-        const std::int64_t r = p * Type::PER_WORD + e, known = r < count ? dims : 0;
-        if (known > 0) bank_.widen_row(k + r, d0, known, row);
-        if (known < PANEL) {
-          std::memset(row + known, 0, static_cast<std::size_t>(PANEL - known) * 4);
-        }
-      }
-      if constexpr (Type::PER_WORD > 1) {
-        pair_rows(wide, PANEL, PANEL, mine.words + p * PANEL);
-      }
-    }
+    bank_.pack_rows(k, count, d0, mine.words);
     gemm(rows, static_cast<int>(round_up(dims, 16)), used,
          from_panels<Type>(d_z, in_.student_dim, mine.words, out, ld), k > 0);
   }

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -53,14 +54,20 @@ inline WordVec broadcast(std::uint32_t x) { return x - WordVec{}; }
 // The larger by lanes; NaN in `b` stays NaN.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// The lanes of v, rotated by BY.
+template <int BY, int... I>
+inline Vec rotate_lanes(Vec v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, ((I + BY) % LANES)...);
+}
+
+template <int HALF = LANES / 2>
 inline float sum_lanes(Vec v) {
   // In halves: the same tree whatever the compiler, so that every run adds in one order.
-  float x[LANES];
-  store(x, v);
-  for (int n = LANES / 2; n > 0; n /= 2) {
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else {
+    return sum_lanes<HALF / 2>(v + rotate_lanes<HALF>(v, std::make_integer_sequence<int, LANES>{}));
   }
-  return x[0];
 }
 
 inline bool any(IntVec mask) {

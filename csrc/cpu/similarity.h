@@ -32,12 +32,12 @@ void similarity_forward(const SimilarityForward& op) {
 
   parallel(threads, [&](int thread) {
     Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-    bank.prepare(mine.panel);
+    bank.prepare();
     each(students.panels(), [&](std::int64_t panel) {
       students.pack_rows(panel * PANEL, rows + panel * PANEL * width, mine.row);
     });
     each(bank.panels(), [&](std::int64_t panel) {
-      const Panel<Type> n = bank.make(panel, mine.panel, mine.panel.z);
+      const Panel<Type> n = bank.recall(panel, mine.panel);
       for (std::int64_t i0 = 0; i0 < in.batch; i0 += STUDENT_BLOCK) {
         const std::int64_t count = smaller(STUDENT_BLOCK, in.batch - i0);
         gemm(count, bank.columns(panel), width,
@@ -75,14 +75,14 @@ class SimilaritySlope {
     slope_.zero();
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
-      bank_.prepare(mine.panel);
+      bank_.prepare();
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
         each(end - first, [&](std::int64_t p) { chunk_.fill(first, first + p, mine.panel); });
         each(panels_, [&](std::int64_t panel) {
           for (std::int64_t tile = 0; tile < chunk_.tiles(); ++tile) {
             const std::int64_t k0 = first * PANEL + tile * TILE;
-            if (k0 < in_.bank_rows) add_tile(panel, tile, k0, mine);
+            if (k0 < in_.bank_rows) add_tile(panel, first, tile, k0, mine);
           }
         });
       }
@@ -103,7 +103,8 @@ class SimilaritySlope {
     Buffer<Word> rows, columns;
   };
 
-  void add_tile(std::int64_t panel, std::int64_t tile, std::int64_t k0, Scratch& mine) {
+  void add_tile(std::int64_t panel, std::int64_t first, std::int64_t tile, std::int64_t k0,
+                Scratch& mine) {
     constexpr std::int64_t LD = TILE / Type::PER_WORD;
     const std::int64_t count = smaller(TILE, in_.bank_rows - k0), k = words<Type>(count);
     const std::int64_t i0 = panel * PANEL, students = smaller(PANEL, in_.batch - i0);
@@ -114,9 +115,10 @@ class SimilaritySlope {
     }
     transpose<Word>(mine.rows, LD, cols, k, mine.columns, PANEL);
     float* slope = slope_ + panel * in_.student_dim * PANEL;
-    gemm(in_.student_dim, cols, k,
-         from_panels<Type>(chunk_.columns(tile), in_.student_dim, mine.columns, slope, PANEL),
-         true);
+    gemm(
+        in_.student_dim, cols, k,
+        from_panels<Type>(chunk_.columns(first, tile), in_.student_dim, mine.columns, slope, PANEL),
+        true);
   }
 
   const SimilarityBackward& op_;
