@@ -87,7 +87,8 @@ def unsupported(problem: Problem) -> str | None:
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
     """Memory for what the forward leaves to the backward (Cache of csrc/cpu/arguments.h): a float
-    for each student, and panels of the bank, words(W) rows of 64 words and 64 inverse norms."""
+    for each student, and panels of the bank, words(W) rows of 64 words (as AMX pads them; other
+    tiers may need less) and 64 inverse norms."""
     panels = (problem.bank_rows + PANEL - 1) // PANEL
     half = problem.allow_half and TIERS[_tier]
     words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim

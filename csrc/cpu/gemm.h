@@ -36,7 +36,11 @@ struct Float32 {
 struct BFloat16 {
   using Word = std::uint32_t;
   static constexpr int PER_WORD = 2;
-  static constexpr int PAD = 16;  // an AMX tile; harmless without
+#if defined(CKD_AMX)
+  static constexpr int PAD = 16;  // a tile
+#else
+  static constexpr int PAD = 1;
+#endif
   static Vec mac(Vec c, WordVec a, WordVec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }

@@ -98,13 +98,13 @@ inline WordVec narrow(Vec low, Vec high) {
 
 inline void to_words(const float* x, std::int64_t n, std::uint32_t* out) {
   std::int64_t i = 0;
-  for (; i + 32 <= n; i += 32, out += 16) {
-    store(out, narrow(load(x + i), load(x + i + 16)));
-  }
+  for (; i + 32 <= n; i += 32, out += 16) store(out, narrow(load(x + i), load(x + i + 16)));
   if (i == n) return;
   float rest[32] = {};
+  std::uint32_t last[16];
   std::memcpy(rest, x + i, static_cast<std::size_t>(n - i) * 4);
-  store(out, narrow(load(rest), load(rest + 16)));
+  store(last, narrow(load(rest), load(rest + 16)));
+  std::memcpy(out, last, static_cast<std::size_t>(words<BFloat16>(n - i)) * 4);
 }
 
 inline WordVec pair(Vec low, Vec high) {
