@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -107,6 +108,7 @@ def test_other_options_are_examined_anew(options: dict[str, Any], examined: list
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
 }
 
@@ -118,6 +120,16 @@ def test_other_contexts_are_examined_anew(context: str, examined: list[Any]) -> 
             call(case())
     assert len(examined) == 2
     assert examined[0] != examined[1]
+
+
+def test_inference_mode_does_not_depend_on_what_came_before() -> None:
+    """What the scale is made into there may not be saved for a backward."""
+    of = replace(case(), logit_scale=2.0)
+    plain = call(of)
+    with torch.inference_mode(), torch.enable_grad():
+        found = call(of)
+    assert torch.equal(found, plain)
+    assert not found.requires_grad
 
 
 def test_settings_are_examined_anew(examined: list[Any]) -> None:
@@ -153,6 +165,9 @@ BAD: dict[str, tuple[type[Exception], Callable[[Case], Any]]] = {
     "target dtype": (ValueError, lambda c: call(replace(c, target=c.target.int()))),
     "target range": (IndexError, lambda c: call(replace(c, target=c.target + 10))),
     "scale": (ValueError, lambda c: call(replace(c, logit_scale=-1.0))),
+    "numpy scale": (ValueError, lambda c: call(replace(c, logit_scale=np.float32("nan")))),
+    "scale type": (TypeError, lambda c: call(replace(c, logit_scale="2"))),
+    "student": (TypeError, lambda c: call(replace(c, student=None))),
     "scale tensor": (ValueError, lambda c: call(replace(c, logit_scale=torch.tensor(0.0)))),
     "int as float": (TypeError, lambda c: call(c, ignore_index=-100.0)),
     "smoothing": (ValueError, lambda c: call(c, label_smoothing=float("nan"))),
@@ -167,6 +182,7 @@ def test_mistakes_are_found_after_good_calls(name: str) -> None:
     error, make = BAD[name]
     call(case())
     call(replace(case(), logit_scale=2.0))
+    call(replace(case(), logit_scale=np.float32(2.0)))
     for _ in range(2):
         with pytest.raises(error):
             make(case())

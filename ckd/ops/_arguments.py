@@ -63,6 +63,7 @@ def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> 
 
 def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
     """The scale as a 0-dim tensor beside the student: float32, or float64 for a float64 student."""
+    _check_type("student", student)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     if isinstance(logit_scale, Tensor):
         if logit_scale.dim() != 0 or not logit_scale.is_floating_point():
@@ -103,8 +104,7 @@ def _check_tensor(
     dtypes: tuple[torch.dtype, ...],
     student: Tensor | None = None,
 ) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    _check_type(name, value)
     where = value.device if student is None else student.device
     if value.dtype not in dtypes or value.device != where:
         known = _words(dtypes)
@@ -120,6 +120,11 @@ def _check_tensor(
             f"{name} must have shape [{', '.join(axes)}], got {list(value.shape)} "
             f"({value.dim()} dimensions)"
         )
+
+
+def _check_type(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import torch
 from ckd.backends import interface
 from ckd.ops._library import PLAIN, is_observed, kind
 
-MOST = 256  # plans kept: more than a training has shapes
+MOST = 256  # plans kept
 
 
 class Plan(NamedTuple):
@@ -50,20 +50,15 @@ class Plans:
 
 
 def _key(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Everything that a plan may depend on; None for a call that has to be examined by itself.
-    Numbers in the place of tensors stand for their type: what else there is to them is checked in
-    every call."""
+    """Everything that a plan may depend on; None for a call that has to be examined by itself."""
     student = tensors[0]
     if type(student) not in PLAIN or student.is_meta:
         return None
     kinds: list[Any] = []
     for x in tensors:
-        if type(x) in PLAIN:
-            kinds.append(kind(x))
-        elif x is None or type(x) in (float, int):
-            kinds.append(type(x))
-        else:
+        if x is not None and type(x) not in PLAIN:
             return None
+        kinds.append(None if x is None else kind(x))
     for option in options:
         if type(option) not in (float, int, str, bool):
             return None

@@ -113,12 +113,10 @@ def contrastive_cross_entropy(
         >>> loss = ckd.contrastive_cross_entropy(student, bank, target, weight, logit_scale=14.3)
         >>> loss.backward()
     """
-    plan = _plans(
-        (student, bank, target, weight, bias, logit_scale),
-        (label_smoothing, ignore_index, reduction, return_lse, backend),
-    )
     scale = _arguments.scale_tensor(logit_scale, student)
-    loss, lse, *_ = plan.way(plan.options, student, bank, target, weight, bias, scale)
+    tensors = (student, bank, target, weight, bias, scale)
+    plan = _plans(tensors, (label_smoothing, ignore_index, reduction, return_lse, backend))
+    loss, lse, *_ = plan.way(plan.options, *tensors)
     return (loss, lse) if return_lse else loss
 
 
@@ -128,7 +126,7 @@ def _examine(
     target: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    logit_scale: float | Tensor,
+    logit_scale: Tensor,
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
@@ -137,19 +135,18 @@ def _examine(
 ) -> Plan:
     _arguments.check_matrices(student, bank, weight, bias)
     _arguments.check_target(target, student)
-    scale = _arguments.scale_tensor(logit_scale, student)
     _arguments.check_options(label_smoothing, ignore_index, reduction)
 
     problem = Problem.of("contrastive_ce", student, bank, weight)
     name = backends.resolve(backend, problem)
     # Without a gradient for student or scale the forward need not accumulate sum_k p_k n_k.
-    row_gradients = torch.is_grad_enabled() and (student.requires_grad or scale.requires_grad)
+    row_gradients = torch.is_grad_enabled() and (student.requires_grad or logit_scale.requires_grad)
     projection_gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (weight, bias)
     )
     keep = backends.ORDER[name].contrastive_ce_cache_bytes if projection_gradients else None
     return Plan(
-        _forward.way((student, bank, target, weight, bias, scale)),
+        _forward.way((student, bank, target, weight, bias, logit_scale)),
         (
             row_gradients,
             row_gradients and return_lse,

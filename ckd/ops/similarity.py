@@ -34,9 +34,9 @@ def normalized_similarity(
     Returns:
         [B, K] float32 (float64 for a float64 student).
     """
-    plan = _plans((student, bank, weight, bias, logit_scale), (backend,))
-    scale = _arguments.scale_tensor(logit_scale, student)
-    return plan.way(plan.options, student, bank, weight, bias, scale)
+    tensors = (student, bank, weight, bias, _arguments.scale_tensor(logit_scale, student))
+    plan = _plans(tensors, (backend,))
+    return plan.way(plan.options, *tensors)
 
 
 def _examine(
@@ -44,14 +44,14 @@ def _examine(
     bank: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    logit_scale: float | Tensor,
+    logit_scale: Tensor,
     backend: str,
 ) -> Plan:
     _arguments.check_matrices(student, bank, weight, bias)
-    scale = _arguments.scale_tensor(logit_scale, student)
     problem = Problem.of("similarity", student, bank, weight)
     name = backends.resolve(backend, problem)
-    return Plan(_forward.way((student, bank, weight, bias, scale)), (problem.allow_half, name))
+    way = _forward.way((student, bank, weight, bias, logit_scale))
+    return Plan(way, (problem.allow_half, name))
 
 
 def _implementation(
