@@ -49,7 +49,6 @@ class Bank {
     const bool all_cached = cached_ > 0 && cached_ == panels();
     if (Type::PER_WORD == 1 && all_cached) {
       numbers_ = reinterpret_cast<float*>(cache_);
-      inverses_ = cached_inverse(0);
     }
     const std::int64_t few = panels() * weight_ld_ * PANEL;
     if (weight_ != nullptr && !(cache.filled && all_cached) && in.threads > 1 &&
@@ -59,7 +58,6 @@ class Bank {
         few_numbers_ = Buffer<float>(panels() * panel_numbers());
         few_inverses_ = Buffer<float>(panels() * PANEL);
         numbers_ = few_numbers_;
-        inverses_ = few_inverses_;
       }
     }
   }
@@ -158,6 +156,7 @@ class Bank {
       std::memcpy(cache.data, &header, sizeof header);
     }
     cached_ = header.panels;
+    known_ = cache.filled ? cached_ : 0;
     rest_ = reinterpret_cast<float*>(static_cast<char*>(cache.data) + head);
     cache_ = static_cast<char*>(cache.data) + head + rest;
   }
@@ -175,24 +174,26 @@ class Bank {
     }
   }
 
-  // Projects and normalises every panel, the threads sharing the rows of the weight.
+  // Projects and normalises every panel that is not known, the threads sharing the rows of the
+  // weight.
   void project_few() const {
     constexpr std::int64_t ROWS = 8 * MR;
-    const std::int64_t blocks = ceil_div(in_.teacher_dim, BLOCK);
-    each(panels() * blocks, [&](std::int64_t item) {
-      const std::int64_t panel = item / blocks, d = item % blocks * BLOCK;
+    const std::int64_t count = panels() - known_, blocks = ceil_div(in_.teacher_dim, BLOCK);
+    each(count * blocks, [&](std::int64_t item) {
+      const std::int64_t panel = known_ + item / blocks, d = item % blocks * BLOCK;
       pack_block<Type>(panel, d, few_columns_ + (panel * weight_ld_ + d / Type::PER_WORD) * PANEL);
     });
     const std::int64_t parts = ceil_div(in_.student_dim, ROWS);
-    each(panels() * parts, [&](std::int64_t item) {
-      const std::int64_t panel = item / parts, w = item % parts * ROWS;
+    each(count * parts, [&](std::int64_t item) {
+      const std::int64_t panel = known_ + item / parts, w = item % parts * ROWS;
       const Word* columns = few_columns_ + panel * weight_ld_ * PANEL;
       for (std::int64_t d = 0; d < in_.teacher_dim; d += BLOCK) {
         multiply_block(panel, d, w, smaller(ROWS, in_.student_dim - w),
                        columns + d / Type::PER_WORD * PANEL, place(panel, nullptr));
       }
     });
-    each(panels(), [&](std::int64_t panel) {
+    each(count, [&](std::int64_t item) {
+      const std::int64_t panel = known_ + item;
       normalise(panel, place(panel, nullptr), inverse_of(panel, nullptr));
     });
   }
@@ -202,7 +203,7 @@ class Bank {
   std::int64_t panel_numbers() const { return width_ * Type::PER_WORD * PANEL; }
   float* inverse_of(std::int64_t panel, float* otherwise) const {
     if (panel < cached_) return cached_inverse(panel);
-    return inverses_ != nullptr ? inverses_ + panel * PANEL : otherwise;
+    return few_inverses_ != nullptr ? few_inverses_ + panel * PANEL : otherwise;
   }
 
   void project(std::int64_t panel, Scratch& scratch, float* z) const {
@@ -301,6 +302,7 @@ class Bank {
   const Inputs& in_;
   std::int64_t width_;       // words of a row of W
   std::int64_t cached_ = 0;  // so many panels have a place in the cache
+  std::int64_t known_ = 0;   // so many stand there already: a filled cache is only read
   char* cache_ = nullptr;
   float* rest_ = nullptr;
   const Word* weight_ = nullptr;
@@ -309,10 +311,16 @@ class Bank {
   // Of a bank of few panels: [panels, words(D), 64] packed; then n^T [panels, W, 64], and 1 / |z|.
   Buffer<Word> few_columns_;
   Buffer<float> few_numbers_, few_inverses_;
-  float *numbers_ = nullptr, *inverses_ = nullptr;  // see `place`
+  float* numbers_ = nullptr;  // see `place`
 };
 
 constexpr std::int64_t TILE = 256;  // bank rows whose logits stand in the cache at a time
+
+// Tiles of a chunk: panels enough for every thread to make some.
+inline std::int64_t chunk_tiles(const Inputs& in) {
+  const std::int64_t most = in.threads > 8 ? 8 : 4;
+  return smaller(most, ceil_div(in.bank_rows, TILE));
+}
 
 // A run of the bank in the two forms that a pass over student panels multiplies with.
 template <class Type>

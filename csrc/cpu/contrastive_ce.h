@@ -16,7 +16,8 @@
 //
 // Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if asked for)
 // floating-point operations and B K exponentials. Memory beside the results: the students (B W),
-// the sums ((W + 2) (B + 2048)), a chunk of the bank in two forms, and scratch for each thread.
+// the sums ((W + 2) (B + 2048)), a chunk of the bank in up to two forms, and scratch for each
+// thread.
 //
 // Backward. For student and scale from residual and attention alone; weight and bias in
 // projection.h, with G_ik = (g_i + h_i) p_ik, where g and h are d_nll and d_lse, and at the target
@@ -46,7 +47,6 @@ inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(
 template <class Type>
 class CeForward {
   using Word = typename Type::Word;
-  static constexpr std::int64_t CHUNK_TILES = 8;
   static constexpr std::int64_t MIN_ITEMS = 32;  // parallelism of a pass, whatever the batch
   static constexpr std::int64_t MAX_SPLITS = 8;
   static constexpr std::int64_t FEW_ITEMS = 8;  // below, threads share a panel's students
@@ -63,8 +63,7 @@ class CeForward {
                              : smaller(smaller(MAX_SPLITS, ceil_div(MIN_ITEMS, panels_)),
                                        ceil_div(in_.bank_rows, TILE))),
         strip_(panels_ * splits_ < FEW_ITEMS ? PANEL / 2 : PANEL),
-        chunk_(bank_, in_.student_dim,
-               round_up(smaller(CHUNK_TILES, ceil_div(in_.bank_rows, TILE)), splits_), true),
+        chunk_(bank_, in_.student_dim, round_up(chunk_tiles(in_), splits_), true),
         queries_(panels_ * bank_.width() * PANEL),
         shift_(panels_ * splits_ * PANEL),
         total_(panels_ * splits_ * PANEL),
@@ -84,7 +83,8 @@ class CeForward {
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
       bank_.prepare();
-      each(panels_, [&](std::int64_t panel) { pack_queries(panel, mine); });
+      each(panels_ * PANEL / FEW_STUDENTS,
+           [&](std::int64_t part) { pack_queries(part * FEW_STUDENTS, mine); });
       for (std::int64_t first = 0; first < bank_.panels(); first += chunk_.panels()) {
         const std::int64_t end = smaller(first + chunk_.panels(), bank_.panels());
         each(end - first, [&](std::int64_t p) {
@@ -109,7 +109,8 @@ class CeForward {
           }
         });
       }
-      each(panels_, [&](std::int64_t panel) { finish(panel, mine); });
+      each(ceil_div(in_.batch, FEW_STUDENTS),
+           [&](std::int64_t part) { finish(part * FEW_STUDENTS, mine); });
     });
     if (op_.reduction != Reduction::none) reduce();
   }
@@ -154,12 +155,13 @@ class CeForward {
     }
   }
 
-  // u^T of 64 students, words along W.
-  void pack_queries(std::int64_t panel, Scratch& mine) {
+  // u^T of FEW_STUDENTS, from i0 on, words along W.
+  void pack_queries(std::int64_t i0, Scratch& mine) {
+    const std::int64_t width = bank_.width();
     Word* rows = reinterpret_cast<Word*>(static_cast<float*>(mine.rows));
-    students_.pack_rows(panel * PANEL, rows, mine.row);
-    transpose<Word>(rows, bank_.width(), PANEL, bank_.width(),
-                    queries_ + panel * bank_.width() * PANEL, PANEL);
+    students_.pack_rows(i0, FEW_STUDENTS, rows, mine.row);
+    transpose<Word>(rows, width, FEW_STUDENTS, width,
+                    queries_ + i0 / PANEL * width * PANEL + i0 % PANEL, PANEL);
   }
 
   // A strip of students, from i0 on, by a tile of the chunk that begins at panel `first`.
@@ -283,32 +285,29 @@ class CeForward {
     }
   }
 
-  // Joins the splits of a panel and writes the results of its students.
-  void finish(std::int64_t panel, Scratch& mine) {
+  // Joins the splits of FEW_STUDENTS, from i0 on, and writes their results.
+  void finish(std::int64_t i0, Scratch& mine) {
     const std::int64_t dim = in_.student_dim;
-    const Sums all = sums(panel * PANEL, 0);
-    join(panel, all);
-    if (keeps_values()) transpose<float>(all.values, PANEL, dim, PANEL, mine.rows, dim);
-    for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in_.batch); ++i) {
-      const std::int64_t lane = i % PANEL;
+    const Sums all = sums(i0, 0);
+    for (std::int64_t split = 1; split < splits_; ++split) join(all, sums(i0, split));
+    if (keeps_values()) transpose<float>(all.values, PANEL, dim, FEW_STUDENTS, mine.rows, dim);
+    for (std::int64_t i = i0; i < smaller(i0 + FEW_STUDENTS, in_.batch); ++i) {
+      const std::int64_t lane = i - i0;
       finish_row(i, LN2 * all.shift[lane] + std::log(static_cast<double>(all.total[lane])),
                  all.total[lane], mine.rows + lane * dim, mine.row);
     }
   }
 
-  void join(std::int64_t panel, Sums all) const {
-    for (std::int64_t split = 1; split < splits_; ++split) {
-      const Sums part = sums(panel * PANEL, split);
-      for (int j = 0; j < PANEL; j += LANES) {
-        const Vec a = load(all.shift + j), b = load(part.shift + j);
-        const Vec shift = larger(a, b);
-        const Vec left = exp2_integral(a - shift), right = exp2_integral(b - shift);
-        store(all.shift + j, shift);
-        store(all.total + j, load(all.total + j) * left + load(part.total + j) * right);
-        for (std::int64_t w = 0; all.values != nullptr && w < in_.student_dim; ++w) {
-          float* value = all.values + w * PANEL + j;
-          store(value, load(value) * left + load(part.values + w * PANEL + j) * right);
-        }
+  void join(Sums all, Sums part) const {
+    for (int j = 0; j < FEW_STUDENTS; j += LANES) {
+      const Vec a = load(all.shift + j), b = load(part.shift + j);
+      const Vec shift = larger(a, b);
+      const Vec left = exp2_integral(a - shift), right = exp2_integral(b - shift);
+      store(all.shift + j, shift);
+      store(all.total + j, load(all.total + j) * left + load(part.total + j) * right);
+      for (std::int64_t w = 0; all.values != nullptr && w < in_.student_dim; ++w) {
+        float* value = all.values + w * PANEL + j;
+        store(value, load(value) * left + load(part.values + w * PANEL + j) * right);
       }
     }
   }

@@ -85,7 +85,7 @@ inline void store_pair(Vec row, Vec next, float* out) {
 // The numbers of a word row, by columns: its first and second element.
 inline void split_word(const float* words, Vec out[1]) { out[0] = load(words); }
 
-// Word i of a row, back as float32 numbers along the row.
+// n numbers of a row of words, back as float32; n is a multiple of LANES.
 inline void from_words(const float* words, std::int64_t n, float* out) {
   std::memcpy(out, words, static_cast<std::size_t>(n) * 4);
 }
@@ -217,9 +217,9 @@ inline void transpose_square(const Word* x, std::int64_t ldx, Word* out, std::in
   for (int i = 0; i < LANES; ++i) store(out + i * ldo, v[i]);
 }
 
-// Elements [from, end) of `rows` <= LANES stored rows, `stride` bytes apart, as `words` rows of
-// LANES words: neighbours along a row share a word, rows become columns. Zeros where there is
-// nothing.
+// Elements [from, end) of `rows` (at most LANES; less than one: none) stored rows, `stride` bytes
+// apart, as `words` rows of LANES words: neighbours along a row share a word, rows become columns.
+// Zeros where there is nothing.
 template <class Stored, class Word>
 inline void transpose_stored(const char* row, std::int64_t stride, int rows, std::int64_t from,
                              std::int64_t end, std::int64_t words, Word* out, std::int64_t ldo) {

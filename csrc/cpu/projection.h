@@ -67,7 +67,8 @@ class ProjectionGradient {
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
       bank_.prepare();
-      each(batch_ / PANEL, [&](std::int64_t panel) { pack_students(panel * PANEL, mine); });
+      each(batch_ / FEW_STUDENTS,
+           [&](std::int64_t part) { pack_students(part * FEW_STUDENTS, mine); });
       for (std::int64_t first = 0; first < panels; first += per_run) {
         const std::int64_t count = smaller(per_run, panels - first);
         each(count, [&](std::int64_t p) {
@@ -110,36 +111,38 @@ class ProjectionGradient {
           block(STUDENT_BLOCK * PANEL),
           words(WEIGHT_RUN / Type::PER_WORD * PANEL),
           d_n(bank.width() * Type::PER_WORD * PANEL),
-          pairs(PANEL * in.student_dim) {}
+          pairs(FEW_STUDENTS * in.student_dim) {}
     typename Bank<Type>::Scratch panel;
     Buffer<float> block;  // [256, 64] logits, then G
     Buffer<Word> words;   // G as words along the students; then bank rows as words along the bank
-    Buffer<float> d_n;    // [W, 64]; before that unit rows of 64 students
-    Buffer<Word> pairs;   // the same as words along the students
+    Buffer<float> d_n;    // unit rows of students; then, in bfloat16, dN^T [W, 64]
+    Buffer<Word> pairs;   // the unit rows as words along the students
   };
 
+  // FEW_STUDENTS of them, from i0 on.
   void pack_students(std::int64_t i0, Scratch& mine) {
-    constexpr std::int64_t COUNT = PANEL_WORDS<Type>;
     const std::int64_t dim = in_.student_dim;
-    Word* columns = columns_ + i0 / Type::PER_WORD * dim;
+    Word* columns = columns_ + (i0 / PANEL * dim * PANEL + i0 % PANEL) / Type::PER_WORD;
     if constexpr (Type::PER_WORD == 1) {
       float* rows = needs_logits_ ? rows_ + i0 * width_ : mine.d_n;
-      students_.pack_rows(i0, rows, mine.pairs);
-      return transpose<float>(rows, dim, PANEL, dim, columns, PANEL);
-    }
-    if (needs_logits_) students_.pack_rows(i0, rows_ + i0 * width_, mine.d_n);
-    float* unit = mine.d_n;
-    for (std::int64_t i = 0; i < PANEL; ++i) {
-      if (i0 + i < in_.batch) {
-        students_.unit_row(i0 + i, unit + i * dim);
-      } else {
-        std::memset(unit + i * dim, 0, static_cast<std::size_t>(dim) * 4);
+      students_.pack_rows(i0, FEW_STUDENTS, rows, mine.pairs);
+      transpose<float>(rows, dim, FEW_STUDENTS, dim, columns, PANEL);
+    } else {
+      if (needs_logits_) students_.pack_rows(i0, FEW_STUDENTS, rows_ + i0 * width_, mine.d_n);
+      constexpr std::int64_t WORDS = FEW_STUDENTS / Type::PER_WORD;
+      float* unit = mine.d_n;
+      for (std::int64_t i = 0; i < FEW_STUDENTS; ++i) {
+        if (i0 + i < in_.batch) {
+          students_.unit_row(i0 + i, unit + i * dim);
+        } else {
+          std::memset(unit + i * dim, 0, static_cast<std::size_t>(dim) * 4);
+        }
       }
+      for (std::int64_t r = 0; r < WORDS; ++r) {
+        pair_rows(unit + r * Type::PER_WORD * dim, dim, dim, mine.pairs + r * dim);
+      }
+      transpose<Word>(mine.pairs, dim, WORDS, dim, columns, PANEL_WORDS<Type>);
     }
-    for (std::int64_t r = 0; r < COUNT; ++r) {
-      pair_rows(unit + r * Type::PER_WORD * dim, dim, dim, mine.pairs + r * dim);
-    }
-    transpose<Word>(mine.pairs, dim, COUNT, dim, columns, COUNT);
   }
 
   // dZ^T of one panel as words, and its sum over the panel.

@@ -10,6 +10,9 @@
 
 namespace ckd::cpu::CKD_TIER {
 
+// Students that a thread packs, finishes or gives their gradient at a time: fewer than a panel,
+// since a batch of one panel is not rare.
+constexpr std::int64_t FEW_STUDENTS = PANEL / 2;
 constexpr float MIN_NORM = 1e-6f;  // rows shorter than this count as zero
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -52,10 +55,6 @@ class Students {
   }
 
   std::int64_t panels() const { return ceil_div(in_.batch, PANEL); }
-  // Columns of a panel that gemm has to compute.
-  int columns(std::int64_t panel) const {
-    return static_cast<int>(round_up(smaller(PANEL, in_.batch - panel * PANEL), 16));
-  }
 
   float inverse(std::int64_t i) const { return inverse_[i]; }
   // Takes the row out of everything, whatever it holds.
@@ -66,10 +65,10 @@ class Students {
     for (std::int64_t w = 0; w < in_.student_dim; ++w) out[w] = scale == 0 ? 0 : s[w] * scale;
   }
 
-  // Unit rows as words [64, words(W)] from row `first`; zeros past the end.
-  void pack_rows(std::int64_t first, Word* out, float* row_scratch) const {
+  // Unit rows as words [count, words(W)] from row `first`; zeros past the end.
+  void pack_rows(std::int64_t first, std::int64_t count, Word* out, float* row_scratch) const {
     const std::int64_t width = words<Type>(in_.student_dim);
-    for (std::int64_t i = first; i < first + PANEL; ++i, out += width) {
+    for (std::int64_t i = first; i < first + count; ++i, out += width) {
       if (i >= in_.batch) {
         std::memset(out, 0, static_cast<std::size_t>(width) * sizeof(Word));
         continue;
@@ -115,11 +114,13 @@ void row_gradients(const Students<Type>& students, const Inputs& in, const Slope
   const std::int64_t dim = in.student_dim;
   Buffer<float> rows(in.threads * 2 * dim);
   Buffer<double> along(in.batch);
-  const double work = static_cast<double>(in.batch) * static_cast<double>(dim);
-  parallel(useful_threads(in, 4 * work), [&](int thread) {
+  // A number takes as long as many multiply-adds: its rows come from memory.
+  const double work = 64 * static_cast<double>(in.batch) * static_cast<double>(dim);
+  parallel(useful_threads(in, work), [&](int thread) {
     float* at = rows + thread * 2 * dim;
-    each(ceil_div(in.batch, PANEL), [&](std::int64_t panel) {
-      for (std::int64_t i = panel * PANEL; i < smaller((panel + 1) * PANEL, in.batch); ++i) {
+    each(ceil_div(in.batch, FEW_STUDENTS), [&](std::int64_t part) {
+      const std::int64_t i0 = part * FEW_STUDENTS;
+      for (std::int64_t i = i0; i < smaller(i0 + FEW_STUDENTS, in.batch); ++i) {
         slope(i, at);
         along[i] =
             students.row_gradient(i, at, at + dim, d_student ? d_student + i * dim : nullptr);

@@ -34,10 +34,10 @@ void similarity_forward(const SimilarityForward& op) {
     Scratch& mine = scratch[static_cast<std::size_t>(thread)];
     bank.prepare();
     each(students.panels(), [&](std::int64_t panel) {
-      students.pack_rows(panel * PANEL, rows + panel * PANEL * width, mine.row);
+      students.pack_rows(panel * PANEL, PANEL, rows + panel * PANEL * width, mine.row);
     });
     each(bank.panels(), [&](std::int64_t panel) {
-      const Panel<Type> n = bank.recall(panel, mine.panel);
+      const Panel<Type> n = bank.make(panel, mine.panel, bank.place(panel, mine.panel.z));
       for (std::int64_t i0 = 0; i0 < in.batch; i0 += STUDENT_BLOCK) {
         const std::int64_t count = smaller(STUDENT_BLOCK, in.batch - i0);
         gemm(count, bank.columns(panel), width,
@@ -56,7 +56,6 @@ void similarity_forward(const SimilarityForward& op) {
 template <class Type>
 class SimilaritySlope {
   using Word = typename Type::Word;
-  static constexpr std::int64_t CHUNK_TILES = 8;
 
  public:
   SimilaritySlope(const SimilarityBackward& op, const Bank<Type>& bank, std::int64_t panels)
@@ -64,7 +63,7 @@ class SimilaritySlope {
         in_(op.in),
         bank_(bank),
         panels_(panels),
-        chunk_(bank, in_.student_dim, smaller(CHUNK_TILES, ceil_div(in_.bank_rows, TILE)), false),
+        chunk_(bank, in_.student_dim, chunk_tiles(in_), false),
         slope_(panels * in_.student_dim * PANEL) {}
 
   void run() {
