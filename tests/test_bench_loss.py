@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -331,3 +332,17 @@ def test_providers_of_another_device_are_refused_in_words() -> None:
     assert {"triton", "triton-half", "cuda", "cuda-half"} < set(providers.of_device("cuda"))
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in run("--device", "cuda").stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """`--show file | head`."""
+    file = next((BENCH.parent / "results").glob("loss-*.json"))
+    command = [sys.executable, "-u", str(BENCH), "--show", str(file)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as shown:
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        shown.stdout.close()
+        assert shown.stderr.read() == ""
+    assert shown.returncode == 128 + signal.SIGPIPE
