@@ -75,7 +75,8 @@ class Op:
 
     def way(self, tensors: tuple[Tensor | None, ...]) -> Callable[..., Any]:
         """How a call of these tensors is made, as a function of its options and them: `observed`,
-        `differentiated` or `computed`. It is the same for tensors of the same `kind`."""
+        `differentiated` or `computed`. It is the same for tensors of the same `kind` in the same
+        grad mode, as long as nothing observes."""
         if is_observed() or not all(x is None or _is_plain(x) for x in tensors):
             return self.observed
         if self._function is not None and _needs_gradient(tensors):
