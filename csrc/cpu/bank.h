@@ -252,7 +252,8 @@ class Bank {
   // z (+)= what the block adds to rows [w, w + rows) of P t.
   void multiply_block(std::int64_t panel, std::int64_t d, std::int64_t w, std::int64_t rows,
                       const Word* block, float* z) const {
-    gemm(rows, columns(panel), words<Type>(smaller(BLOCK, in_.teacher_dim - d)),
+    gemm(rows, static_cast<int>(round_up(this->rows(panel), GRAIN)),
+         words<Type>(smaller(BLOCK, in_.teacher_dim - d)),
          Operands<Type>{weight_ + w * weight_ld_ + d / Type::PER_WORD, weight_ld_, block, PANEL,
                         z + w * PANEL, PANEL},
          d > 0);

@@ -1,7 +1,7 @@
 // C [m, cols] (+)= A [m, k] B [k, cols] for operands that fit the caches: the one matrix product
 // under every kernel.
 //
-// Row-major everywhere. `cols` is a multiple of LANES and at most PANEL; m is any. k counts words:
+// Row-major everywhere. `cols` is a multiple of GRAIN and at most PANEL; m is any. k counts words:
 // a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
 // the order of k, so that C does not depend on how the caller cuts m and cols.
 //
@@ -16,6 +16,14 @@ namespace ckd::cpu::CKD_TIER {
 
 constexpr int PANEL = 64;  // columns of a panel of B, which is also its leading dimension
 
+// Half a vector takes half the time on processors that compute a whole one in two parts (AMD Zen
+// 4), and no longer than a whole one on others. AMX takes tiles of whole ones.
+#if defined(__AVX512F__) && !defined(CKD_AMX)
+constexpr int GRAIN = LANES / 2;
+#else
+constexpr int GRAIN = LANES;
+#endif
+
 // The register block is MR rows by NR vectors. On AVX-512 it takes 24 + 4 + 1 of 32 registers, and
 // 6 x 64 beats 8 x 48, 12 x 32 and 14 x 32 (Intel Sapphire Rapids, 2026-11: 205, 188, 178, 188 GF/s
 // a core); with 16 registers it takes 12 + 2 + 1.
@@ -29,7 +37,11 @@ struct Float32 {
   using Word = float;
   static constexpr int PER_WORD = 1;
   static constexpr int PAD = 1;  // k is padded with zeros to a multiple of so many words
-  static Vec mac(Vec c, Vec a, Vec b) { return a * b + c; }
+
+  template <class V>
+  static V mac(V c, V a, V b) {
+    return a * b + c;
+  }
 };
 
 #if defined(CKD_BFLOAT16)
@@ -43,6 +55,12 @@ struct BFloat16 {
 #endif
   static Vec mac(Vec c, WordVec a, WordVec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+
+  using Half = Vector<float, LANES / 2>;
+  using HalfWords = Vector<Word, LANES / 2>;
+  static Half mac(Half c, HalfWords a, HalfWords b) {
+    return (Half)_mm256_dpbf16_ps((__m256)c, (__m256bh)a, (__m256bh)b);
   }
 };
 #endif
@@ -85,54 +103,73 @@ Operands<Type> from_panels(const typename Type::Word* a, std::int64_t rows,
   return {a, RUN, b, PANEL, c, ldc, RUN, rows * RUN};
 }
 
-template <class Type, int ROWS, int VECTORS>
+// ROWS rows by VECTORS vectors, and HALF of one more.
+template <class Type, int ROWS, int VECTORS, bool HALF>
 inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Operands<Type>& at,
                                                       bool accumulate) {
-  Vec sum[ROWS][VECTORS];
+  using Word = typename Type::Word;
+  using HalfSum = Vector<float, GRAIN>;
+  constexpr int WHOLE = VECTORS * LANES;
+  Vec sum[ROWS][VECTORS > 0 ? VECTORS : 1];
+  HalfSum half_sum[ROWS];
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
+    half_sum[i] = HalfSum{};
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) sum[i][j] = Vec{};
   }
-  const typename Type::Word *a = at.a, *b = at.b;
+  const Word *a = at.a, *b = at.b;
   for (std::int64_t left = k; left > 0; left -= at.run, a += at.next_run) {
     const std::int64_t run = left < at.run ? left : at.run;
 #pragma GCC unroll 4
     for (std::int64_t p = 0; p < run; ++p, b += at.ldb) {
-      decltype(load(b)) row[VECTORS];
+      Vector<Word> row[VECTORS > 0 ? VECTORS : 1];
 #pragma GCC unroll 4
       for (int j = 0; j < VECTORS; ++j) row[j] = load(b + j * LANES);
+      Vector<Word, GRAIN> half_row = {};
+      if (HALF) half_row = load_as<Vector<Word, GRAIN>>(b + WHOLE);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const auto x = broadcast(a[i * at.lda + p]);
+        const Word x = a[i * at.lda + p];
 #pragma GCC unroll 4
-        for (int j = 0; j < VECTORS; ++j) sum[i][j] = Type::mac(sum[i][j], x, row[j]);
+        for (int j = 0; j < VECTORS; ++j) sum[i][j] = Type::mac(sum[i][j], broadcast(x), row[j]);
+        if (HALF) half_sum[i] = Type::mac(half_sum[i], broadcast<GRAIN>(x), half_row);
       }
     }
   }
+  // Added at the end, not carried through the sum: the rounding then grows with k, not with |C|.
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
+    float* c = at.c + i * at.ldc;
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) {
-      float* c = at.c + i * at.ldc + j * LANES;
-      // Added at the end, not carried through the sum: the rounding then grows with k, not with
-      // |C|.
+    for (int j = 0; j < VECTORS; ++j, c += LANES) {
       store(c, accumulate ? load(c) + sum[i][j] : sum[i][j]);
     }
+    if (HALF) store(c, accumulate ? load_as<HalfSum>(c) + half_sum[i] : half_sum[i]);
   }
 }
 
-template <class Type, int VECTORS>
+template <class Type, int VECTORS, bool HALF>
 void gemm_strip(std::int64_t m, std::int64_t k, Operands<Type> at, bool accumulate) {
   const auto skip = [&at, &m](int rows) {
     at = at.from_row(rows);
     m -= rows;
   };
-  for (; m >= MR; skip(MR)) gemm_block<Type, MR, VECTORS>(k, at, accumulate);
+  for (; m >= MR; skip(MR)) gemm_block<Type, MR, VECTORS, HALF>(k, at, accumulate);
   // At most five rows are left.
-  if (m >= 4) gemm_block<Type, 4, VECTORS>(k, at, accumulate), skip(4);
-  if (m >= 2) gemm_block<Type, 2, VECTORS>(k, at, accumulate), skip(2);
-  if (m >= 1) gemm_block<Type, 1, VECTORS>(k, at, accumulate);
+  if (m >= 4) gemm_block<Type, 4, VECTORS, HALF>(k, at, accumulate), skip(4);
+  if (m >= 2) gemm_block<Type, 2, VECTORS, HALF>(k, at, accumulate), skip(2);
+  if (m >= 1) gemm_block<Type, 1, VECTORS, HALF>(k, at, accumulate);
+}
+
+// What is left of the columns beyond whole blocks.
+template <class Type, bool HALF>
+void gemm_rest(std::int64_t m, int vectors, std::int64_t k, const Operands<Type>& at,
+               bool accumulate) {
+  if (NR > 3 && vectors == 3) gemm_strip<Type, 3, HALF>(m, k, at, accumulate);
+  if (NR > 2 && vectors == 2) gemm_strip<Type, 2, HALF>(m, k, at, accumulate);
+  if (vectors == 1) gemm_strip<Type, 1, HALF>(m, k, at, accumulate);
+  if (HALF && vectors == 0) gemm_strip<Type, 0, HALF>(m, k, at, accumulate);
 }
 
 #if defined(CKD_AMX)
@@ -220,13 +257,14 @@ inline void gemm(std::int64_t m, int cols, std::int64_t k, Operands<BFloat16> at
 
 template <class Type>
 void gemm(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accumulate) {
-  int vectors = cols / LANES;
-  for (; vectors >= NR; vectors -= NR, at.b += NR * LANES, at.c += NR * LANES) {
-    gemm_strip<Type, NR>(m, k, at, accumulate);
+  for (; cols >= NR * LANES; cols -= NR * LANES, at.b += NR * LANES, at.c += NR * LANES) {
+    gemm_strip<Type, NR, false>(m, k, at, accumulate);
   }
-  if (NR > 3 && vectors == 3) gemm_strip<Type, 3>(m, k, at, accumulate);
-  if (NR > 2 && vectors == 2) gemm_strip<Type, 2>(m, k, at, accumulate);
-  if (vectors == 1) gemm_strip<Type, 1>(m, k, at, accumulate);
+  const int vectors = cols / LANES;
+  if constexpr (GRAIN < LANES) {
+    if (cols % LANES > 0) return gemm_rest<Type, true>(m, vectors, k, at, accumulate);
+  }
+  gemm_rest<Type, false>(m, vectors, k, at, accumulate);
 }
 
 }  // namespace ckd::cpu::CKD_TIER

@@ -212,7 +212,7 @@ class ProjectionGradient {
                     const Word* d_z, float* out, std::int64_t ld, Scratch& mine) const {
     const std::int64_t dims = smaller(PANEL, in_.teacher_dim - d0), used = words<Type>(count);
     bank_.pack_rows(k, count, d0, mine.words);
-    gemm(rows, static_cast<int>(round_up(dims, 16)), used,
+    gemm(rows, static_cast<int>(round_up(dims, GRAIN)), used,
          from_panels<Type>(d_z, in_.student_dim, mine.words, out, ld), k > 0);
   }
 

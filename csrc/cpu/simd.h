@@ -30,10 +30,17 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-typedef float Vec __attribute__((vector_size(LANES * 4)));
-typedef std::int32_t IntVec __attribute__((vector_size(LANES * 4)));
-typedef std::uint32_t WordVec __attribute__((vector_size(LANES * 4)));
-typedef std::uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N = LANES>
+using Vector = typename VectorOf<T, N>::type;
+
+using Vec = Vector<float>;
+using IntVec = Vector<std::int32_t>;
+using WordVec = Vector<std::uint32_t>;
+using HalfVec = Vector<std::uint16_t>;
 
 template <class V, class T>
 inline V load_as(const T* p) {
@@ -44,12 +51,16 @@ inline V load_as(const T* p) {
 
 inline Vec load(const float* p) { return load_as<Vec>(p); }
 inline WordVec load(const std::uint32_t* p) { return load_as<WordVec>(p); }
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline void store(std::uint32_t* p, WordVec v) { std::memcpy(p, &v, sizeof v); }
+template <class V, class T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 // x - 0 is x for every x, -0 included, so compilers fold these into one broadcast.
-inline Vec broadcast(float x) { return x - Vec{}; }
-inline WordVec broadcast(std::uint32_t x) { return x - WordVec{}; }
+template <int N = LANES, class T>
+inline Vector<T, N> broadcast(T x) {
+  return x - Vector<T, N>{};
+}
 
 // The larger by lanes; NaN in `b` stays NaN.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
