@@ -177,7 +177,7 @@ class Bank {
   // Projects and normalises every panel that is not known, the threads sharing the rows of the
   // weight.
   void project_few() const {
-    constexpr std::int64_t ROWS = 8 * MR;
+    constexpr std::int64_t ROWS = 4 * MR;
     const std::int64_t count = panels() - known_, blocks = ceil_div(in_.teacher_dim, BLOCK);
     each(count * blocks, [&](std::int64_t item) {
       const std::int64_t panel = known_ + item / blocks, d = item % blocks * BLOCK;

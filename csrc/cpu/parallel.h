@@ -1,19 +1,21 @@
 // Teams of threads: `parallel` starts one, `each` shares a loop among its members and waits for all
-// of them. Who takes which index is left to chance, so an index may only write what is its own;
-// then results do not depend on the number of threads.
+// of them. A member begins with its own part of the indices, which for loops of one length is the
+// same in every loop and every call: it finds in its core's caches what it wrote before, and where
+// cores share no cache that is worth more than any order. Then it helps the others. So who takes
+// which index is left to chance, and an index may only write what is its own; then results do not
+// depend on the number of threads.
 //
 // OpenMP, whose pool is torch's. CKD_STD_THREADS replaces it by std::thread for ThreadSanitizer,
 // which cannot see into OpenMP's barriers.
 
 #pragma once
 
-#include <cstdint>
+#include "buffer.h"
 
 #if defined(CKD_STD_THREADS)
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
 #elif defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -24,76 +26,93 @@ namespace ckd::cpu::CKD_TIER {
 // out threads that are held up, fewer read the operand less often.
 constexpr int GROUPS_PER_THREAD = 2;
 
-#if defined(CKD_STD_THREADS)
+class Team {
+ public:
+  explicit Team(int most) : most_(most), taken_(2 * most) { taken_.zero(); }
 
-struct StdTeam {
-  std::mutex mutex;
-  std::condition_variable changed;
-  int size = 0, waiting = 0;
-  long generation = 0;
-  std::int64_t next = 0;
-};
-inline thread_local StdTeam* std_team = nullptr;
-
-template <class Body>
-void parallel(int threads, const Body& body) {
-  StdTeam team;
-  team.size = threads;
-  const auto member = [&](int index) {
-    std_team = &team;
-    body(index);
-    std_team = nullptr;
+  struct alignas(64) Count {  // by itself in its cache line
+    std::int64_t n;
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(member, i);
-  member(0);
-  for (auto& other : others) other.join();
-}
+  // How many indices of each member's part were taken. Loops take turns with two rows of counts:
+  // while one is in use, members clear their own count of the other.
+  Count* taken(int loop) const { return taken_ + loop % 2 * most_; }
 
-template <class F>
-void each(std::int64_t n, const F& f) {
-  StdTeam& team = *std_team;
-  for (;;) {
-    std::unique_lock<std::mutex> lock(team.mutex);
-    if (team.next >= n) break;
-    const std::int64_t i = team.next++;
-    lock.unlock();
-    f(i);
+#if defined(CKD_STD_THREADS)
+  void wait(int size) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const long generation = generation_;
+    if (++waiting_ == size) {
+      waiting_ = 0;
+      ++generation_;
+      changed_.notify_all();
+    } else {
+      changed_.wait(lock, [&] { return generation_ != generation; });
+    }
   }
-  std::unique_lock<std::mutex> lock(team.mutex);
-  const long generation = team.generation;
-  if (++team.waiting == team.size) {
-    team.waiting = 0;
-    team.next = 0;
-    ++team.generation;
-    team.changed.notify_all();
-  } else {
-    team.changed.wait(lock, [&] { return team.generation != generation; });
-  }
-}
 
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int waiting_ = 0;
+  long generation_ = 0;
 #else
+  void wait(int) {
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+  }
 
+ private:
+#endif
+  int most_;
+  Buffer<Count> taken_;
+};
+
+struct Member {
+  Team* team;
+  int index, size, loops;
+};
+inline thread_local Member member;
+
+// body(index) on at most `threads` threads.
 template <class Body>
 void parallel(int threads, const Body& body) {
-#if defined(_OPENMP)
-  // A team even of one: `each` would otherwise join a team that the caller is a member of.
+  Team team(threads);
+  const auto run = [&](int index, int size) {
+    member = {&team, index, size, 0};
+    body(index);
+  };
+#if defined(CKD_STD_THREADS)
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(run, i, threads);
+  run(0, threads);
+  for (auto& other : others) other.join();
+#elif defined(_OPENMP)
+  // A team even of one: `each` would otherwise wait for a team that the caller is a member of.
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num());
+  run(omp_get_thread_num(), omp_get_num_threads());
 #else
-  (void)threads;
-  body(0);
+  run(0, 1);
 #endif
 }
 
 template <class F>
 void each(std::int64_t n, const F& f) {
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic, 1)
-#endif
-  for (std::int64_t i = 0; i < n; ++i) f(i);
+  Member& me = member;
+  Team::Count* taken = me.team->taken(me.loops);
+  me.team->taken(++me.loops)[me.index].n = 0;
+  for (int i = 0; i < me.size; ++i) {
+    const int owner = (me.index + i) % me.size;
+    const auto part = [&](int of) { return (n * of + me.size - 1) / me.size; };
+    const std::int64_t first = part(owner), count = part(owner + 1) - first;
+    std::int64_t& next = taken[owner].n;
+    // Looked at first: most parts of others are empty by then, and reading does not take the line.
+    while (__atomic_load_n(&next, __ATOMIC_RELAXED) < count) {
+      const std::int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (item < count) f(first + item);
+    }
+  }
+  me.team->wait(me.size);
 }
-
-#endif
 
 }  // namespace ckd::cpu::CKD_TIER
