@@ -34,12 +34,14 @@ class Op:
         self.tensors = tensors
         self._registered = getattr(torch.ops.ckd, name).default
         self._implementation = implementation
-        self._function: type[torch.autograd.Function] | None = None
+        self._apply: Callable[..., Any] | None = None
 
     def differentiate(self, function: type[torch.autograd.Function]) -> None:
         """Calls that need a gradient go through `function`, whose forward gets what computes the
         op, the op's options as a tuple, and its tensors."""
-        self._function = function
+        # Past the layer of torch.autograd.Function that looks for transforms: then, something
+        # observes.
+        self._apply = super(torch.autograd.Function, function).apply
 
         def dispatch(*args: Any) -> Any:
             tensors, options = args[: self.tensors], args[self.tensors :]
@@ -79,7 +81,7 @@ class Op:
         grad mode, as long as nothing observes."""
         if is_observed() or not all(x is None or _is_plain(x) for x in tensors):
             return self.observed
-        if self._function is not None and _needs_gradient(tensors):
+        if self._apply is not None and _needs_gradient(tensors):
             return self.differentiated
         return self.computed
 
@@ -87,8 +89,8 @@ class Op:
         return self._registered(*tensors, *options)
 
     def differentiated(self, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
-        assert self._function is not None
-        return self._function.apply(self._implementation, options, *tensors)
+        assert self._apply is not None
+        return self._apply(self._implementation, options, *tensors)
 
     def computed(self, options: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         return self._implementation(*tensors, *options)
@@ -102,15 +104,22 @@ def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+_is_tracing = torch._C._is_tracing
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch._C._autograd._profiler_enabled
+
+
 def is_observed() -> bool:
     """Whether something other than autograd has to see the ops that are called now."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0  # torch.device(...) as a context is one
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        torch.compiler.is_dynamo_compiling()  # other compilers trace, by a dispatch mode
+        or _is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0  # torch.device(...) as a context is one
+        or _peek_interpreter_stack() is not None
+        or _profiler_enabled()
     )
 
 
