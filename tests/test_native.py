@@ -1,4 +1,4 @@
-"""tests/native/test_kernels.cpp under sanitizers: the CPU kernels against double loops in C++."""
+"""tests/native under sanitizers: the CPU kernels against double loops in C++, and their threads."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ pytestmark = [
 ]
 
 
+def compile_with(*options: object) -> None:
+    line = [str(compiler), *FLAGS, *map(str, options)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def build(folder: Path, tiers: list[str], sanitizer: list[str], sources: Path = SOURCES) -> Path:
     """The test program with the kernels of `tiers`, as many compilers at a time as cores."""
     flags = json.loads((sources / "tiers.json").read_text())
@@ -34,9 +40,7 @@ def build(folder: Path, tiers: list[str], sanitizer: list[str], sources: Path = 
 
     def run(*command: object) -> None:
         # gcc links some sanitizers only if they are asked for when linking too.
-        line = [str(compiler), *FLAGS, *sanitizer, *map(str, command)]
-        done = subprocess.run(line, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        compile_with(*sanitizer, *command)
 
     objects = [folder / f"{source.stem}.o" for source, _ in units]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
@@ -77,15 +81,32 @@ def test_the_walk_over_amx_tiles_on_emulated_tiles(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_kernels_have_no_data_race(tmp_path: Path) -> None:
-    """With std::thread in place of OpenMP, whose barriers ThreadSanitizer does not see."""
-    sanitizer = ["-fsanitize=thread", "-DCKD_STD_THREADS", "-pthread"]
-    if not links(*sanitizer):
-        pytest.skip("the compiler has no ThreadSanitizer")
-    program = build(tmp_path, ["portable"], sanitizer)
+# With std::thread in place of OpenMP, whose barriers ThreadSanitizer does not see.
+RACES = ["-fsanitize=thread", "-DCKD_STD_THREADS", "-pthread"]
+
+
+def run_under_thread_sanitizer(*command: object) -> None:
     # Older runtimes cannot map their shadow under much address-space randomisation.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
-    done = subprocess.run([*fixed, program, "portable", "small"], capture_output=True, text=True)
+    line = list(map(str, command))
+    done = subprocess.run([*fixed, *line], capture_output=True, text=True)
     if "Operation not permitted" in done.stderr:
-        done = subprocess.run([program, "portable", "small"], capture_output=True, text=True)
+        done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_have_no_data_race(tmp_path: Path) -> None:
+    if not links(*RACES):
+        pytest.skip("the compiler has no ThreadSanitizer")
+    run_under_thread_sanitizer(build(tmp_path, ["portable"], RACES), "portable", "small")
+
+
+def test_threads_share_every_loop(tmp_path: Path) -> None:
+    sources = [ROOT / "tests" / "native" / "test_parallel.cpp", SOURCES / "memory.cpp"]
+    if links("-fopenmp"):
+        compile_with("-fopenmp", *sources, "-o", tmp_path / "openmp")
+        done = subprocess.run([tmp_path / "openmp"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    if links(*RACES):
+        compile_with(*RACES, *sources, "-o", tmp_path / "threads")
+        run_under_thread_sanitizer(tmp_path / "threads")

@@ -79,8 +79,10 @@ template <class Body>
 void parallel(int threads, const Body& body) {
   Team team(threads);
   const auto run = [&](int index, int size) {
+    const Member outside = member;
     member = {&team, index, size, 0};
     body(index);
+    member = outside;
   };
 #if defined(CKD_STD_THREADS)
   std::vector<std::thread> others;
