@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Under which name torch keeps its newer setting, what it may permit, and which of the older settings
+# Under which name torch keeps its newer setting, what it may permit, and which of the older ones
 # permit that.
 _SETTINGS = {"cuda": ("cuda", "tf32", ("high", "medium")), "cpu": ("mkldnn", "bf16", ("medium",))}
 # As torch.backends.cuda.matmul and torch.backends.mkldnn.matmul read it.

@@ -26,18 +26,10 @@ namespace ckd::cpu::CKD_TIER {
 // out threads that are held up, fewer read the operand less often.
 constexpr int GROUPS_PER_THREAD = 2;
 
-class Team {
- public:
-  explicit Team(int most) : most_(most), taken_(2 * most) { taken_.zero(); }
-
-  struct alignas(64) Count {  // by itself in its cache line
-    std::int64_t n;
-  };
-  // How many indices of each member's part were taken. Loops take turns with two rows of counts:
-  // while one is in use, members clear their own count of the other.
-  Count* taken(int loop) const { return taken_ + loop % 2 * most_; }
-
 #if defined(CKD_STD_THREADS)
+
+class Barrier {
+ public:
   void wait(int size) {
     std::unique_lock<std::mutex> lock(mutex_);
     const long generation = generation_;
@@ -55,15 +47,34 @@ class Team {
   std::condition_variable changed_;
   int waiting_ = 0;
   long generation_ = 0;
+};
+
 #else
+
+struct Barrier {
   void wait(int) {
 #if defined(_OPENMP)
 #pragma omp barrier
 #endif
   }
+};
+
+#endif
+
+class Team {
+ public:
+  explicit Team(int most) : most_(most), taken_(2 * most) { taken_.zero(); }
+
+  struct alignas(64) Count {  // by itself in its cache line
+    std::int64_t n;
+  };
+  // How many indices of each member's part were taken. Loops take turns with two rows of counts:
+  // while one is in use, members clear their own count of the other.
+  Count* taken(int loop) const { return taken_ + loop % 2 * most_; }
+
+  Barrier barrier;
 
  private:
-#endif
   int most_;
   Buffer<Count> taken_;
 };
@@ -114,7 +125,7 @@ void each(std::int64_t n, const F& f) {
       if (item < count) f(first + item);
     }
   }
-  me.team->wait(me.size);
+  me.team->barrier.wait(me.size);
 }
 
 }  // namespace ckd::cpu::CKD_TIER
