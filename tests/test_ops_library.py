@@ -177,3 +177,13 @@ def test_vmap_sees_the_op() -> None:
     students = torch.stack([case.student, case.student.flip(0), 2 * case.student.flip(1)])
     losses = torch.vmap(loss)(students)
     torch.testing.assert_close(losses, torch.stack([loss(x) for x in students]))
+
+
+def test_the_registered_op_refuses_a_gradient_that_it_kept_nothing_for(backend: str) -> None:
+    case = make_case(4, 10, 8, 6).requiring("student")
+    *tensors, scale = case.arguments
+    scale = torch.as_tensor(scale, dtype=torch.float32)
+    options = (True, False, 0, 0.0, -100, "mean", False, backend)  # save_attention=False
+    _, lse, *_ = torch.ops.ckd.contrastive_ce(*tensors, scale, *options)
+    with pytest.raises(ValueError, match="save_attention=True"):
+        lse.sum().backward()

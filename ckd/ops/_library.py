@@ -41,7 +41,7 @@ class Op:
         op, the op's options as a tuple, and its tensors."""
         # Past the layer of torch.autograd.Function that looks for transforms: then, something
         # observes.
-        self._apply = super(torch.autograd.Function, function).apply
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
         def dispatch(*args: Any) -> Any:
             tensors, options = args[: self.tensors], args[self.tensors :]

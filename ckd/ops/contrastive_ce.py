@@ -238,6 +238,12 @@ def _backward_implementation(
     allow_half: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kept, wanted = Saved(*saved), Needs(*needs)
+    if d_lse is not None and (wanted.student or wanted.logit_scale) and kept.attention.dim() < 2:
+        raise ValueError(
+            "a gradient of lse for student or logit_scale needs what ckd::contrastive_ce keeps "
+            "with save_attention=True, but it was called with False"
+        )
     return backends.ORDER[backend].contrastive_ce_backward(
         d_loss,
         d_lse,
@@ -247,8 +253,8 @@ def _backward_implementation(
         weight,
         bias,
         logit_scale,
-        Saved(*saved),
-        Needs(*needs),
+        kept,
+        wanted,
         Options(label_smoothing, ignore_index, allow_half, cast(Reduction, reduction)),
     )
 
