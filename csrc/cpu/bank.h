@@ -175,7 +175,8 @@ class Bank {
   }
 
   // Projects and normalises every panel that is not known, the threads sharing the rows of the
-  // weight.
+  // weight. Panel by panel, so that most of what a thread multiplies it has packed itself; and in
+  // small parts, so that all are done at about the same time.
   void project_few() const {
     constexpr std::int64_t ROWS = 4 * MR;
     const std::int64_t count = panels() - known_, blocks = ceil_div(in_.teacher_dim, BLOCK);

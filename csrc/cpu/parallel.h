@@ -1,9 +1,8 @@
 // Teams of threads: `parallel` starts one, `each` shares a loop among its members and waits for all
 // of them. A member begins with its own part of the indices, which for loops of one length is the
-// same in every loop and every call: it finds in its core's caches what it wrote before, and where
-// cores share no cache that is worth more than any order. Then it helps the others. So who takes
-// which index is left to chance, and an index may only write what is its own; then results do not
-// depend on the number of threads.
+// same in every loop and every call, and finds in its core's caches what it wrote before; then it
+// helps the others. So who takes which index is left to chance, and an index may only write what is
+// its own; then results do not depend on the number of threads.
 //
 // OpenMP, whose pool is torch's. CKD_STD_THREADS replaces it by std::thread for ThreadSanitizer,
 // which cannot see into OpenMP's barriers.
