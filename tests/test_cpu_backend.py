@@ -130,6 +130,21 @@ def test_float32_is_as_exact_as_eager_over_many_problems(tau: float, tier: str) 
         assert mine < 1.3 * theirs + 2**-23, (name, mine, theirs)
 
 
+@pytest.mark.parametrize("tau", [1.0, 14.2857])
+def test_float32_is_as_exact_as_eager_over_long_sums(tau: float, tier: str) -> None:
+    """Sums of hundreds of terms, whose roundings would be most of the error of a plain one."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(5):
+        case = make_case(300, 520, 400, 260, tau=tau, learned=0.3, seed=seed)
+        result, exact, plain = ours(case), truth(case), eager(case)
+        for name in ("student", "weight", "bias"):
+            pair = (relative_error(r[name], exact[name]) for r in (result, plain))
+            errors.setdefault(name, []).append(tuple(pair))
+    for name, pairs in errors.items():
+        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
+        assert mine < 1.1 * theirs, (name, mine, theirs)
+
+
 def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> None:
     """The gradients of a loss of 1e-10 from the exact probability of all other rows."""
     case = make_case(8, 40, 32, 24, tau=100.0, learned=0.0)

@@ -3,7 +3,7 @@
 //
 // Row-major everywhere. `cols` is a multiple of GRAIN and at most PANEL; m is any. k counts words:
 // a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
-// the order of k, so that C does not depend on how the caller cuts m and cols.
+// the order of k, SUM words at a time, so that C does not depend on how the caller cuts m and cols.
 //
 // Rows of A may be cut into runs along k, with a matrix [m, run] for each: panels are then read as
 // they stand in memory, and the rows of a block lie side by side.
@@ -37,6 +37,9 @@ struct Float32 {
   using Word = float;
   static constexpr int PER_WORD = 1;
   static constexpr int PAD = 1;  // k is padded with zeros to a multiple of so many words
+  // Words summed before they are added to C: the roundings of longer sums would be most of an
+  // error.
+  static constexpr std::int64_t SUM = 128;
 
   template <class V>
   static V mac(V c, V a, V b) {
@@ -53,6 +56,7 @@ struct BFloat16 {
 #else
   static constexpr int PAD = 1;
 #endif
+  static constexpr std::int64_t SUM = INT64_MAX;  // the operands' own rounding is far larger
   static Vec mac(Vec c, WordVec a, WordVec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
@@ -87,6 +91,14 @@ struct Operands {
     Operands rest = *this;
     rest.a += row * lda;
     rest.c += row * ldc;
+    return rest;
+  }
+
+  // `word` is a multiple of the run, if A is cut into runs.
+  Operands from_word(std::int64_t word) const {
+    Operands rest = *this;
+    rest.a += word / run * next_run + word % run;
+    rest.b += word * ldb;
     return rest;
   }
 };
@@ -256,7 +268,7 @@ inline void gemm(std::int64_t m, int cols, std::int64_t k, Operands<BFloat16> at
 #endif
 
 template <class Type>
-void gemm(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accumulate) {
+void gemm_sum(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accumulate) {
   for (; cols >= NR * LANES; cols -= NR * LANES, at.b += NR * LANES, at.c += NR * LANES) {
     gemm_strip<Type, NR, false>(m, k, at, accumulate);
   }
@@ -265,6 +277,14 @@ void gemm(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accu
     if (cols % LANES > 0) return gemm_rest<Type, true>(m, vectors, k, at, accumulate);
   }
   gemm_rest<Type, false>(m, vectors, k, at, accumulate);
+}
+
+template <class Type>
+void gemm(std::int64_t m, int cols, std::int64_t k, Operands<Type> at, bool accumulate) {
+  for (; k > Type::SUM; k -= Type::SUM, at = at.from_word(Type::SUM), accumulate = true) {
+    gemm_sum(m, cols, Type::SUM, at, accumulate);
+  }
+  gemm_sum(m, cols, k, at, accumulate);
 }
 
 }  // namespace ckd::cpu::CKD_TIER

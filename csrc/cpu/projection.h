@@ -61,8 +61,9 @@ class ProjectionGradient {
     Buffer<Word> d_z(per_run * panel_size);       // [panels, W, 64 / PER_WORD]: dZ^T, words along K
     Buffer<float> d_bias_parts(per_run * width);  // one row for each panel
     Buffer<float> edge(width * PANEL);            // columns of d_weight past the last whole panel
+    Buffer<double> d_bias_sum(width);
     std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
-    if (d_bias != nullptr) std::memset(d_bias, 0, static_cast<std::size_t>(width) * 4);
+    d_bias_sum.zero();
 
     parallel(threads, [&](int thread) {
       Scratch& mine = scratch[static_cast<std::size_t>(thread)];
@@ -76,7 +77,7 @@ class ProjectionGradient {
         });
         each(groups * row_blocks + 1, [&](std::int64_t item) {
           if (item == groups * row_blocks) {
-            if (d_bias != nullptr) add_rows(d_bias_parts, count, width, d_bias);
+            add_rows(d_bias_parts, count, width, d_bias_sum);
             return;
           }
           const std::int64_t w0 = item % row_blocks * block, rows = smaller(block, width - w0);
@@ -102,6 +103,9 @@ class ProjectionGradient {
         });
       }
     });
+    for (std::int64_t w = 0; d_bias != nullptr && w < width; ++w) {
+      d_bias[w] = static_cast<float>(d_bias_sum[w]);
+    }
   }
 
  private:
@@ -216,9 +220,9 @@ class ProjectionGradient {
          from_panels<Type>(d_z, in_.student_dim, mine.words, out, ld), k > 0);
   }
 
-  static void add_rows(const float* rows, std::int64_t count, std::int64_t n, float* sum) {
+  static void add_rows(const float* rows, std::int64_t count, std::int64_t n, double* sum) {
     for (std::int64_t r = 0; r < count; ++r) {
-      for (std::int64_t w = 0; w < n; ++w) sum[w] += rows[r * n + w];
+      for (std::int64_t w = 0; w < n; ++w) sum[w] += static_cast<double>(rows[r * n + w]);
     }
   }
 
