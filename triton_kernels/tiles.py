@@ -23,15 +23,10 @@ class Tiles:
 
     batch: int
     bank: int
-    width: int  # columns of a block of the sums over rows
-    inner: int  # steps of the logits' sums, where the blocks are not the whole width
-    blocks: int = 1  # of the sums over rows that one program keeps in registers
+    width: int  # columns of the sums over rows that one program keeps in registers
+    inner: int  # steps of the logits' sums, where these are not the whole width
     warps: int = 8
     stages: int = 2
-
-    @property
-    def columns(self) -> int:
-        return self.blocks * self.width
 
     def launch(self, width: int) -> dict[str, int | bool]:
         """For rows of `width`."""
@@ -39,8 +34,7 @@ class Tiles:
             "BLOCK_BATCH": self.batch,
             "BLOCK_BANK": self.bank,
             "BLOCK_WIDTH": self.width,
-            "BLOCKS": self.blocks,
-            "WHOLE": self.columns >= width,
+            "WHOLE": self.width >= width,
             "BLOCK_INNER": self.inner,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -62,11 +56,14 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def forward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
-    """The sums of the values, batch x width in float32, stay in registers."""
+def forward_tiles(
+    width: int, arithmetic: str, family: str, *, fills: bool = True
+) -> tuple[Tiles, ...]:
+    """The sums of the values, batch x width in float32, stay in registers. `fills`: tiles of 128
+    students and 64 bank rows are at least as many as the processors."""
     whole = power_of_two(width)
     if family == INTERPRETER:
-        return (Tiles(32, 32, min(32, whole), min(32, whole), blocks=2 if 32 < width <= 64 else 1),)
+        return (Tiles(32, 32, min(64, whole), min(32, whole)),)
     if arithmetic == IEEE:
         return (Tiles(32, 32, min(64, whole), 32, warps=4),)
     if arithmetic == TF32:
@@ -74,46 +71,52 @@ def forward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]
         return (Tiles(64, 32, 256, 32), part) if family == HOPPER and whole == 256 else (part,)
     if family == SMALL:
         return (Tiles(64, 64, min(128, whole), 64),)
-    if whole <= 128:
-        return (
-            Tiles(128, 64, whole, whole),
-            Tiles(128, 128, whole, whole),
-            Tiles(64, 64, whole, whole, warps=4, stages=3),
-        )
     if family == AMPERE:
+        if whole <= 128:
+            return (Tiles(128, 64, whole, 64), Tiles(64, 64, whole, 64, warps=4, stages=3))
         return (Tiles(64, 64, 256, 64),)
-    if whole == 256:
+    if whole == 128:
+        return (Tiles(64, 128 if fills else 64, whole, 64, warps=4, stages=3),)
+    if whole < 128:
+        few = Tiles(64, 64, whole, 64, warps=4, stages=3)
         return (
-            Tiles(128, 64, 256, 64),
-            Tiles(64, 128, 256, 64),
-            Tiles(64, 64, 256, 64, warps=4, stages=3),
+            (Tiles(64, 128, whole, 64, warps=4, stages=3), Tiles(128, 128, whole, 64))
+            if fills
+            else (few,)
         )
+    if whole == 256:
+        return (Tiles(128, 64, 256, 64),) if fills else (Tiles(64, 64, 256, 64, warps=4, stages=3),)
     # Where the width does not fit, each program of axis 2 computes the logits anew.
     parts = (Tiles(128, 64, 256, 64, stages=3), Tiles(64, 128, 256, 64, stages=3))
     return (Tiles(64, 32, 512, 64), *parts) if whole == 512 else parts
 
 
-def backward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
-    """Bank x width stay in registers."""
+def backward_tiles(
+    width: int, arithmetic: str, family: str, *, fills: bool = True
+) -> tuple[Tiles, ...]:
+    """Bank x width stay in registers. On Hopper 64 bank rows go with 4 warps: with 8, both
+    warpgroups would compute the same logits. `fills`: tiles of 128 bank rows occupy half of the
+    processors at least."""
     whole = power_of_two(width)
     if arithmetic == HALF and family == SMALL:
         return (Tiles(32, 64, min(128, whole), 64, warps=4),)
     if arithmetic == HALF and family == AMPERE and whole <= 256:
         return (Tiles(64, 64, whole, 64),)
     if arithmetic == HALF and family == HOPPER:
-        if whole <= 128:
-            return (Tiles(64, 128, whole, 64), Tiles(128, 128, whole, 64))
-        if whole == 256:
-            return (Tiles(128, 64, 256, 64), Tiles(64, 64, 256, 64))
-        return (Tiles(128, 64, 256, 64), Tiles(64, 128, 256, 64))
+        if whole > 256:
+            return (Tiles(64, 128, 256, 64, stages=3),)
+        if fills:
+            return (Tiles(64, 128, whole, 64, stages=3),)
+        return (Tiles(64, 64, whole, 64, warps=4),)
     return forward_tiles(width, arithmetic, family)
 
 
 def project_tiles(
-    width: int, arithmetic: str, family: str, aligned: bool
+    width: int, arithmetic: str, family: str, aligned: bool, *, fills: bool = True
 ) -> tuple[ProductTiles, ...]:
     """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
-    at once), steps of D. Rows that are not aligned cost registers for addresses."""
+    at once), steps of D. Rows that are not aligned cost registers for addresses. `fills`: tiles of
+    128 rows occupy half of the processors at least."""
     whole = power_of_two(width)
     if family == INTERPRETER:
         return (ProductTiles(32, min(32, whole), 16),)
@@ -124,7 +127,9 @@ def project_tiles(
     if not aligned:
         return (ProductTiles(64, whole, 32),)
     if family == HOPPER:
-        return (ProductTiles(128, whole, 64, stages=3), ProductTiles(64, whole, 64, stages=3))
+        if fills:
+            return (ProductTiles(128, whole, 64, stages=4),)
+        return (ProductTiles(32, whole, 64, stages=4),)
     return (ProductTiles(64, whole, 64),)
 
 
@@ -138,6 +143,17 @@ def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductT
     return (ProductTiles(128, 128, 64), ProductTiles(64, 128, 64))
 
 
+def weight_gradient_tiles(family: str, sums: int, aligned: bool) -> ProductTiles:
+    """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
+    if family == INTERPRETER:
+        return ProductTiles(32, 32, sums)
+    if not aligned:
+        return ProductTiles(64, 64, sums)
+    if family == HOPPER:
+        return ProductTiles(128, 128, sums, stages=3)
+    return ProductTiles(64, 128, sums)
+
+
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
     """width and blocks are not used."""
     if family == INTERPRETER:
@@ -149,9 +165,9 @@ def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
 
 def splits(rows: int, block: int, others: int, processors: int, most: int = 64) -> int:
     """Into how many parts to cut `rows`, so that `others` programs a part keep all processors busy
-    to the end, in two rounds at most; a part is worth its start: four blocks at least."""
+    to the end, in two rounds at most; a part has one block at least."""
     best, busiest = 1, 0.0
-    for parts in range(1, min(most, rows // (4 * block), -(-2 * processors // others)) + 1):
+    for parts in range(1, min(most, rows // block, -(-2 * processors // others)) + 1):
         programs = parts * others
         busy = programs / (-(-programs // processors) * processors)
         if busy > busiest + 0.02:  # more parts are more sums to join
