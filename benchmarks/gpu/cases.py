@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ class Case:
         """A copy that collects gradients, in another dtype."""
         copies = {n: x.detach().clone().to(dtype or x.dtype) for n, x in self.leaves().items()}
         bank = self.bank if dtype is None else self.bank.to(dtype)
-        return replace(self, bank=bank, **{n: x.requires_grad_() for n, x in copies.items()})
+        leaves: dict[str, Any] = {n: x.requires_grad_() for n, x in copies.items()}
+        return replace(self, bank=bank, **leaves)
 
     def reordered(self, seed: int) -> tuple[Case, Tensor]:
         """The same students and bank rows in another order, and the students' order."""

@@ -111,4 +111,4 @@ def _find_triton_kernels() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["ckd._triton"] = module
     spec.loader.exec_module(module)
-    ckd._triton = module  # type: ignore[attr-defined]
+    ckd.__dict__["_triton"] = module

@@ -17,7 +17,7 @@ from typing import Any
 from gpu.job import reason_of
 
 ITEM, DONE, FAILED = "item", "done", "failed"
-STOPPING = 5.0  # seconds in which a worker that is told to stop has to end
+STOPPING = 5.0  # seconds in which a worker that was killed has to end
 
 
 class Failed(Exception):
@@ -60,10 +60,8 @@ class Worker:
         self.send(call, *arguments)
         return self.receive(seconds)[1]
 
-    def stop(self) -> None:
-        self.pipe.close()
-        self._process.join(STOPPING)
-        self.kill()
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
 
     def kill(self) -> None:
         if self._process.is_alive():
@@ -101,9 +99,9 @@ def each(
                 worker.send("items", waiting[0])
                 running[worker.pipe] = worker, waiting.pop(0), time.monotonic() + patience
             ready = wait(list(running), timeout=1.0)
-            late = [pipe for pipe, (_, _, end) in running.items() if time.monotonic() > end]
-            for pipe in {*ready, *late}:  # type: ignore[misc]
-                worker, task, _ = running.pop(pipe)  # type: ignore[arg-type]
+            now = time.monotonic()
+            for pipe in [p for p, (_, _, end) in running.items() if p in ready or now > end]:
+                worker, task, _ = running.pop(pipe)
                 try:
                     kind, item = worker.receive(0)
                 except Failed as failure:
