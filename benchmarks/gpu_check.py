@@ -135,7 +135,7 @@ def command(
     rung: Rung, file: Path, work: Path, limit: float, options: argparse.Namespace
 ) -> list[str]:
     module = rung.module or f"gpu.{rung.name}"
-    words = [sys.executable, "-m", "gpu.job", "--name", rung.name, "--module", module]
+    words = [sys.executable, "-m", "gpu", "--name", rung.name, "--module", module]
     words += ["--file", str(file), "--work", str(work), "--seconds", f"{limit:.1f}"]
     words += ["--data", options.data] if options.data else []
     return words + ["--rehearse"] * options.rehearse

@@ -1,20 +1,14 @@
 """What a rung is given, and what it leaves: a record that is on disk as soon as it is known.
 
-    python -m gpu.job --name right --module gpu.right --file OUT/right.json --work DIR --seconds 90
-
-runs a rung; gpu_check.py starts it so. A file holds the records of several rungs by name. Only the
-standard library is imported here: a torch that cannot be imported is a finding of the rung.
+A file holds the records of several rungs by name. Only the standard library is imported here: a
+torch that cannot be imported is a finding of the rung.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import os
-import sys
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,32 +110,3 @@ def reason_of(error: BaseException) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Runs one rung of gpu_check.py.")
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--module", required=True)
-    parser.add_argument("--file", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--data")
-    options = vars(parser.parse_args(arguments))
-    module = options.pop("module")
-    job = Job(**options)
-    try:
-        importlib.import_module(module).run(job)
-    except NotHere as reason:
-        job.put(status="left out", reason=str(reason))
-        return 0
-    except Exception as error:  # noqa: BLE001  # whatever it raises is the rung's result
-        traceback.print_exc()
-        job.put(status="crashed", reason=reason_of(error))
-        return 1
-    job.put(status="WRONG" if job.record["wrong"] else "ok")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,40 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gpu.job import Record
 
 MOST_LINES, MOST_COLUMNS = 50, 150
-HEAD = 34  # columns before a rung's lines
+HEAD = 32  # columns before a rung's lines
+
+
+@dataclass
+class Block:
+    """The lines of one rung."""
+
+    head: str
+    numbers: list[str]
+    wrong: list[str]
+    file: str
+    cut: int = 0  # lines of what is wrong that had no room
+
+    def __len__(self) -> int:
+        return max(1, len(self.numbers) + len(self.wrong) + bool(self.cut))
+
+    def lines(self) -> list[str]:
+        more = [f"WRONG, {self.cut} lines more in {self.file}"] * bool(self.cut)
+        texts = [*self.numbers, *self.wrong, *more] or [f"see {self.file}"]
+        heads = [self.head, *[""] * (len(texts) - 1)]
+        return [f"{head:<{HEAD}}{text}" for head, text in zip(heads, texts)]
 
 
 def table(records: Mapping[str, Record], files: Mapping[str, str], seconds: float) -> str:
     """A row for each rung, with its lines beside and below. Where there are too many, numbers give
     way to what is wrong."""
-    blocks = {name: _block(name, record, files[name]) for name, record in records.items()}
-    over = 1 + sum(len(block) for block in blocks.values()) - MOST_LINES
-    while over > 0 and (longest := max(blocks.values(), key=len, default=[])) and len(longest) > 2:
-        # The last number before what is wrong, or else the last of what is wrong.
-        numbers = [i for i, line in enumerate(longest) if i > 0 and "WRONG" not in line]
-        del longest[numbers[-1] if numbers else -2]
-        over -= 1
+    blocks = [_block(name, record, files[name]) for name, record in records.items()]
+    _shorten(blocks, MOST_LINES - 1)
     count = sum(len(record.get("wrong", [])) for record in records.values())
-    found = f"{count} WRONG" if count else "nothing wrong"
+    title = f"gpu_check: {f'{count} WRONG' if count else 'nothing wrong'}, "
+    title += f"{len(records)} rungs in {seconds:.0f} s"
     ended = [name for name, record in records.items() if record["status"] != "ok"]
-    title = f"gpu_check: {found}, {len(records)} rungs in {seconds:.0f} s"
     title += f"; not ok: {', '.join(ended)}" if ended else ""
-    lines = [title, *(line for block in blocks.values() for line in block)]
+    lines = [title, *(line for block in blocks for line in block.lines())]
     return "\n".join(line[:MOST_COLUMNS].rstrip() for line in lines)
 
 
-def _block(name: str, record: Record, file: str) -> list[str]:
-    texts = list(record.get("lines", []))
+def _block(name: str, record: Record, file: str) -> Block:
+    numbers = list(record.get("lines", []))
     if record.get("reason"):
-        texts.insert(0, record["reason"])
-    texts += _packed(record.get("wrong", []))
-    head = f"{name:<10} {record['status']:<12} {record.get('seconds', 0):>4.0f} s"
-    heads = [head, *[""] * (len(texts) - 1)]
-    return [f"{head:<{HEAD - 2}}{text}" for head, text in zip(heads, texts or [f"see {file}"])]
+        numbers.insert(0, record["reason"])
+    head = f"{name:<10} {record['status']:<11} {record.get('seconds', 0):>4.0f} s"
+    return Block(head, numbers, _packed(record.get("wrong", [])), file)
 
 
 def _packed(wrong: list[str]) -> list[str]:
@@ -49,3 +63,17 @@ def _packed(wrong: list[str]) -> list[str]:
         else:
             lines.append(f"WRONG {text}")
     return lines
+
+
+def _shorten(blocks: list[Block], most: int) -> None:
+    """Takes last lines of the longest: numbers but each rung's first, then what is wrong."""
+    while sum(map(len, blocks)) > most:
+        numbers = [block for block in blocks if len(block.numbers) > 1]
+        if numbers:
+            max(numbers, key=lambda block: len(block.numbers)).numbers.pop()
+            continue
+        longest = max(blocks, key=lambda block: len(block.wrong))
+        if len(longest.wrong) < 2:
+            return
+        longest.cut += 1 + (longest.cut == 0)  # the line that says so needs a place
+        del longest.wrong[-1 - (longest.cut == 2) :]
