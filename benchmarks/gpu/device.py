@@ -17,11 +17,12 @@ import torch
 from gpu.job import ROOT, Job, NotHere
 
 BACKENDS = ("triton", "cuda")
+_is_set_up = False
 
 
 @dataclass(frozen=True)
 class Device:
-    """Can be sent to other processes; each calls `set_up` once."""
+    """Can be sent to other processes; each calls `set_up` first."""
 
     rehearse: bool
     emulated: Path  # the CUDA kernels for the CPU, if they were built
@@ -36,7 +37,11 @@ class Device:
         return device
 
     def set_up(self) -> None:
-        """Makes the GPU backends of this tree serve tensors on this device."""
+        """Makes the GPU backends of this tree serve tensors on this device, once in a process."""
+        global _is_set_up
+        if _is_set_up:
+            return
+        _is_set_up = True
         _find_triton_kernels()
         if not self.rehearse:
             return

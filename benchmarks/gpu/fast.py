@@ -47,6 +47,7 @@ PEERS = {
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
+ENOUGH = 20.0  # seconds, without which no further case is begun
 TURN = 20.0  # seconds that some later calls may take
 DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
 COLD = """
@@ -60,7 +61,7 @@ from pathlib import Path
 bench = Bench(Device({rehearse}, Path({emulated!r})), {provider!r})
 imported = time.perf_counter()
 found = bench.load(Problem{sizes})
-print("cold", imported - start, found["first_forward_s"] + found["first_step_s"])
+print("cold", imported - start, found["first_step_s"])
 """
 
 
@@ -72,6 +73,9 @@ def run(job: Job) -> None:
     large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
     try:
         for name, problem in large.items():
+            if job.left < ENOUGH:
+                job.line(f"{name}: left out, no time left")
+                continue
             if name != FIRST:
                 own = {n: w for n, w in workers.items() if n not in PEERS}
                 measure_large(job, name, problem, own, device)
@@ -272,7 +276,7 @@ def cold_starts(job: Job, device: Device, problem: Problem) -> None:
         job.row(case="cold start", provider=provider, **found)
         text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
         texts.append(f"{provider} {text}")
-    job.line(f"cold start, forward and step: {', '.join(texts)}")
+    job.line(f"cold start, a first step: {', '.join(texts)}")
 
 
 def cold_start(provider: str, device: Device, problem: Problem, seconds: float) -> Record:
