@@ -33,12 +33,14 @@ LEAST = 5.0  # a rung is not started with less
 
 @dataclass(frozen=True)
 class Rung:
-    """`seconds`: after which it is stopped. `file`: of --out, may hold several rungs."""
+    """`seconds`: after which it is stopped. `file`: of --out, may hold several rungs. `kernels`:
+    a rehearsal needs the GPU backends, else it takes those of the CPU, which are faster."""
 
     name: str
     seconds: float
     file: str
     module: str = ""
+    kernels: bool = True
 
 
 # In order of worth. The files are seven, with the paper's figure and the table eight in all.
@@ -50,8 +52,8 @@ RUNGS = (
     Rung("sanitizer", 60, "checks.json"),
     Rung("tests", 120, "checks.json"),
     Rung("tiles", 90, "tiles.json"),
-    Rung("train", 150, "training.json"),
-    Rung("accuracy", 900, "training.json"),
+    Rung("train", 150, "training.json", kernels=False),
+    Rung("accuracy", 900, "training.json", kernels=False),
 )
 TABLE = "summary.txt"
 
@@ -76,6 +78,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("runs/gpu_check"), help="(default: %(default)s)"
     )
     parser.add_argument("--data", help="CIFAR-10, as for python -m ckd.train: for rung accuracy")
+    parser.add_argument("--teacher-weights", help="of a trained resnet56: for rung accuracy")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     options = parser.parse_args(arguments)
     if not options.budget > 0:
@@ -116,7 +119,8 @@ def run(rung: Rung, left: float, options: argparse.Namespace, work: Path) -> Rec
     write_record(file, rung.name, {"status": "started"})
     log, begin = work / f"{rung.name}.log", time.monotonic()
     try:
-        ending = attempt(command(rung, file, work, limit, options), limit, log, options)
+        words = command(rung, file, work, limit, options)
+        ending = attempt(words, environment(rung, options.rehearse), limit, log)
     finally:
         record = read_records(file).get(rung.name, {})
         record.setdefault("status", "crashed")
@@ -137,19 +141,20 @@ def command(
     module = rung.module or f"gpu.{rung.name}"
     words = [sys.executable, "-m", "gpu", "--name", rung.name, "--module", module]
     words += ["--file", str(file), "--work", str(work), "--seconds", f"{limit:.1f}"]
-    words += ["--data", options.data] if options.data else []
+    for flag, value in (("--data", options.data), ("--teacher-weights", options.teacher_weights)):
+        words += [flag, value] if value else []
     return words + ["--rehearse"] * options.rehearse
 
 
 def attempt(
-    words: list[str], limit: float, log: Path, options: argparse.Namespace
+    words: list[str], variables: dict[str, str], limit: float, log: Path
 ) -> tuple[str, str] | None:
     """Runs a process group to its end or to its limit; how it failed, if it did, and why."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
             words,
             cwd=ROOT,
-            env=environment(options),
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -181,12 +186,13 @@ def _signal_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def environment(options: argparse.Namespace) -> dict[str, str]:
-    """Of a rung: this tree's modules first; in a rehearsal no GPU, and Triton interprets."""
+def environment(rung: Rung, rehearse: bool) -> dict[str, str]:
+    """This tree's modules first; in a rehearsal no GPU, and Triton interprets."""
     paths = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    if options.rehearse:
-        own |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    if rehearse:
+        own |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        own["TRITON_INTERPRET"] = "1" if rung.kernels else "0"
     return {**os.environ, **own}
 
 

@@ -47,7 +47,8 @@ def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
     def run(
         *names: str, budget: float = 60, seconds: float = 20
     ) -> tuple[int, dict[str, dict[str, object]]]:
-        options = argparse.Namespace(budget=budget, out=tmp_path, data=None, rehearse=False)
+        options = argparse.Namespace(budget=budget, out=tmp_path, rehearse=False)
+        options.data = options.teacher_weights = None
         rungs = [Rung(name, seconds, f"{name}.json", f"fake_{name}") for name in names]
         code = gpu_check.climb(rungs, options, tmp_path)
         return code, {n: read_records(tmp_path / f"{n}.json")[n] for n in names}

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--data")
+    parser.add_argument("--teacher-weights")
     options = vars(parser.parse_args(arguments))
     module = options.pop("module")
     job = Job(**options)

@@ -23,6 +23,7 @@ from problem import Problem
 
 from gpu.device import BACKENDS, Device
 from gpu.job import ROOT, Job, Record
+from gpu.rivals import RIVALS
 from gpu.timed import CUBLAS, EAGER, FORWARD, STEP, Bench
 from gpu.workers import Failed, Worker
 
@@ -31,19 +32,21 @@ LARGE = {
     "frozen": Problem(4096, 1_280_000, 256, 256, learned=False),
     "W 128": Problem(4096, 320_000, 1024, 128),
     "W 64": Problem(4096, 320_000, 1024, 64),
+    "pairs": Problem(32768, 32768, 512, 512, learned=False),
 }
 SMALL = Problem(256, 1000, 1024, 256)
 TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
 TINY_SMALL = Problem(8, 40, 24, 16)
-FIRST = "learned"  # of the large ones, where all are measured
+FIRST, PAIRS = "learned", "pairs"
 OWN = tuple(f"{backend}-half" for backend in BACKENDS)
-# In what they differ beside: all hold the unit rows of the bank and their gradient.
+# In what they compute; all hold the bank's unit rows and a gradient for them.
 PEERS = {
     "torch-linear": "float32",
     "liger": "float32",
     "cut-cross-entropy": "bfloat16",
     "inf-cl": "float32",
 }
+NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
@@ -55,6 +58,7 @@ import time, torch
 start = time.perf_counter()
 import ckd
 from gpu.device import Device
+from gpu.rivals import RIVALS
 from gpu.timed import Bench
 from problem import Problem
 from pathlib import Path
@@ -76,13 +80,12 @@ def run(job: Job) -> None:
             if job.left < ENOUGH:
                 job.line(f"{name}: left out, no time left")
                 continue
-            if name != FIRST:
-                own = {n: w for n, w in workers.items() if n not in PEERS}
-                measure_large(job, name, problem, own, device)
-                continue
-            measure_large(job, name, problem, workers, device)
-            measure_small(job, small, workers, device)
-            cold_starts(job, device, small)
+            others = {PAIRS: list(RIVALS), FIRST: list(PEERS)}.get(name, [])
+            own = {n: w for n, w in workers.items() if n in (CUBLAS, *OWN, EAGER, *others)}
+            measure_large(job, name, problem, own, device)
+            if name == FIRST:
+                measure_small(job, small, own, device)
+                cold_starts(job, device, small)
         if absent:
             job.line("absent: " + ", ".join(f"{n} ({why[:30]})" for n, why in absent.items()))
     finally:
@@ -100,10 +103,11 @@ def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
         else:
             job.wrong(f"backend {name} cannot run: {reason}")
     able.append(EAGER)
-    for name in PEERS:
-        reason = providers.find(name).missing()
-        if reason is None and device.name not in providers.find(name).devices:
-            reason = "not in a rehearsal"
+    for name in (*PEERS, *RIVALS):
+        found = RIVALS[name] if name in RIVALS else providers.find(name)
+        reason = found.missing()
+        if device.rehearse:
+            reason = reason or "not in a rehearsal"
         if reason is None:
             able.append(name)
         else:
@@ -129,14 +133,15 @@ def measure_large(
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
-    if name != FIRST:
+    if name not in (FIRST, PAIRS):
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
         job.line(f"{name} {problem}: {f0_text}; {', '.join(texts)}")
         return
     job.line(f"{name} {problem}: {f0_text}")
     for provider, row in others.items():
         job.line(f"  {provider:<17} {long_text(row)}")
-    breakdown(job, rows, workers)
+    if name == FIRST:
+        breakdown(job, rows, workers)
 
 
 def load(
@@ -145,7 +150,7 @@ def load(
     """What the first calls of each provider say; one at a time, since tiles are measured then."""
     rows: dict[str, Record] = {}
     for provider in list(workers):
-        row = rows[provider] = {"times": 1, "note": PEERS.get(provider, "")}
+        row = rows[provider] = {"times": 1, "note": NOTES.get(provider, "")}
         if not workers[provider].is_alive():
             workers[provider] = Worker(Bench, device, provider)
         part = problem
@@ -161,7 +166,8 @@ def load(
             row["failed"] = str(failure)
             if provider in OWN:
                 job.wrong(f"{provider} {name}: {failure}")
-    losses = {n: r["loss"] for n, r in rows.items() if "loss" in r and r["times"] == 1}
+    alike = {n: r for n, r in rows.items() if n not in RIVALS and r["times"] == 1}
+    losses = {n: r["loss"] for n, r in alike.items() if "loss" in r}
     for provider, loss in losses.items():
         if not abs(loss / statistics.median_low(losses.values()) - 1) < DIFFERS:
             job.wrong(f"{provider} {name}: a loss of {loss:.5g} among {losses}")

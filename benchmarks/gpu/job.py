@@ -36,6 +36,7 @@ class Job:
     seconds: float
     rehearse: bool = False
     data: str | None = None
+    teacher_weights: str | None = None
     record: Record = field(default_factory=dict)
     _start: float = field(default_factory=time.monotonic)
 

@@ -16,6 +16,7 @@ from problem import Inputs, Problem, make_inputs
 from torch import Tensor
 
 from gpu.device import Device
+from gpu.rivals import RIVALS
 
 FORWARD, STEP = "forward", "step"
 CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0
@@ -56,7 +57,10 @@ class Bench:
                 return loss(inputs)
 
         def step() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(loss(inputs), inputs.leaves)
+            # Not all rivals learn the scale.
+            return torch.autograd.grad(
+                loss(inputs), inputs.leaves, allow_unused=self.provider in RIVALS
+            )
 
         self._call = {FORWARD: forward, STEP: step}
         found = {"first_step_s": self._seconds(STEP), "first_forward_s": self._seconds(FORWARD)}
@@ -138,7 +142,9 @@ class Bench:
 
 
 def loss_of(provider: str) -> Callable[[Inputs], Tensor]:
-    return eager_fp16 if provider == EAGER else providers.find(provider).make()
+    if provider == EAGER:
+        return eager_fp16
+    return RIVALS[provider].make() if provider in RIVALS else providers.find(provider).make()
 
 
 def eager_fp16(inputs: Inputs) -> Tensor:
