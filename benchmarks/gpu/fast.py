@@ -1,0 +1,314 @@
+"""Rung 4: the table of targets. Providers of the loss take turns, each in a process of its own.
+
+Times are multiples of F0, one cuBLAS float16 product of the logits' shape in the same run. A peer
+gets the unit rows of students and bank from plain torch, whose time counts (benchmarks/peers.py);
+where a provider has no room for a bank, it gets an eighth of it and its times count eightfold.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import providers
+from problem import Problem
+
+from gpu.device import BACKENDS, Device
+from gpu.job import ROOT, Job, Record
+from gpu.rivals import RIVALS
+from gpu.timed import CUBLAS, EAGER, FORWARD, STEP, Bench
+from gpu.workers import Failed, Worker
+
+LARGE = {
+    "learned": Problem(4096, 1_280_000, 1024, 256),
+    "frozen": Problem(4096, 1_280_000, 256, 256, learned=False),
+    "W 128": Problem(4096, 320_000, 1024, 128),
+    "W 64": Problem(4096, 320_000, 1024, 64),
+    "pairs": Problem(32768, 32768, 512, 512, learned=False),
+}
+SMALL = Problem(256, 1000, 1024, 256)
+TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
+TINY_SMALL = Problem(8, 40, 24, 16)
+FIRST, PAIRS = "learned", "pairs"
+OWN = tuple(f"{backend}-half" for backend in BACKENDS)
+# In what they compute; all hold the bank's unit rows and a gradient for them.
+PEERS = {
+    "torch-linear": "float32",
+    "liger": "float32",
+    "cut-cross-entropy": "bfloat16",
+    "inf-cl": "float32",
+}
+NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
+EIGHTH = 8
+ROUNDS, CALLS = 3, 3
+PATIENCE = 60.0  # seconds that a first call may take, with its compilations
+ENOUGH = 20.0  # seconds, without which no further case is begun
+TURN = 20.0  # seconds that some later calls may take
+DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
+COLD = """
+import time, torch
+start = time.perf_counter()
+import ckd
+from gpu.device import Device
+from gpu.rivals import RIVALS
+from gpu.timed import Bench
+from problem import Problem
+from pathlib import Path
+bench = Bench(Device({rehearse}, Path({emulated!r})), {provider!r})
+imported = time.perf_counter()
+found = bench.load(Problem{sizes})
+print("cold", imported - start, found["first_step_s"])
+"""
+
+
+def run(job: Job) -> None:
+    device = Device.of(job)
+    able, absent = contenders(job, device)
+    job.put(absent=absent)
+    workers = {name: Worker(Bench, device, name) for name in able}  # which import meanwhile
+    large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
+    try:
+        for name, problem in large.items():
+            if job.left < ENOUGH:
+                job.line(f"{name}: left out, no time left")
+                continue
+            others = {PAIRS: list(RIVALS), FIRST: list(PEERS)}.get(name, [])
+            own = {n: w for n, w in workers.items() if n in (CUBLAS, *OWN, EAGER, *others)}
+            measure_large(job, name, problem, own, device)
+            if name == FIRST:
+                measure_small(job, small, own, device)
+                cold_starts(job, device, small)
+        if absent:
+            job.line("absent: " + ", ".join(f"{n} ({why[:30]})" for n, why in absent.items()))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+
+
+def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
+    """The providers that can run here, and why peers cannot."""
+    able, absent = [CUBLAS], {}
+    for name in OWN:
+        reason = device.missing(name.removesuffix("-half"))
+        if reason is None:
+            able.append(name)
+        else:
+            job.wrong(f"backend {name} cannot run: {reason}")
+    able.append(EAGER)
+    for name in (*PEERS, *RIVALS):
+        found = RIVALS[name] if name in RIVALS else providers.find(name)
+        reason = found.missing()
+        if device.rehearse:
+            reason = reason or "not in a rehearsal"
+        if reason is None:
+            able.append(name)
+        else:
+            absent[name] = reason
+    return able, absent
+
+
+def measure_large(
+    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+) -> None:
+    rows = load(job, name, problem, workers, device)
+    for _ in range(1 if job.rehearse else ROUNDS):
+        for provider, row in rows.items():
+            for mode in (FORWARD,) if provider == CUBLAS else (FORWARD, STEP):
+                take_turn(workers[provider], mode, row)
+    f0 = rows[CUBLAS].get("forward_ms")
+    for provider, row in rows.items():
+        derive(row, problem, f0)
+        job.row(case=name, provider=provider, **row)
+    if f0:
+        rate = 2 * problem.batch * problem.bank_rows * problem.student_dim / f0 / 1e9
+        f0_text = f"F0 {f0:.2f} ms, {rate:.0f} TF/s by cuBLAS"
+    else:
+        f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
+    others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
+    if name not in (FIRST, PAIRS):
+        texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
+        job.line(f"{name} {problem}: {f0_text}; {', '.join(texts)}")
+        return
+    job.line(f"{name} {problem}: {f0_text}")
+    for provider, row in others.items():
+        job.line(f"  {provider:<17} {long_text(row)}")
+    if name == FIRST:
+        breakdown(job, rows, workers)
+
+
+def load(
+    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+) -> dict[str, Record]:
+    """What the first calls of each provider say; one at a time, since tiles are measured then."""
+    rows: dict[str, Record] = {}
+    for provider in list(workers):
+        row = rows[provider] = {"times": 1, "note": NOTES.get(provider, "")}
+        if not workers[provider].is_alive():
+            workers[provider] = Worker(Bench, device, provider)
+        part = problem
+        if provider not in (CUBLAS, *OWN) and is_large(problem):
+            row["times"] = EIGHTH
+            part = replace(problem, bank_rows=problem.bank_rows // EIGHTH)
+        unfit = providers.find(provider).unfit(problem) if provider in PEERS else None
+        try:
+            if unfit is not None:
+                raise Failed(unfit)
+            row |= workers[provider].ask("load", part, seconds=min(PATIENCE, job.left))
+        except Failed as failure:
+            row["failed"] = str(failure)
+            if provider in OWN:
+                job.wrong(f"{provider} {name}: {failure}")
+    alike = {n: r for n, r in rows.items() if n not in RIVALS and r["times"] == 1}
+    losses = {n: r["loss"] for n, r in alike.items() if "loss" in r}
+    for provider, loss in losses.items():
+        if not abs(loss / statistics.median_low(losses.values()) - 1) < DIFFERS:
+            job.wrong(f"{provider} {name}: a loss of {loss:.5g} among {losses}")
+    return rows
+
+
+def is_large(problem: Problem) -> bool:
+    """Whether eager's logits and what is made of them have no room beside other processes."""
+    return problem.batch * problem.bank_rows > 1 << 30
+
+
+def take_turn(worker: Worker, mode: str, row: Record) -> None:
+    """Adds some times to a row, and their median; fewer of what takes long."""
+    if "failed" in row:
+        return
+    calls = CALLS if row.get("first_step_s", 0) < 1 or row.get("step_ms", 1e9) < 300 else 1
+    try:
+        found = worker.ask("time", mode, calls, seconds=TURN)
+    except Failed as failure:
+        row["failed"] = f"{mode}: {failure}"
+        return
+    times = row.setdefault(f"{mode}_times", [])
+    times += [row["times"] * x for x in found]
+    row[f"{mode}_ms"] = statistics.median(times)
+
+
+def derive(row: Record, problem: Problem, f0: float | None) -> None:
+    """Multiples of F0, and rates of the work that the loss needs."""
+    for mode, flops in ((FORWARD, problem.forward_flops()), (STEP, problem.step_flops())):
+        if f"{mode}_ms" in row:
+            row[f"{mode}_tflops"] = flops / row[f"{mode}_ms"] / 1e9
+            row[f"{mode}_f0"] = row[f"{mode}_ms"] / f0 if f0 else math.nan
+
+
+def long_text(row: Record) -> str:
+    if "failed" in row:
+        return str(row["failed"])[:90]
+    texts = []
+    for mode in (FORWARD, STEP):
+        ms, f0, rate = (row[f"{mode}_{unit}"] for unit in ("ms", "f0", "tflops"))
+        texts.append(f"{mode} {ms:.4g} ms {f0:.2f} F0 {rate:.0f} TF/s")
+    if "peak_mib" in row:
+        texts.append(f"{row['peak_mib']:,.0f} MiB")
+    if row["times"] > 1:
+        texts.append(f"(1/{row['times']} of K, x {row['times']})")
+    return "; ".join([*texts, row["note"]]).removesuffix("; ")
+
+
+def short_text(row: Record) -> str:
+    if "failed" in row:
+        return str(row["failed"])[:40]
+    return f"{row['forward_f0']:.2f} / {row['step_f0']:.2f} F0"
+
+
+def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> None:
+    """Where the time of a large step goes."""
+    for provider in OWN:
+        if "failed" in rows.get(provider, {"failed": "it is not here"}):
+            continue
+        try:
+            table = workers[provider].ask("kernels", seconds=TURN)[:10]
+        except Failed as failure:
+            job.wrong(f"{provider}, profiled: {failure}")
+            continue
+        job.put(**{f"kernels of {provider}": table})
+        cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table[:6]]
+        if cells:
+            job.line(f"  {provider} ms: {', '.join(cells)}")
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without what C++ has around it."""
+    name = kernel.removeprefix("void ").partition("(")[0].partition("<")[0]
+    return name.rpartition("::")[2].removesuffix("_kernel")
+
+
+def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device: Device) -> None:
+    rows = load(job, "small", problem, workers, device)
+    for provider, row in rows.items():
+        if provider == CUBLAS or "failed" in row:
+            continue
+        ask = workers[provider].ask
+        try:
+            row |= ask("called", 3 if job.rehearse else 100, seconds=TURN)
+            table = ask("kernels", seconds=TURN)
+            row |= {"launches": sum(count for _, count, _ in table), "kernels": table[:12]}
+            row["graph_us"] = ask("graph", 50, seconds=TURN)  # last: one that fails may break it
+        except Failed as failure:
+            row["no_graph" if "launches" in row else "failed"] = str(failure)
+    job.line(f"small {problem}: a step in a graph, as called, Python's part")
+    for provider, row in rows.items():
+        job.row(case="small", provider=provider, **row)
+        if provider != CUBLAS:
+            job.line(f"  {provider:<17} {small_text(row)}")
+
+
+def small_text(row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return str(row["failed"])[:90]
+    graph = f"{row['graph_us']:.0f} us" if "graph_us" in row else f"({row['no_graph'][:40]})"
+    return (
+        f"{graph}, {row['eager_us']:.0f} us, {row['host_us']:.0f} us; "
+        f"{row['launches']} launches; first step {row['first_step_s']:.1f} s"
+    )
+
+
+def cold_starts(job: Job, device: Device, problem: Problem) -> None:
+    """Seconds of a first step in a new process, with nothing in Triton's cache."""
+    texts = []
+    for provider in (n for n, b in zip(OWN, BACKENDS) if device.missing(b) is None):
+        found = cold_start(provider, device, problem, min(60.0, job.left))
+        job.row(case="cold start", provider=provider, **found)
+        text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
+        texts.append(f"{provider} {text}")
+    job.line(f"cold start, a first step: {', '.join(texts)}")
+
+
+def cold_start(provider: str, device: Device, problem: Problem, seconds: float) -> Record:
+    sizes = (problem.batch, problem.bank_rows, problem.teacher_dim, problem.student_dim)
+    code = COLD.format(
+        rehearse=device.rehearse, emulated=str(device.emulated), provider=provider, sizes=sizes
+    )
+    with tempfile.TemporaryDirectory(prefix="cold-") as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        start = time.perf_counter()
+        try:
+            done = run_code(code, environment, seconds)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {seconds:.0f} s"}
+    for text in done.stdout.splitlines():
+        if text.startswith("cold "):
+            imported, step = map(float, text.split()[1:])
+            whole = time.perf_counter() - start
+            return {"import_s": imported, "step_s": step, "process_s": whole}
+    return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:100]}
+
+
+def run_code(
+    code: str, environment: dict[str, str], seconds: float
+) -> subprocess.CompletedProcess[str]:
+    words: Sequence[str] = (sys.executable, "-c", code)
+    return subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
+    )
