@@ -124,7 +124,8 @@ class BankChunks {
       t.count = smaller_of(plan_.chunk_rows, in_.bank.count - first);
       t.data = static_cast<const char*>(in_.bank.data) + first * t.stride * bytes(t.element);
       const std::int64_t at = cached_ ? first : 0;
-      const Chunk chunk = {n_ + at * plan_.ld, inverse_ + at, t.count, first, in_.bank.count};
+      const Chunk chunk = {n_ + at * plan_.ld, inverse_ + at, static_cast<int>(t.count), first,
+                           in_.bank.count};
       if (int error = filled_ ? 0 : fill(chunk, t)) return error;
       if (int error = f(chunk, t)) return error;
     }
@@ -194,12 +195,12 @@ class BankChunks {
   template <class T, class S, bool ALIGNED>
   int project_chunk(const Rows& t) const {
     const int width = static_cast<int>(in_.student.width);
-    return CKD_LAUNCH((project<T, S, ALIGNED>), dim3(blocks(t.count, TILE), blocks(width, TILE)),
-                      dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream_,
-                      static_cast<const S*>(t.data), t.stride, t.count, static_cast<int>(t.width),
-                      static_cast<const T*>(in_.weight), in_.weight_stride, in_.bias, width,
-                      static_cast<const float*>(nullptr), 1.0f, z_,
-                      static_cast<std::int64_t>(plan_.piece));
+    return CKD_LAUNCH(
+        (project<T, S, ALIGNED, false>), dim3(blocks(t.count, TILE), blocks(width, TILE)),
+        dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream_, static_cast<const S*>(t.data),
+        t.stride, t.count, static_cast<int>(t.width), static_cast<const T*>(in_.weight),
+        in_.weight_stride, in_.bias, width, static_cast<const float*>(nullptr), 1.0f, z_,
+        static_cast<std::int64_t>(plan_.piece));
   }
 
   template <class S>

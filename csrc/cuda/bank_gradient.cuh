@@ -57,7 +57,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   float* at_target = carve.take<float>(2 * ROWS);
   float* by_all = carve.take<float>(2 * ROWS);
   float* sizes = carve.take<float>(THREADS / 32);
-  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.x) * TILE, batch = students.batch;
+  const int k0 = static_cast<int>(blockIdx.x) * TILE, batch = students.batch;
   operands.stay_rows = chunk.n;
   operands.first_stay = k0;
   operands.stay_end = chunk.rows;
@@ -71,7 +71,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
 
   operands.begin(0);
   float size = SMALLEST;
-  for (std::int64_t i = threadIdx.x; i < batch; i += THREADS) {
+  for (int i = static_cast<int>(threadIdx.x); i < batch; i += THREADS) {
     size = fmaxf(size, factors_of(op, i).size);
   }
   size = max_of_warp(size);
@@ -80,7 +80,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   for (int warp = 0; warp < THREADS / 32; ++warp) size = fmaxf(size, sizes[warp]);
   const float lift = LIFT / size;
 
-  const auto load_factors = [&](std::int64_t i0, int to) {
+  const auto load_factors = [&](int i0, int to) {
     const int j = static_cast<int>(threadIdx.x);
     if (j >= ROWS) return;
     const Factors f = i0 + j < batch ? factors_of(op, i0 + j) : Factors();
@@ -96,7 +96,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   total.clear();
   load_factors(0, 0);
   int step = 0;
-  for (std::int64_t i0 = 0; i0 < batch; i0 += ROWS, ++step) {
+  for (int i0 = 0; i0 < batch; i0 += ROWS, ++step) {
     Sums<ROWS / 8> g;
     g.clear();
     const auto tile = operands.next(g, i0, step, [&] { load_factors(i0 + ROWS, (step + 1) % 2); });
@@ -110,10 +110,10 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
         if (smooth) g.at[n][e] -= by_all[j];
       }
     }
-    add_product(total, g, tile);
+    add_product<EXACT>(total, g, tile);
     if constexpr (EXACT) {
       keep_rest(g);
-      add_product(total, g, tile);
+      add_product<EXACT>(total, g, tile);
     }
   }
 
@@ -123,7 +123,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   float top = 0;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const std::int64_t row = k0 + own_row() + 8 * h;
+    const int row = k0 + own_row() + 8 * h;
     float along = 0, factor = up;
     if (whole) {
 #pragma unroll
@@ -146,7 +146,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
         if (whole) d -= along * widen(operands.stays.at(own_row() + 8 * h, w));
         d *= factor;
         if (row < chunk.rows && first_column + w < students.ld) {
-          gradient[row * students.ld + first_column + w] = d;
+          gradient[static_cast<std::int64_t>(row) * students.ld + first_column + w] = d;
           top = fmaxf(top, fabsf(d));
         }
       }

@@ -70,7 +70,7 @@ class Forward {
   unsigned axis_z(bool keeps_values) const {
     return keeps_values ? static_cast<unsigned>(plan_.width_blocks) : 1u;
   }
-  Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
+  Students students() const { return {u_, static_cast<int>(batch_), plan_.ld, plan_.pieces}; }
 
   int add(const Chunk& chunk) const {
     if (!is_whole_) {
@@ -148,7 +148,7 @@ class Backward {
   }
 
  private:
-  Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
+  Students students() const { return {u_, static_cast<int>(batch_), plan_.ld, plan_.pieces}; }
 
   int add(const Chunk& chunk, const Rows& t, float* largest) const {
     const dim3 grid(blocks(chunk.rows, TILE), static_cast<unsigned>(plan_.width_blocks));

@@ -77,24 +77,28 @@ CKD_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-CKD_DEVICE std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+CKD_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffffu, value) != 0; }
+
+// Bytes may be added to it.
+using SharedAddress = std::uint32_t;
+CKD_DEVICE SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
 // Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j names row j of matrix i, 16 bytes;
 // lane l gets into r[i] elements 2 (l % 4) and the next one of row l / 4.
-CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], const void* row) {
+CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same with each matrix transposed: lane l gets elements of column l / 4.
-CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], const void* row) {
+CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -122,9 +126,9 @@ CKD_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::ui
 
 // Starts a copy of `bytes` (0 to 16) from global to 16 bytes of shared memory, the rest zeros. Both
 // addresses are multiples of 16. The copy belongs to the group that commit_copies closes.
-CKD_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
+CKD_DEVICE void copy_async(SharedAddress shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 

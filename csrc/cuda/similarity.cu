@@ -22,14 +22,17 @@ class Forward {
   int run() const {
     const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
     if (batch == 0) return 0;
+    const auto multiply = [&](const Chunk& chunk, auto exact) {
+      return CKD_LAUNCH((project<__half, __half, true, decltype(exact)::value>),
+                        dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)), dim3(THREADS),
+                        4 * carve_bytes<__half>(TILE * TILE), stream_,
+                        static_cast<const __half*>(u_), ld, batch, plan_.ld, chunk.n, ld,
+                        static_cast<const float*>(nullptr), static_cast<int>(chunk.rows),
+                        op_.in.logit_scale, exact ? 1 / (PIECE_SCALE * PIECE_SCALE) : 1.0f,
+                        op_.logits + chunk.first, op_.in.bank.count);
+    };
     return chunks_.each([&](const Chunk& chunk, const Rows&) {
-      return CKD_LAUNCH(
-          (project<__half, __half, true>), dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)),
-          dim3(THREADS), 4 * carve_bytes<__half>(TILE * TILE), stream_,
-          static_cast<const __half*>(u_), ld, batch, plan_.ld, chunk.n, ld,
-          static_cast<const float*>(nullptr), static_cast<int>(chunk.rows), op_.in.logit_scale,
-          plan_.pieces == 1 ? 1.0f : 1 / (PIECE_SCALE * PIECE_SCALE), op_.logits + chunk.first,
-          op_.in.bank.count);
+      return op_.in.exact ? multiply(chunk, std::true_type()) : multiply(chunk, std::false_type());
     });
   }
 
