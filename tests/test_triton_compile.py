@@ -43,7 +43,7 @@ def test_kernels_fit_the_target(target: str) -> None:
     launches = tools.every_launch(target)
     assert {launch.name for launch in launches} == {
         "bank_gradient", "bank_norm_backward", "combine", "forward", "half_tiles", "keep_targets",
-        "largest_gradient", "product", "project", "similarity", "student_factors",
+        "largest_gradient", "mean", "product", "project", "similarity", "student_factors",
         "student_gradient", "unit_rows", "weight_gradient",
     }  # fmt: skip
     bad = []

@@ -202,7 +202,11 @@ def launches_of(
             *inputs, options, save_residual=True, save_attention=attention, cache_bytes=cache_bytes
         )
         backend.contrastive_ce_forward(
-            *inputs, options, save_residual=False, save_attention=False, cache_bytes=0
+            *inputs,
+            options._replace(reduction="mean"),
+            save_residual=False,
+            save_attention=False,
+            cache_bytes=0,
         )
         d_lse = row if attention else None
         backend.contrastive_ce_backward(row, d_lse, *inputs, Saved(*saved[1:]), needs, options)

@@ -143,6 +143,30 @@ def bank_norm_backward_kernel(
     tl.store(largest + k, top, mask=here)
 
 
+@triton.jit(do_not_specialize=["batch", "ignore_index"])
+def mean_kernel(
+    nll,  # [batch] float32
+    target,
+    loss,  # [] the mean over the rows that are not ignored, 0 of none
+    kept,  # [] float32: how many they are, at least 1
+    batch,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """One program: a step of a small bank is bound by its launches."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, batch, BLOCK):
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        here = i < batch
+        total += tl.load(nll + i, mask=here, other=0.0)
+        ignored = tl.load(target + i, mask=here, other=ignore_index) == ignore_index
+        count += tl.where(ignored, 0.0, 1.0)
+    number = tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(loss, tl.sum(total, 0) / number)
+    tl.store(kept, number)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def half_tiles_kernel(
     x,  # [rows, width] float32

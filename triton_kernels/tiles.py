@@ -143,15 +143,15 @@ def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductT
     return (ProductTiles(128, 128, 64), ProductTiles(64, 128, 64))
 
 
-def weight_gradient_tiles(family: str, sums: int, aligned: bool) -> ProductTiles:
+def weight_gradient_tiles(family: str, sums: int, aligned: bool) -> tuple[ProductTiles, ...]:
     """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
     if family == INTERPRETER:
-        return ProductTiles(32, 32, sums)
+        return (ProductTiles(32, 32, sums),)
     if not aligned:
-        return ProductTiles(64, 64, sums)
+        return (ProductTiles(64, 64, sums),)
     if family == HOPPER:
-        return ProductTiles(128, 128, sums, stages=3)
-    return ProductTiles(64, 128, sums)
+        return (ProductTiles(128, 128, sums, stages=3),)
+    return (ProductTiles(64, 128, sums),)
 
 
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:

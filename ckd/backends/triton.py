@@ -109,6 +109,9 @@ def contrastive_ce_forward(
                 residual if save_residual else None,
                 attention if save_attention else None,
             )
+            if options.reduction == "mean":
+                loss, kept = call.mean(nll, target.contiguous(), options.ignore_index)
+                return Forward(loss, lse, kept, p_other, residual, attention, cache)
     loss, kept = reduce_rows(nll, target, options)
     return Forward(loss, lse, kept, p_other, residual, attention, cache)
 

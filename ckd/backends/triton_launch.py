@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from ckd._triton.products import product_kernel, project_kernel, weight_gradient
 from ckd._triton.rows import (
     bank_norm_backward_kernel,
     half_tiles_kernel,
+    mean_kernel,
     student_gradient_kernel,
     unit_rows_kernel,
 )
@@ -42,6 +44,7 @@ from ckd.backends.triton import WIDTH_MULTIPLE
 WORKSPACE_BYTES = 48 << 20
 # Bank rows that a program of the projection and of the bank's gradient owns in a large problem.
 PROGRAM_ROWS = 128
+MEAN_BLOCK = 1024  # students that mean_kernel reads at once
 LARGEST_BLOCK = 1024  # students of a program of largest_gradient_kernel
 SCALED_ROWS = 64  # of dZ that share a scale, where a kernel of its own makes it half precision
 
@@ -197,6 +200,12 @@ class Call:
         candidates = tiles.similarity_tiles(self.arithmetic, self.family)
         key = self.key("similarity", self.batch, count, self.width)
         launch(choose(key, candidates, launch))
+
+    def mean(self, nll: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Of the rows that are not ignored, and how many they are."""
+        loss, kept = self.empty(()), self.empty(())
+        mean_kernel[(1,)](nll, target, loss, kept, self.batch, ignore_index, BLOCK=MEAN_BLOCK)
+        return loss, kept
 
     def student_gradient(
         self,
@@ -396,6 +405,7 @@ class ProjectionGradient:
         self._tiles: Tiles | None = None
         self._exact = Product(call, call.student_dim, call.teacher_dim)
         self._parts: Tensor | None = None  # of d_weight, in half precision
+        self._product_tiles: ProductTiles | None = None
         self._sums: Tensor | None = None  # of dZ over the rows of a program
         self._bias: Tensor | None = None
 
@@ -469,18 +479,31 @@ class ProjectionGradient:
     def _add_half(self, chunk: Chunk, d_z: Tensor, scales: Tensor | None, rows: int) -> None:
         """d_z in half precision, with a scale for every `rows` of it."""
         call = self._call
-        chosen = tiles.weight_gradient_tiles(call.family, rows, is_aligned(chunk.t))
-        blocks = (-(-call.student_dim // chosen.rows), -(-call.teacher_dim // chosen.columns))
+        aligned = is_aligned(chunk.t)
+        candidates = tiles.weight_gradient_tiles(call.family, rows, aligned)
+
+        def blocks(chosen: ProductTiles) -> tuple[int, int]:
+            return -(-call.student_dim // chosen.rows), -(-call.teacher_dim // chosen.columns)
+
         added = self._parts is not None
         if self._parts is None:
-            count = tiles.splits(len(d_z), rows, blocks[0] * blocks[1], call.processors, 16)
+            others = math.prod(blocks(candidates[0]))
+            count = tiles.splits(len(d_z), rows, others, call.processors, 16)
             self._parts = call.empty(count, call.student_dim, call.teacher_dim)
-        weight_gradient_kernel[(*blocks, len(self._parts))](
-            d_z, scales, chunk.t, self._parts,
-            len(d_z), call.width, call.student_dim, call.teacher_dim, chunk.t.stride(0),
-            ADD=added, BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=rows,
-            num_warps=chosen.warps, num_stages=chosen.stages,
-        )  # fmt: skip
+        parts = self._parts
+
+        def launch(chosen: ProductTiles) -> None:
+            weight_gradient_kernel[(*blocks(chosen), len(parts))](
+                d_z, scales, chunk.t, parts,
+                len(d_z), call.width, call.student_dim, call.teacher_dim, chunk.t.stride(0),
+                ADD=added, BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=rows,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+
+        if self._product_tiles is None:  # of the first chunk, whose launch may be repeated
+            key = call.key("weight_gradient", call.student_dim, call.teacher_dim, rows, aligned)
+            self._product_tiles = choose(key, candidates, launch)
+        launch(self._product_tiles)
 
     @property
     def weight(self) -> Tensor:
