@@ -247,6 +247,7 @@ def combine_kernel(
     p_other,
     residual,  # [batch, student_dim]
     attention,  # [batch, student_dim]
+    reference,  # [2, batch]: a cosine c, and (lse - logit_scale c) log2(e)
     batch,
     splits,
     bank_rows,
@@ -259,6 +260,7 @@ def combine_kernel(
     SMOOTH: tl.constexpr,
     KEEP_RESIDUAL: tl.constexpr,
     KEEP_ATTENTION: tl.constexpr,
+    KEEP_REFERENCE: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
@@ -300,6 +302,14 @@ def combine_kernel(
     loss = tl.where(odds < 0, 0.0, odds) + softplus_of_minus(distance)
     tl.store(lse + i, tl.where(has_target, l_y + loss, highest * factor + log_z), mask=here)
     tl.store(p_other + i, other, mask=here)
+    if KEEP_REFERENCE:
+        # The lse itself is as large as the scale, and its rounding would be one of every p_ik. What
+        # it is beyond the largest cosine's logit is small, and exact.
+        beyond = tl.where(odds < 0, -odds, 0.0) + softplus_of_minus(distance)
+        beyond = log_z + tl.where(has_target, beyond, 0.0)
+        alone = has_target & (z == 0)  # the target is the whole bank
+        tl.store(reference + i, tl.where(alone, along, highest), mask=here)
+        tl.store(reference + batch + i, tl.where(alone, 0.0, beyond * LOG2E), mask=here)
     if SMOOTH:
         loss += label_smoothing * (l_y - factor * mean / bank_rows)
     raw = tl.load(target + i, mask=here, other=0)
@@ -313,7 +323,7 @@ def combine_kernel(
             inside = here[:, None] & (w < student_dim)[None, :]
             n_other = tl.zeros([BLOCK_BATCH, BLOCK_WIDTH], tl.float32)
             at = i
-            for _ in range(0, splits):
+            for _ in tl.range(0, splits, loop_unroll_factor=4):
                 share = (
                     tl.exp2((tl.load(top + at, mask=here, other=0.0) - highest) * to_base_2)
                     * inverse

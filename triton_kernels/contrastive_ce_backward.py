@@ -83,13 +83,14 @@ def student_factors_kernel(
     target,
     g,
     h,
-    lse,
+    reference,  # [2, batch] as combine_kernel leaves it: a cosine, and what the lse is beyond it
     p_other,
     largest,  # [parts] as largest_gradient_kernel leaves it
     u,  # [padded, width] operand: unit rows times the sign of g + h
     column,  # [padded] int32 the target's row of the bank, -1 where there is none
     rate,  # [padded] logit_scale log2(e), times the sign: with u, that of the cosine itself
-    above,  # [padded] lse to base 2 - log2(|g + h| / size) - headroom; inf where g + h is 0
+    cosine,  # [padded] from which those of the bank are counted, times the sign
+    above,  # [padded] (lse - logit_scale cosine) log2(e) - log2(|g + h| / size) - headroom
     at_target,  # [padded] G / size at the target, times the sign
     by_all,  # [padded] what label smoothing takes from every G / size, times the sign
     size,  # [] the largest of `largest`
@@ -132,17 +133,19 @@ def student_factors_kernel(
     )  # fmt: skip
     busy = (by_g != 0) | (by_h != 0)
     other = tl.load(p_other + i, mask=here, other=0.0)
-    row_lse = tl.load(lse + i, mask=here, other=0.0)
     lift = 8192.0 if HALF else 1.0
     headroom = HEADROOM if HALF else 0.0
     both = (by_g + by_h) * down
     sign = tl.where(both < 0, -1.0, 1.0)
     # Infinite where every row is confident and weights are huge: p is 0 there, and G finite.
     magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32)
-    row_above = row_lse * LOG2E - tl.log2(magnitude) - headroom
+    beyond = tl.load(reference + batch + i, mask=here, other=0.0)
+    row_above = (beyond - headroom) - tl.log2(magnitude)
     target_gradient = (by_h * (1.0 - other) - by_g * (other - label_smoothing)) * (down * lift)
     tl.store(column + i, y.to(tl.int32))
     tl.store(rate + i, sign * (load_scale(scale) * LOG2E))
+    row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
+    tl.store(cosine + i, sign * row_cosine)
     tl.store(above + i, tl.where(busy & (magnitude > 0), row_above, float("inf")))
     tl.store(at_target + i, tl.where(busy, sign * target_gradient, 0.0))
     smoothed = by_g * (label_smoothing / bank_rows) * (down * lift)
@@ -169,6 +172,7 @@ def bank_gradient_kernel(
     u,  # [padded, width] operand, and so on, as student_factors_kernel leaves them
     column,
     rate,
+    cosine,
     above,
     at_target,
     by_all,
@@ -204,7 +208,6 @@ def bank_gradient_kernel(
     own = row + first
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (w < width)[None, :]
-    headroom = HEADROOM if HALF else 0.0
     n_at = n + k[:, None] * width + w[None, :]
     n_mask = here[:, None] if FULL else here[:, None] & inside
     if WHOLE:
@@ -221,9 +224,8 @@ def bank_gradient_kernel(
             cosines = logits_tile(
                 n, u, k, i_long, rows, batch, width, PRECISION, BLOCK_BANK, BLOCK_BATCH, BLOCK_INNER
             )
-        exponent = tl.fma(cosines, tl.load(rate + i)[None, :], -tl.load(above + i)[None, :])
-        # At most |G| / size = 1, but for the rounding of the lse: huge at a huge scale. NaN passes.
-        d = tl.exp2(tl.minimum(exponent, headroom, propagate_nan=tl.PropagateNan.ALL))
+        difference = cosines - tl.load(cosine + i)[None, :]
+        d = tl.exp2(tl.fma(difference, tl.load(rate + i)[None, :], -tl.load(above + i)[None, :]))
         there = tl.load(at_target + i)
         d = tl.where(own[:, None] == tl.load(column + i)[None, :], there[None, :], d)
         if SMOOTH:

@@ -56,11 +56,15 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
+def waves(rows: int, block: int, processors: int) -> int:
+    """Rounds that programs of one block each take, one a processor."""
+    return -(-rows // (block * processors))
+
+
 def forward_tiles(
-    width: int, arithmetic: str, family: str, *, fills: bool = True
+    width: int, arithmetic: str, family: str, batch: int, rows: int, processors: int
 ) -> tuple[Tiles, ...]:
-    """The sums of the values, batch x width in float32, stay in registers. `fills`: tiles of 128
-    students and 64 bank rows are at least as many as the processors."""
+    """The sums of the values, batch x width in float32, stay in registers."""
     whole = power_of_two(width)
     if family == INTERPRETER:
         return (Tiles(32, 32, min(64, whole), min(32, whole)),)
@@ -75,28 +79,21 @@ def forward_tiles(
         if whole <= 128:
             return (Tiles(128, 64, whole, 64), Tiles(64, 64, whole, 64, warps=4, stages=3))
         return (Tiles(64, 64, 256, 64),)
-    if whole == 128:
-        return (Tiles(64, 128 if fills else 64, whole, 64, warps=4, stages=3),)
-    if whole < 128:
-        few = Tiles(64, 64, whole, 64, warps=4, stages=3)
-        return (
-            (Tiles(64, 128, whole, 64, warps=4, stages=3), Tiles(128, 128, whole, 64))
-            if fills
-            else (few,)
-        )
+    # Where tiles of 128 x 64 are fewer than the processors, smaller ones occupy more of them.
+    few = -(-batch // 128) * -(-rows // 64) < processors
+    if whole <= 128:
+        return (Tiles(64, 64 if few else 128, whole, 64, warps=4, stages=3),)
     if whole == 256:
-        return (Tiles(128, 64, 256, 64),) if fills else (Tiles(64, 64, 256, 64, warps=4, stages=3),)
+        return (Tiles(64, 64, 256, 64, warps=4) if few else Tiles(128, 64, 256, 64),)
     # Where the width does not fit, each program of axis 2 computes the logits anew.
-    parts = (Tiles(128, 64, 256, 64, stages=3), Tiles(64, 128, 256, 64, stages=3))
-    return (Tiles(64, 32, 512, 64), *parts) if whole == 512 else parts
+    return (Tiles(128, 64, 256, 64, stages=3),)
 
 
 def backward_tiles(
-    width: int, arithmetic: str, family: str, *, fills: bool = True
+    width: int, arithmetic: str, family: str, rows: int, processors: int
 ) -> tuple[Tiles, ...]:
     """Bank x width stay in registers. On Hopper 64 bank rows go with 4 warps: with 8, both
-    warpgroups would compute the same logits. `fills`: tiles of 128 bank rows occupy half of the
-    processors at least."""
+    warpgroups would compute the same logits."""
     whole = power_of_two(width)
     if arithmetic == HALF and family == SMALL:
         return (Tiles(32, 64, min(128, whole), 64, warps=4),)
@@ -105,18 +102,22 @@ def backward_tiles(
     if arithmetic == HALF and family == HOPPER:
         if whole > 256:
             return (Tiles(64, 128, 256, 64, stages=3),)
-        if fills:
-            return (Tiles(64, 128, whole, 64, stages=3),)
-        return (Tiles(64, 64, whole, 64, warps=4),)
-    return forward_tiles(width, arithmetic, family)
+        if whole == 128:
+            return (Tiles(128, 64, whole, 64, warps=4),)
+        if whole < 128:
+            return (Tiles(128, 64, whole, 64, warps=4, stages=3),)
+        # A program of 64 rows takes 0.7 of the time of one of 128.
+        if 0.7 * waves(rows, 64, processors) < waves(rows, 128, processors):
+            return (Tiles(64, 64, 256, 64, warps=4, stages=3),)
+        return (Tiles(64, 128, 256, 64, stages=3),)
+    return forward_tiles(width, arithmetic, family, 1, rows, processors)
 
 
 def project_tiles(
-    width: int, arithmetic: str, family: str, aligned: bool, *, fills: bool = True
+    width: int, arithmetic: str, family: str, aligned: bool, rows: int, processors: int
 ) -> tuple[ProductTiles, ...]:
     """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
-    at once), steps of D. Rows that are not aligned cost registers for addresses. `fills`: tiles of
-    128 rows occupy half of the processors at least."""
+    at once), steps of D. Rows that are not aligned cost registers for addresses."""
     whole = power_of_two(width)
     if family == INTERPRETER:
         return (ProductTiles(32, min(32, whole), 16),)
@@ -126,11 +127,15 @@ def project_tiles(
         return (ProductTiles(128, 128, 64 if aligned else 32),)
     if not aligned:
         return (ProductTiles(64, whole, 32),)
-    if family == HOPPER:
-        if fills:
-            return (ProductTiles(128, whole, 64, stages=4),)
-        return (ProductTiles(32, whole, 64, stages=4),)
-    return (ProductTiles(64, whole, 64),)
+    if family != HOPPER:
+        return (ProductTiles(64, whole, 64),)
+    # By what a program takes, measured on an H100: 128 rows 2, 64 rows 1.2, 16 rows 1.
+    choices = {
+        ProductTiles(128, whole, 64, stages=4): 2.0,
+        ProductTiles(64, whole, 64, stages=4): 1.2,
+        ProductTiles(16, whole, 128, warps=4, stages=3): 1.0,
+    }
+    return (min(choices, key=lambda tiles: choices[tiles] * waves(rows, tiles.rows, processors)),)
 
 
 def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductTiles, ...]:
@@ -143,15 +148,17 @@ def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductT
     return (ProductTiles(128, 128, 64), ProductTiles(64, 128, 64))
 
 
-def weight_gradient_tiles(family: str, sums: int, aligned: bool) -> tuple[ProductTiles, ...]:
+def weight_gradient_tiles(
+    width: int, family: str, sums: int, aligned: bool
+) -> tuple[ProductTiles, ...]:
     """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
     if family == INTERPRETER:
         return (ProductTiles(32, 32, sums),)
     if not aligned:
         return (ProductTiles(64, 64, sums),)
-    if family == HOPPER:
+    if family == HOPPER and width > 64:
         return (ProductTiles(128, 128, sums, stages=3),)
-    return (ProductTiles(64, 128, sums),)
+    return (ProductTiles(64, 128, sums, warps=4, stages=3 if family == HOPPER else 2),)
 
 
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:

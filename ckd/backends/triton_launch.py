@@ -38,7 +38,7 @@ from ckd._triton.tiles import ProductTiles, Tiles, power_of_two
 from ckd._triton.tuning import bucket, choose
 from ckd.backends.interface import Gradients, Needs, Options, Saved
 from ckd.backends.precision import float32_products
-from ckd.backends.triton import WIDTH_MULTIPLE
+from ckd.backends.triton import WIDTH_MULTIPLE, reference_bytes
 
 # A chunk of the bank with what is computed about it.
 WORKSPACE_BYTES = 48 << 20
@@ -123,19 +123,22 @@ class Call:
     @functools.cached_property
     def chunk_rows(self) -> int:
         """Bank rows that are worked on at once."""
-        row = self.width * (self.operand.itemsize + 4) + 8  # n, and z or its gradient in float32
+        # n, and z or its gradient: in half precision where one program has whole rows.
+        second = self.operand.itemsize if self.half and self.width <= 256 else 4
+        row = self.width * (self.operand.itemsize + second) + 8
         waves = max(1, WORKSPACE_BYTES // (row * self.wave_rows))
         return min(waves * self.wave_rows, self.bank_rows)
 
-    @property
-    def fills(self) -> bool:
-        """Whether programs of PROGRAM_ROWS occupy at least half of the processors."""
-        return 2 * self.chunk_rows >= self.wave_rows
+    def reference(self, cache: Tensor) -> Tensor | None:
+        """[2, B], where the cache begins (combine_kernel)."""
+        size = reference_bytes(self.batch)
+        return cache[:size].view(torch.float32)[: 2 * self.batch] if len(cache) > 0 else None
 
     def chunks(self, cache: Tensor | None = None, filled: bool = False) -> Iterator[Chunk]:
-        """The bank, projected; a cache has room for all of it and may be filled already."""
-        has_cache = cache is not None and len(cache) > 0
-        n, inverse = self._room(cache if has_cache else None)
+        """The bank, projected; a cache may have room for all of it and be filled already."""
+        room = None if cache is None else cache[reference_bytes(self.batch) :]
+        has_cache = room is not None and len(room) > 0
+        n, inverse = self._room(room if has_cache else None)
         for first in range(0, self.bank_rows, self.chunk_rows):
             t = self.bank[first : first + self.chunk_rows]
             at = first if has_cache else 0
@@ -158,9 +161,8 @@ class Call:
             self._unit_rows(chunk.t, self.teacher_dim, chunk.n, chunk.inverse)
             return
         aligned = is_aligned(chunk.t)
-        candidates = tiles.project_tiles(
-            self.width, self.arithmetic, self.family, aligned, fills=self.fills
-        )
+        sizes = (self.chunk_rows, self.processors)
+        candidates = tiles.project_tiles(self.width, self.arithmetic, self.family, aligned, *sizes)
         fused = candidates[0].columns >= self.width
         z = chunk.n if fused else self.empty(count, self.student_dim)
 
@@ -265,10 +267,8 @@ class SoftmaxSums:
     def __init__(self, call: Call, target: Tensor, options: Options, keep_values: bool) -> None:
         self._call, self._target, self._options = call, target, options
         self._keep_values = keep_values
-        fills = -(-call.batch // 128) * -(-call.chunk_rows // 64) >= call.processors
-        self._candidates = tiles.forward_tiles(
-            call.width, call.arithmetic, call.family, fills=fills
-        )
+        sizes = (call.batch, call.chunk_rows, call.processors)
+        self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family, *sizes)
         self._tiles: Tiles | None = None
         first = self._candidates[0]
         students, columns = self._programs(first)
@@ -333,19 +333,21 @@ class SoftmaxSums:
         p_other: Tensor,
         residual: Tensor | None,
         attention: Tensor | None,
+        reference: Tensor | None,
     ) -> None:
-        """What the students' rows become; residual and attention where they are asked for."""
+        """What the students' rows become; what is None is not asked for."""
         call, options = self._call, self._options
         gather = self._whole_bank is not None
-        combine_kernel[(-(-call.batch // 4),)](
+        combine_kernel[(-(-call.batch // 2),)](
             self._u, self._target, call.scale, self._top, self._total, self._values,
             self._whole_bank if gather else self._n_target, self._n_sum,
-            nll, lse, p_other, residual, attention,
+            nll, lse, p_other, residual, attention, reference,
             call.batch, self._splits, call.bank_rows, options.ignore_index,
             options.label_smoothing, call.width, call.student_dim,
             GATHER=gather, HALF=call.half, SMOOTH=self._n_sum is not None,
             KEEP_RESIDUAL=residual is not None, KEEP_ATTENTION=attention is not None,
-            BLOCK_BATCH=4, BLOCK_SPLITS=power_of_two(self._splits, 1),
+            KEEP_REFERENCE=reference is not None,
+            BLOCK_BATCH=2, BLOCK_SPLITS=power_of_two(self._splits, 1),
             BLOCK_WIDTH=min(256, power_of_two(call.width)),
         )  # fmt: skip
 
@@ -356,6 +358,7 @@ class Students(NamedTuple):
     u: Tensor  # [padded, width]
     column: Tensor
     rate: Tensor
+    cosine: Tensor
     above: Tensor
     at_target: Tensor
     by_all: Tensor
@@ -377,7 +380,7 @@ class Students(NamedTuple):
         rows = -(-call.batch // multiple) * multiple
         largest, size = call.empty(parts), call.empty(1)
         column = call.empty(rows, dtype=torch.int32)
-        rate, above, at_target, by_all = (call.empty(rows) for _ in range(4))
+        rate, cosine, above, at_target, by_all = (call.empty(rows) for _ in range(5))
         u = call.empty(rows, call.width, dtype=call.operand)
         weights = (stride(g), stride(h), options.ignore_index, call.bank_rows)
         given = {"HAS_G": g is not None, "HAS_H": h is not None}
@@ -387,14 +390,14 @@ class Students(NamedTuple):
         )  # fmt: skip
         block_rows = 8
         student_factors_kernel[(rows // block_rows,)](
-            call.student, call.scale, target, g, h, saved.lse, saved.p_other, largest,
-            u, column, rate, above, at_target, by_all, size,
+            call.student, call.scale, target, g, h, call.reference(saved.cache), saved.p_other,
+            largest, u, column, rate, cosine, above, at_target, by_all, size,
             call.batch, parts, call.student_dim, call.student.stride(0), call.width, *weights,
             options.label_smoothing, **given, HALF=call.half, PRECISION=call.precision,
             BLOCK_ROWS=block_rows, BLOCK_WIDTH=min(256, power_of_two(call.width)),
             BLOCK_PARTS=min(1024, power_of_two(parts)),
         )  # fmt: skip
-        return cls(u, column, rate, above, at_target, by_all, size)
+        return cls(u, column, rate, cosine, above, at_target, by_all, size)
 
 
 class ProjectionGradient:
@@ -412,9 +415,8 @@ class ProjectionGradient:
     def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
         """The rows of a chunk, of a loss over softmax probabilities."""
         call, count = self._call, len(chunk.n)
-        candidates = tiles.backward_tiles(
-            call.width, call.arithmetic, call.family, fills=call.fills
-        )
+        sizes = (call.chunk_rows, call.processors)
+        candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family, *sizes)
         whole = candidates[0].width >= call.width
         half = whole and call.half
         gradient = call.empty(count, call.width, dtype=call.bank_operand if half else torch.float32)
@@ -480,7 +482,7 @@ class ProjectionGradient:
         """d_z in half precision, with a scale for every `rows` of it."""
         call = self._call
         aligned = is_aligned(chunk.t)
-        candidates = tiles.weight_gradient_tiles(call.family, rows, aligned)
+        candidates = tiles.weight_gradient_tiles(call.width, call.family, rows, aligned)
 
         def blocks(chosen: ProductTiles) -> tuple[int, int]:
             return -(-call.student_dim // chosen.rows), -(-call.teacher_dim // chosen.columns)
