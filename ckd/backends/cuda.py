@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,7 +44,7 @@ MAX_PARTS = 16
 LEAST_TERMS = 8 * TILE  # of a part of a long sum: fewer are not worth adding up parts for
 WIDEST = 1 << 20  # a row: 65,535 tiles are the most of a launch
 DEVICE = "cuda"
-# Rows of the bank that are worked on at once; the kernels' own bound is 32 MiB of workspace.
+# Rows of the bank that are worked on at once; the kernels' own bound is 64 MiB of workspace.
 MOST_CHUNK_ROWS = 1 << 40
 
 
@@ -235,7 +236,9 @@ class _Gradients:
         self._call, self._needs = call, needs
         (batch, width), dim = call.student.shape, call.bank.shape[1]
         of_rows, projection = needs.student or needs.logit_scale, needs.weight or needs.bias
-        self._parts = parts = call.parts(width, dim, len(call.bank))
+        # A block of the kernel that multiplies with the bank has two tiles of columns, where half
+        # precision is permitted.
+        self._parts = parts = call.parts(width, dim if call.exact else dim / 2, len(call.bank))
         self._student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
         self._along = call.empty(batch if of_rows else 0)
         self._weight = call.empty((parts, width, dim) if projection else 0)
@@ -307,9 +310,9 @@ class _Call:
         """Of unit rows, with all their pieces."""
         return (3 if self.exact else 1) * -(-self.student.shape[1] // 16) * 16
 
-    def parts(self, rows: int, columns: int, terms: int) -> int:
+    def parts(self, rows: int, columns: float, terms: int) -> int:
         """Into how many parts long sums are cut: the tiles of [rows, columns] fill the device."""
-        tiles = -(-rows // TILE) * -(-columns // TILE)
+        tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
         wanted = -(-2 * _processors(self.student.device) // tiles)
         return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 

@@ -42,6 +42,7 @@ struct Operands {
 
   CKD_DEVICE int blocks() const { return (ld + WIDTH - 1) / WIDTH; }
 
+  // Copies that were started before arrive with the first tile.
   CKD_DEVICE void begin(int first_stream) const {
     if (blocks() > 1) return;
     stays.copy(stay_rows, ld, first_stay, stay_end, 0, ld);
@@ -49,20 +50,21 @@ struct Operands {
     commit_copies();
   }
 
-  // Adds the products of tile `step`, rows from `row` on, and returns the tile; `prefetched()` is
-  // called after the barrier, when the other buffer is free.
-  template <class Prefetched>
+  // Adds the products of tile `step`, rows from `row` on, and returns the tile. Where there is a
+  // tile after it, `prefetch()` is called behind the barrier, when the other buffer is free, to
+  // start copies that arrive with that tile.
+  template <class Prefetch>
   CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, int row, int step,
-                            const Prefetched& prefetched) const {
+                            const Prefetch& prefetch) const {
     if (blocks() == 1) {
       const Streaming tile = streams.tile(step);
       wait_copies<0>();
       sync_block();  // this tile has arrived, and the other buffer is free
       if (row + ROWS < stream_end) {
         streams.tile(step + 1).copy(stream_rows, ld, row + ROWS, stream_end, 0, ld);
+        prefetch();
         commit_copies();
       }
-      prefetched();
       add_product_of_rows(sums, stays, tile);
       return tile;
     }
@@ -72,10 +74,10 @@ struct Operands {
       sync_block();                                // nobody reads what is overwritten
       stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
       tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
+      if (i == 0 && row + ROWS < stream_end) prefetch();
       commit_copies();
       wait_copies<0>();
       sync_block();  // both have arrived
-      if (i == 0) prefetched();
       if constexpr (EXACT) {
         add_rounded_product_of_rows(sums, stays, tile);
       } else {

@@ -101,13 +101,6 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   store_projection(sums, first, rows, column, width, 1, bias, z, ld);
 }
 
-// By which one can multiply and divide without rounding.
-CKD_DEVICE float power_of_2_above(float x) {
-  int exponent;
-  frexpf(x, &exponent);
-  return ldexpf(1, exponent);
-}
-
 constexpr int PRODUCT_BYTES = 4 * carve_bytes<__half>(TILE * TILE) + carve_bytes<float>(TILE);
 
 // parts [splits, A, B] (+)= left^T right and, where asked for, column_parts [splits, A] (+)= the

@@ -24,8 +24,6 @@ CKD_DEVICE int row_of_chunk(std::int64_t y, const Chunk& chunk) {
   return y >= chunk.first && y < chunk.first + chunk.rows ? static_cast<int>(y - chunk.first) : -1;
 }
 
-CKD_DEVICE bool in_tile(int row, int rows) { return row >= 0 && row < rows; }
-
 // n_target [batch, ld] gets n_y of the students whose target is in the chunk; a warp for each.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     keep_targets(Students students, Chunk chunk, Targets targets, __half* n_target) {
@@ -128,7 +126,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        p.at[n][e] = exp2_fast(p.at[n][e] * to_base_2 - shift[e / 2]);
+        p.at[n][e] = exp2_fast(fmaf(p.at[n][e], to_base_2, -shift[e / 2]));
         total[e / 2] += p.at[n][e];
       }
     }

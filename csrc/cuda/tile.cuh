@@ -31,6 +31,8 @@ CKD_DEVICE int own_column(int n) { return 8 * n + 2 * (lane_index() % 4); }
 
 CKD_DEVICE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
+CKD_DEVICE bool in_tile(int row, int rows) { return row >= 0 && row < rows; }
+
 // The four lanes that hold a row.
 CKD_DEVICE float sum_of_row(float x) {
   x += shuffle_xor(x, 1);
@@ -278,6 +280,13 @@ CKD_DEVICE void add_rounded_product_of_columns(Sums<8>& sums, Tile<T, TILE> left
 // NaN in place of a scale that the op refuses: the GPU says so without a synchronisation.
 CKD_DEVICE float positive(const float* scale) {
   return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");
+}
+
+// By which one can multiply and divide without rounding.
+CKD_DEVICE float power_of_2_above(float x) {
+  int exponent;
+  frexpf(x, &exponent);
+  return ldexpf(1, exponent);
 }
 
 // The target's row of the bank; -1 where it is ignored or out of range.
