@@ -174,11 +174,8 @@ def make_case(shape: Shape, device: str, seed: int = 0) -> Case:
 
 
 def total(case: Case, loss: Tensor, lse: Tensor | None) -> Tensor:
-    """What is differentiated. Losses of targets outside the bank are NaN, and no part of it."""
-    weighted = loss * case.factor
-    if case.shape.outside:
-        weighted = torch.where(_outside(case), 0.0, weighted)
-    return weighted.sum() + ((lse * case.lse_factor).sum() if lse is not None else 0)
+    """What is differentiated. With a target outside the bank it is NaN, its gradients are not."""
+    return (loss * case.factor).sum() + (0 if lse is None else (lse * case.lse_factor).sum())
 
 
 def _outside(case: Case) -> Tensor:
@@ -272,6 +269,8 @@ def eager(case: Case, kind: str) -> Results:
         reduction=case.shape.reduction,
         ignore_index=IGNORED,
     )
+    if case.shape.outside:
+        loss = torch.where(_outside(case), torch.nan, loss)
     lse = table.logsumexp(1)
     leaves = case.leaves()
     grads = torch.autograd.grad(

@@ -7,6 +7,7 @@ where a provider has no room for a bank, it gets an eighth of it and its times c
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -257,6 +259,9 @@ def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device
             row["graph_us"] = ask("graph", 50, seconds=TURN)  # last: one that fails may break it
         except Failed as failure:
             row["no_graph" if "launches" in row else "failed"] = str(failure)
+            workers[provider].kill()  # its device may still be capturing
+            if provider in OWN:
+                job.wrong(f"{provider} small: {failure}")
     job.line(f"small {problem}: a step in a graph, as called, Python's part")
     for provider, row in rows.items():
         job.row(case="small", provider=provider, **row)
@@ -277,8 +282,13 @@ def small_text(row: dict[str, Any]) -> str:
 def cold_starts(job: Job, device: Device, problem: Problem) -> None:
     """Seconds of a first step in a new process, with nothing in Triton's cache."""
     texts = []
-    for provider in (n for n, b in zip(OWN, BACKENDS) if device.missing(b) is None):
-        found = cold_start(provider, device, problem, min(60.0, job.left))
+    able = [name for name, backend in zip(OWN, BACKENDS) if device.missing(backend) is None]
+    start = functools.partial(
+        cold_start, device=device, problem=problem, seconds=min(60.0, job.left)
+    )
+    with ThreadPoolExecutor() as pool:  # side by side: each compiles on a core of its own
+        results = list(pool.map(start, able))
+    for provider, found in zip(able, results):
         job.row(case="cold start", provider=provider, **found)
         text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
         texts.append(f"{provider} {text}")

@@ -71,8 +71,8 @@ def product_rate(device: Device) -> float:
 
 def copy_rate(device: Device) -> float:
     """GB/s, read and written."""
-    source = torch.ones((1 << 20) if device.rehearse else (1 << 30), dtype=torch.uint8)
-    source = source.to(device.name)
+    size = (1 << 20) if device.rehearse else (1 << 30)
+    source = torch.ones(size, dtype=torch.uint8, device=device.name)
     to = torch.empty_like(source)
     return 2 * source.numel() / device.median_ms(lambda: to.copy_(source), 10) / 1e6
 
