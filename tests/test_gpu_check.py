@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -144,6 +145,23 @@ def test_a_signal_ends_the_rung_and_shows_the_table(tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert "gpu_check:" in shown
     assert is_gone(int(read_records(file)["hang"]["process"]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_a_rehearsal_of_some_rungs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--rehearse"]
+    command += ["--only", "machine", "tiles", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gpu_check: nothing wrong, 2 rungs" in done.stdout
+    kernels = {row["kernel"] for row in read_records(tmp_path / "tiles.json")["tiles"]["rows"]}
+    assert {"forward", "bank_gradient"} <= kernels
+    assert len(list(tmp_path.iterdir())) == 3  # with summary.txt
+
+
+def test_the_files_are_eight_at_most() -> None:
+    names = {rung.file for rung in gpu_check.RUNGS} | {gpu_check.TABLE, "training.png"}
+    assert len(names) <= 8
 
 
 def test_the_table_fits_a_screen_and_keeps_what_is_wrong() -> None:

@@ -89,7 +89,7 @@ def run(job: Job) -> None:
                 measure_small(job, small, own, device)
                 cold_starts(job, device, small)
         if absent:
-            job.line("absent: " + ", ".join(f"{n} ({why[:30]})" for n, why in absent.items()))
+            job.packed("absent:", [f"{name} ({why[:30]})" for name, why in absent.items()])
     finally:
         for worker in workers.values():
             worker.kill()
@@ -131,13 +131,13 @@ def measure_large(
         job.row(case=name, provider=provider, **row)
     if f0:
         rate = 2 * problem.batch * problem.bank_rows * problem.student_dim / f0 / 1e9
-        f0_text = f"F0 {f0:.2f} ms, {rate:.0f} TF/s by cuBLAS"
+        f0_text = f"F0 {f0:.2f} ms ({rate:.0f} TF/s)"
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
     if name not in (FIRST, PAIRS):
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
-        job.line(f"{name} {problem}: {f0_text}; {', '.join(texts)}")
+        job.packed(f"{name} {problem}:", [f0_text, *texts])
         return
     job.line(f"{name} {problem}: {f0_text}")
     for provider, row in others.items():
@@ -237,7 +237,7 @@ def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> 
         job.put(**{f"kernels of {provider}": table})
         cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table[:6]]
         if cells:
-            job.line(f"  {provider} ms: {', '.join(cells)}")
+            job.packed(f"  {provider}, ms:", cells)
 
 
 def short(kernel: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
+LINE = 116  # characters of a line of the table
 
 
 class NotHere(Exception):
@@ -59,6 +60,17 @@ class Job:
         print(text, flush=True)
         self.record["lines"].append(text)
         self.write()
+
+    def packed(self, head: str, texts: Sequence[str]) -> None:
+        """As many texts to a line of the table as fit; `head` stands before the first."""
+        text = head
+        for number, one in enumerate(texts):
+            if number > 0 and len(text) + len(one) + 2 > LINE:
+                self.line(text)
+                text = f"  {one}"
+            else:
+                text += f"{'; ' if number > 0 else ' '}{one}"
+        self.line(text)
 
     def lines(self, texts: Sequence[str]) -> None:
         """Replaces all lines."""

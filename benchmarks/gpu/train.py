@@ -125,7 +125,7 @@ def report(case: Record, job: Job) -> None:
         )
     if "failed" in case["bank"]:
         job.wrong(f"{case['teacher']} bank: {case['bank']['failed']}")
-    job.line(f"{case['teacher']}: {'; '.join(texts)}")
+    job.packed(f"{case['teacher']}:", texts)
 
 
 def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> None:
@@ -147,7 +147,7 @@ def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> Non
         watts = f" {found['watts']:.0f} W" if found["watts"] else ""
         share = found["device_ms"] / found["step_ms"]
         texts.append(f"{method} {share:.0%}, {found['launches']:.0f} launches{watts}")
-    job.line(f"{case['teacher']}, device busy: {'; '.join(texts)}")
+    job.packed(f"{case['teacher']}, device busy:", texts)
 
 
 class Steps:
