@@ -52,6 +52,7 @@ NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
+PEERS_PATIENCE = 25.0  # that of a peer
 ENOUGH = 20.0  # seconds, without which no further case is begun
 TURN = 20.0  # seconds that some later calls may take
 DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
@@ -163,7 +164,8 @@ def load(
         try:
             if unfit is not None:
                 raise Failed(unfit)
-            row |= workers[provider].ask("load", part, seconds=min(PATIENCE, job.left))
+            patience = PATIENCE if provider in OWN else PEERS_PATIENCE
+            row |= workers[provider].ask("load", part, seconds=min(patience, job.left))
         except Failed as failure:
             row["failed"] = str(failure)
             if provider in OWN:

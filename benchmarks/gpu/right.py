@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -40,9 +41,11 @@ from gpu.device import BACKENDS, Device
 from gpu.job import Job, reason_of
 from gpu.modes import MODES, check_mode
 from gpu.workers import Failed, each
+from gpu.wrappers import check_wrappers
 
 WORKERS = 12
 PATIENCE = 75.0  # seconds in which a worker has to come to its next result
+KEPT = 128 << 20  # bytes of a projected bank
 ORDERS = 3  # of rows, in which eager is asked
 SHAPES_OF_TASK = 4
 CONTRASTIVE, SIMILAR, MODE = "contrastive", "similarity", "mode"
@@ -63,6 +66,8 @@ def run(job: Job) -> None:
     table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     workers = 2 if job.rehearse else min(WORKERS, os.cpu_count() or 1)
     done = 0
+    # Beside the others, since nvcc takes its time; there is no chip to compare in a rehearsal.
+    vectors = None if job.rehearse else ThreadPoolExecutor(1).submit(check_wrappers, job.work)
     for task, item in each(check, tasks, workers, PATIENCE):
         _, op, backend, kind, names = task
         if isinstance(item, Failed):
@@ -75,6 +80,9 @@ def run(job: Job) -> None:
         table.setdefault((backend, op, kind), []).append(item)
         head = f"{done} of {wanted} checks; largest error against float64 / multiple of eager's:"
         job.lines([head, *summary(table)])
+    if vectors is not None:
+        text, is_wrong = vectors.result()
+        (job.wrong if is_wrong else job.line)(text)
 
 
 def all_tasks(job: Job, device: Device) -> Iterator[Task]:
@@ -130,6 +138,7 @@ def check(task: Task) -> Iterator[dict[str, Any]]:
 
 
 def check_contrastive(shape: Shape, backend: str, kind: str, device: Device) -> dict[str, Any]:
+    ckd.backends.set_cache_limit(KEPT if shape.keep else 0)
     case = make_case(shape, device.name)
     exact, sizes = truth(case)
     found = ours(case, backend, kind)
