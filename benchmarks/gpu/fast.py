@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import providers
 from problem import Problem
@@ -249,21 +248,20 @@ def short(kernel: str) -> str:
 
 
 def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device: Device) -> None:
-    rows = load(job, "small", problem, workers, device)
+    rows, calls = load(job, "small", problem, workers, device), 3 if job.rehearse else 100
     for provider, row in rows.items():
         if provider == CUBLAS or "failed" in row:
             continue
-        ask = workers[provider].ask
-        try:
-            row |= ask("called", 3 if job.rehearse else 100, seconds=TURN)
-            table = ask("kernels", seconds=TURN)
-            row |= {"launches": sum(count for _, count, _ in table), "kernels": table[:12]}
-            row["graph_us"] = ask("graph", 50, seconds=TURN)  # last: one that fails may break it
-        except Failed as failure:
-            row["no_graph" if "launches" in row else "failed"] = str(failure)
-            workers[provider].kill()  # its device may still be capturing
-            if provider in OWN:
-                job.wrong(f"{provider} small: {failure}")
+        # The graph last: a capture that fails may leave the worker's device of no use.
+        for call, arguments in (("called", (calls,)), ("kernels", ()), ("graph", (50,))):
+            try:
+                row[call] = workers[provider].ask(call, *arguments, seconds=TURN)
+            except Failed as failure:
+                row[f"no {call}"] = str(failure)
+                if call == "graph":
+                    workers[provider].kill()
+                if provider in OWN:
+                    job.wrong(f"{provider} small, {call}: {failure}")
     job.line(f"small {problem}: a step in a graph, as called, Python's part")
     for provider, row in rows.items():
         job.row(case="small", provider=provider, **row)
@@ -271,14 +269,15 @@ def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device
             job.line(f"  {provider:<17} {small_text(row)}")
 
 
-def small_text(row: dict[str, Any]) -> str:
+def small_text(row: Record) -> str:
     if "failed" in row:
         return str(row["failed"])[:90]
-    graph = f"{row['graph_us']:.0f} us" if "graph_us" in row else f"({row['no_graph'][:40]})"
-    return (
-        f"{graph}, {row['eager_us']:.0f} us, {row['host_us']:.0f} us; "
-        f"{row['launches']} launches; first step {row['first_step_s']:.1f} s"
-    )
+    graph = f"{row['graph']:.0f} us" if "graph" in row else f"(no graph: {row['no graph'][:40]})"
+    texts = [graph]
+    if "called" in row:
+        texts += [f"{row['called'][name]:.0f} us" for name in ("eager_us", "host_us")]
+    launches = sum(count for _, count, _ in row.get("kernels", []))
+    return f"{', '.join(texts)}; {launches} launches; first step {row['first_step_s']:.1f} s"
 
 
 def cold_starts(job: Job, device: Device, problem: Problem) -> None:

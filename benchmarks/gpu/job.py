@@ -63,14 +63,8 @@ class Job:
 
     def packed(self, head: str, texts: Sequence[str]) -> None:
         """As many texts to a line of the table as fit; `head` stands before the first."""
-        text = head
-        for number, one in enumerate(texts):
-            if number > 0 and len(text) + len(one) + 2 > LINE:
-                self.line(text)
-                text = f"  {one}"
-            else:
-                text += f"{'; ' if number > 0 else ' '}{one}"
-        self.line(text)
+        for text in pack(head, texts):
+            self.line(text)
 
     def lines(self, texts: Sequence[str]) -> None:
         """Replaces all lines."""
@@ -96,6 +90,17 @@ class Job:
 
     def write(self) -> None:
         write_record(self.file, self.name, self.record)
+
+
+def pack(head: str, texts: Sequence[str]) -> list[str]:
+    """`head`, then as many texts to a line as fit."""
+    lines = [head]
+    for number, text in enumerate(texts):
+        if number > 0 and len(lines[-1]) + len(text) + 2 > LINE:
+            lines.append(f"  {text}")
+        else:
+            lines[-1] += f"{'; ' if number > 0 else ' '}{text}"
+    return [line.strip() if not head else line for line in lines]
 
 
 def write_record(file: Path, name: str, record: Record) -> None:

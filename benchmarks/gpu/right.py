@@ -75,8 +75,10 @@ def run(job: Job) -> None:
             continue
         done += 1
         job.row(op=op, backend=backend, arithmetic=kind, **item)
-        for text in item["wrong"]:
-            job.wrong(f"{backend} {kind} {op} {item['shape']}: {text}")
+        if item["wrong"]:
+            more = f", and {len(item['wrong']) - 2} more" if len(item["wrong"]) > 2 else ""
+            text = ", ".join(item["wrong"][:2]) + more
+            job.wrong(f"{backend} {kind} {op} '{item['shape']}': {text}")
         table.setdefault((backend, op, kind), []).append(item)
         head = f"{done} of {wanted} checks; largest error against float64 / multiple of eager's:"
         job.lines([head, *summary(table)])
@@ -121,20 +123,23 @@ def check(task: Task) -> Iterator[dict[str, Any]]:
     # Memory that is handed out is filled with NaN, and tiles are not measured.
     torch.use_deterministic_algorithms(op != MODE, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    if op == MODE:
-        for mode in names:
-            yield {"shape": mode, "wrong": check_mode(mode, backend, device)}
-        return
-    known = {shape.name: shape for shape in SHAPES}
     for name in names:
-        shape = known[name].smaller() if device.rehearse else known[name]
-        examine = check_contrastive if op == CONTRASTIVE else check_similarity
         try:
-            yield {"shape": name, **examine(shape, backend, kind, device)}
+            yield {"shape": name, **examine(op, name, backend, kind, device)}
         except Exception as error:
             if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):
                 raise  # the device may be lost to this process
             yield {"shape": name, "errors": {}, "wrong": [reason_of(error)]}
+
+
+def examine(op: str, name: str, backend: str, kind: str, device: Device) -> dict[str, Any]:
+    """The errors of a shape, or of a mode none; and what is wrong."""
+    if op == MODE:
+        return {"errors": {}, "wrong": check_mode(name, backend, device)}
+    shape = next(shape for shape in SHAPES if shape.name == name)
+    shape = shape.smaller() if device.rehearse else shape
+    check = check_contrastive if op == CONTRASTIVE else check_similarity
+    return check(shape, backend, kind, device)
 
 
 def check_contrastive(shape: Shape, backend: str, kind: str, device: Device) -> dict[str, Any]:

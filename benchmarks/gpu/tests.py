@@ -48,7 +48,7 @@ def run(job: Job) -> None:
         counts[match.group(2)] += 1
         if match.group(2) in ("FAILED", "ERROR"):
             job.wrong((match.group(1) or match.group(3)).removeprefix("tests/").strip())
-        if sum(counts.values()) % 50 == 0:
+        if sum(counts.values()) % 10 == 0:
             job.lines([in_words(counts)])
     code = process.wait()
     job.put(counts=counts)
