@@ -47,7 +47,7 @@ class Rung:
 RUNGS = (
     Rung("machine", 40, "machine.json"),
     Rung("build", 150, "machine.json"),
-    Rung("right", 120, "right.json"),
+    Rung("right", 140, "right.json"),
     Rung("fast", 160, "fast.json"),
     Rung("sanitizer", 60, "checks.json"),
     Rung("tests", 120, "checks.json"),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpu_check
 import pytest
 from gpu import table
 from gpu.job import Job, read_records
+from gpu.workers import each
 from gpu_check import Rung
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +148,23 @@ def test_a_signal_ends_the_rung_and_shows_the_table(tmp_path: Path) -> None:
     assert is_gone(int(read_records(file)["hang"]["process"]))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_a_rehearsal_of_some_rungs(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--rehearse"]
+    command += ["--only", "machine", "tiles", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gpu_check: nothing wrong, 2 rungs" in done.stdout
+    kernels = {row["kernel"] for row in read_records(tmp_path / "tiles.json")["tiles"]["rows"]}
+    assert {"forward", "bank_gradient"} <= kernels
+    assert len(list(tmp_path.iterdir())) == 3  # with summary.txt
+
+
+def test_the_files_are_eight_at_most() -> None:
+    names = {rung.file for rung in gpu_check.RUNGS} | {gpu_check.TABLE, "training.png"}
+    assert len(names) <= 8
+
+
 def test_the_table_fits_a_screen_and_keeps_what_is_wrong() -> None:
     many = {"status": "WRONG", "seconds": 1, "lines": ["x" * 300] * 60, "wrong": ["bad"] * 3}
     worse = {"status": "WRONG", "seconds": 1, "lines": [], "wrong": ["y" * 100] * 80}
@@ -156,6 +175,32 @@ def test_the_table_fits_a_screen_and_keeps_what_is_wrong() -> None:
     assert "WRONG bad; bad; bad" in text
     assert "83 WRONG" in lines[0]
     assert "more in b.json" in text
+
+
+def some_items(task: str) -> Iterator[str]:
+    """What workers are given below."""
+    yield f"{task} begins"
+    if task == "raises":
+        raise RuntimeError("no such kernel")
+    if task == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task == "hangs":
+        time.sleep(600)
+    yield f"{task} ends"
+
+
+def test_a_task_that_raises_dies_or_hangs_costs_itself_alone() -> None:
+    tasks = ("raises", "dies", "hangs", "works", "works too")
+    found: dict[str, list[str]] = {task: [] for task in tasks}
+    for task, item in each(some_items, tasks, workers=2, patience=5.0):
+        found[task].append(str(item))
+    assert found == {
+        "raises": ["raises begins", "RuntimeError: no such kernel"],
+        "dies": ["dies begins", "killed by signal 9"],
+        "hangs": ["hangs begins", "nothing came for 5 s"],
+        "works": ["works begins", "works ends"],
+        "works too": ["works too begins", "works too ends"],
+    }
 
 
 def test_records_of_several_rungs_share_a_file(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def run(job: Job) -> None:
     if device.rehearse:
         weights = random_teacher(job.work / "teacher.safetensors")
         words = ["--data", "digits", "--teacher", TINY, "--student", TINY]
-        words += ["--settings", "plain,centroids", "--epochs", "1"]
+        words += ["--settings", "centroids", "--epochs", "1"]
         measure(job, [*words, "--teacher-weights", str(weights)])
         return
     if job.data is None:

@@ -76,7 +76,7 @@ def emulate(job: Job) -> None:
 
     reason = cuda_emulation.missing()
     if reason is not None:
-        raise RuntimeError(f"the CUDA kernels cannot be emulated: {reason}")
+        raise NotHere(f"the CUDA kernels cannot be emulated: {reason}")
     job.emulated.parent.mkdir(parents=True, exist_ok=True)
     ready = os.environ.get("CKD_TEST_EMULATED")
     if ready:

@@ -7,6 +7,7 @@ where a provider has no room for a bank, it gets an eighth of it and its times c
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import statistics
@@ -15,8 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import providers
 from problem import Problem
@@ -50,6 +51,7 @@ NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
+PEERS_PATIENCE = 25.0  # that of a peer
 ENOUGH = 20.0  # seconds, without which no further case is begun
 TURN = 20.0  # seconds that some later calls may take
 DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
@@ -87,7 +89,7 @@ def run(job: Job) -> None:
                 measure_small(job, small, own, device)
                 cold_starts(job, device, small)
         if absent:
-            job.line("absent: " + ", ".join(f"{n} ({why[:30]})" for n, why in absent.items()))
+            job.packed("absent:", [f"{name} ({why[:30]})" for name, why in absent.items()])
     finally:
         for worker in workers.values():
             worker.kill()
@@ -129,13 +131,13 @@ def measure_large(
         job.row(case=name, provider=provider, **row)
     if f0:
         rate = 2 * problem.batch * problem.bank_rows * problem.student_dim / f0 / 1e9
-        f0_text = f"F0 {f0:.2f} ms, {rate:.0f} TF/s by cuBLAS"
+        f0_text = f"F0 {f0:.2f} ms ({rate:.0f} TF/s)"
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
     if name not in (FIRST, PAIRS):
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
-        job.line(f"{name} {problem}: {f0_text}; {', '.join(texts)}")
+        job.packed(f"{name} {problem}:", [f0_text, *texts])
         return
     job.line(f"{name} {problem}: {f0_text}")
     for provider, row in others.items():
@@ -161,7 +163,8 @@ def load(
         try:
             if unfit is not None:
                 raise Failed(unfit)
-            row |= workers[provider].ask("load", part, seconds=min(PATIENCE, job.left))
+            patience = PATIENCE if provider in OWN else PEERS_PATIENCE
+            row |= workers[provider].ask("load", part, seconds=min(patience, job.left))
         except Failed as failure:
             row["failed"] = str(failure)
             if provider in OWN:
@@ -235,7 +238,7 @@ def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> 
         job.put(**{f"kernels of {provider}": table})
         cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table[:6]]
         if cells:
-            job.line(f"  {provider} ms: {', '.join(cells)}")
+            job.packed(f"  {provider}, ms:", cells)
 
 
 def short(kernel: str) -> str:
@@ -245,18 +248,20 @@ def short(kernel: str) -> str:
 
 
 def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device: Device) -> None:
-    rows = load(job, "small", problem, workers, device)
+    rows, calls = load(job, "small", problem, workers, device), 3 if job.rehearse else 100
     for provider, row in rows.items():
         if provider == CUBLAS or "failed" in row:
             continue
-        ask = workers[provider].ask
-        try:
-            row |= ask("called", 3 if job.rehearse else 100, seconds=TURN)
-            table = ask("kernels", seconds=TURN)
-            row |= {"launches": sum(count for _, count, _ in table), "kernels": table[:12]}
-            row["graph_us"] = ask("graph", 50, seconds=TURN)  # last: one that fails may break it
-        except Failed as failure:
-            row["no_graph" if "launches" in row else "failed"] = str(failure)
+        # The graph last: a capture that fails may leave the worker's device of no use.
+        for call, arguments in (("called", (calls,)), ("kernels", ()), ("graph", (50,))):
+            try:
+                row[call] = workers[provider].ask(call, *arguments, seconds=TURN)
+            except Failed as failure:
+                row[f"no {call}"] = str(failure)
+                if call == "graph":
+                    workers[provider].kill()
+                if provider in OWN:
+                    job.wrong(f"{provider} small, {call}: {failure}")
     job.line(f"small {problem}: a step in a graph, as called, Python's part")
     for provider, row in rows.items():
         job.row(case="small", provider=provider, **row)
@@ -264,21 +269,27 @@ def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device
             job.line(f"  {provider:<17} {small_text(row)}")
 
 
-def small_text(row: dict[str, Any]) -> str:
+def small_text(row: Record) -> str:
     if "failed" in row:
         return str(row["failed"])[:90]
-    graph = f"{row['graph_us']:.0f} us" if "graph_us" in row else f"({row['no_graph'][:40]})"
-    return (
-        f"{graph}, {row['eager_us']:.0f} us, {row['host_us']:.0f} us; "
-        f"{row['launches']} launches; first step {row['first_step_s']:.1f} s"
-    )
+    graph = f"{row['graph']:.0f} us" if "graph" in row else f"(no graph: {row['no graph'][:40]})"
+    texts = [graph]
+    if "called" in row:
+        texts += [f"{row['called'][name]:.0f} us" for name in ("eager_us", "host_us")]
+    launches = sum(count for _, count, _ in row.get("kernels", []))
+    return f"{', '.join(texts)}; {launches} launches; first step {row['first_step_s']:.1f} s"
 
 
 def cold_starts(job: Job, device: Device, problem: Problem) -> None:
     """Seconds of a first step in a new process, with nothing in Triton's cache."""
     texts = []
-    for provider in (n for n, b in zip(OWN, BACKENDS) if device.missing(b) is None):
-        found = cold_start(provider, device, problem, min(60.0, job.left))
+    able = [name for name, backend in zip(OWN, BACKENDS) if device.missing(backend) is None]
+    start = functools.partial(
+        cold_start, device=device, problem=problem, seconds=min(60.0, job.left)
+    )
+    with ThreadPoolExecutor() as pool:  # side by side: each compiles on a core of its own
+        results = list(pool.map(start, able))
+    for provider, found in zip(able, results):
         job.row(case="cold start", provider=provider, **found)
         text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
         texts.append(f"{provider} {text}")

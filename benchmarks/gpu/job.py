@@ -16,6 +16,7 @@ from typing import Any
 
 Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
+LINE = 116  # characters of a line of the table
 
 
 class NotHere(Exception):
@@ -60,6 +61,11 @@ class Job:
         self.record["lines"].append(text)
         self.write()
 
+    def packed(self, head: str, texts: Sequence[str]) -> None:
+        """As many texts to a line of the table as fit; `head` stands before the first."""
+        for text in pack(head, texts):
+            self.line(text)
+
     def lines(self, texts: Sequence[str]) -> None:
         """Replaces all lines."""
         self.record["lines"] = list(texts)
@@ -84,6 +90,17 @@ class Job:
 
     def write(self) -> None:
         write_record(self.file, self.name, self.record)
+
+
+def pack(head: str, texts: Sequence[str]) -> list[str]:
+    """`head`, then as many texts to a line as fit."""
+    lines = [head]
+    for number, text in enumerate(texts):
+        if number > 0 and len(lines[-1]) + len(text) + 2 > LINE:
+            lines.append(f"  {text}")
+        else:
+            lines[-1] += f"{'; ' if number > 0 else ' '}{text}"
+    return [line.strip() if not head else line for line in lines]
 
 
 def write_record(file: Path, name: str, record: Record) -> None:

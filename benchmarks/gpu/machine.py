@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 from typing import Any
@@ -13,7 +12,10 @@ import torch
 from gpu.device import Device
 from gpu.job import Job, NotHere
 
-PACKAGES = ("triton", "pybind11", "pytest", "xdist", "timm", "transformers", "pynvml")
+PACKAGES = (
+    *("torch", "triton", "setuptools", "pybind11", "ninja", "pytest", "pytest-xdist"),
+    *("timm", "transformers", "matplotlib", "nvidia-ml-py"),
+)
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,temperature.gpu"
 
 
@@ -39,11 +41,12 @@ def run(job: Job) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = {"torch": torch.__version__, "nvcc": nvcc()}
+    found = {"nvcc": nvcc()}
     for name in PACKAGES:
-        found[name] = "none"
-        if importlib.util.find_spec(name) is not None:
-            found[name] = getattr(importlib.import_module(name), "__version__", "there")
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
     return found
 
 
@@ -71,8 +74,8 @@ def product_rate(device: Device) -> float:
 
 def copy_rate(device: Device) -> float:
     """GB/s, read and written."""
-    source = torch.ones((1 << 20) if device.rehearse else (1 << 30), dtype=torch.uint8)
-    source = source.to(device.name)
+    size = (1 << 20) if device.rehearse else (1 << 30)
+    source = torch.ones(size, dtype=torch.uint8, device=device.name)
     to = torch.empty_like(source)
     return 2 * source.numel() / device.median_ms(lambda: to.copy_(source), 10) / 1e6
 

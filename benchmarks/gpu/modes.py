@@ -14,6 +14,7 @@ from torch import Tensor
 import ckd
 from gpu.cases import Case, Shape, make_case
 from gpu.device import Device
+from gpu.job import reason_of
 
 # Tuned tiles and a whole number of blocks; ragged, in the first candidates' tiles.
 PAPER = Shape("1,000 classes", 256, 1000, 1024, 256)
@@ -82,12 +83,16 @@ def threads(case: Case, step: Step, device: Device) -> list[str]:
     student that is computed."""
     wanted = step(case)
     found: dict[int, list[Tensor]] = {}
+    wrong: list[str] = []
 
     def work(number: int) -> None:
         side = contextlib.nullcontext() if device.rehearse else torch.cuda.stream(_stream())
-        with side:
-            found[number] = [x.clone() for x in step(case)]
-        device.sync()
+        try:
+            with side:
+                found[number] = [x.clone() for x in step(case)]
+            device.sync()
+        except Exception as error:  # noqa: BLE001  # else it would be lost with the thread
+            wrong.append(f"a thread raised {reason_of(error)}")
 
     both = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in both:
@@ -96,7 +101,6 @@ def threads(case: Case, step: Step, device: Device) -> list[str]:
             thread.join()
     for thread in both:
         thread.join()
-    wrong = [] if len(found) == 2 else ["a thread raised"]
     for results in found.values():
         wrong += _differences(results, wanted)
     backend = step.backend  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from gpu.device import Device
-from gpu.job import ROOT, Job, NotHere
+from gpu.job import ROOT, Job, NotHere, pack
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 USUAL = Path("/usr/local/cuda/bin/compute-sanitizer")
@@ -49,7 +49,7 @@ def run(job: Job) -> None:
         for one in [one for one in waiting if one.process.poll() is not None]:
             waiting.remove(one)
             texts.append(end(one, job))
-            job.lines([", ".join(texts)])
+            job.lines(pack("", texts))
         time.sleep(0.1)
 
 

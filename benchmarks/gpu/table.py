@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gpu.job import Record
+from gpu.job import LINE, Record
 
 MOST_LINES, MOST_COLUMNS = 50, 150
-HEAD = 32  # columns before a rung's lines
+HEAD = MOST_COLUMNS - LINE - 2  # columns before a rung's lines
 
 
 @dataclass

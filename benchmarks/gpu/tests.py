@@ -48,7 +48,7 @@ def run(job: Job) -> None:
         counts[match.group(2)] += 1
         if match.group(2) in ("FAILED", "ERROR"):
             job.wrong((match.group(1) or match.group(3)).removeprefix("tests/").strip())
-        if sum(counts.values()) % 50 == 0:
+        if sum(counts.values()) % 10 == 0:
             job.lines([in_words(counts)])
     code = process.wait()
     job.put(counts=counts)
@@ -68,6 +68,8 @@ def command(job: Job) -> list[str]:
     words = [sys.executable, "-m", "pytest", "-vv", "-W", "ignore", "--color=no"]
     if job.rehearse:
         return [*words, "-k", REHEARSED, files[0]]
+    if "--slow" in (ROOT / "tests" / "conftest.py").read_text():
+        words.append("--slow")  # they are slow on a CPU
     words += ["-k", CHOSEN, *files]
     if importlib.util.find_spec("xdist") is not None:
         words += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]

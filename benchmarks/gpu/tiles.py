@@ -57,7 +57,7 @@ def run(job: Job) -> None:
                 rows = worker.ask("measure", seconds=min(PATIENCE, job.left))
                 for row in rows:
                     job.row(size=name, **row)
-                job.line(f"{name}: {'; '.join(best(rows))}")
+                job.packed(f"{name}:", best(rows))
                 for text in worker.ask("disagreements", seconds=min(PATIENCE, job.left)):
                     job.wrong(f"{name}: {text}")
             except Failed as failure:

@@ -37,6 +37,7 @@ from gpu.workers import Failed, Worker
 TEACHERS = ("ViT-B/16", "ViT-L/16")
 PLAIN_STEPS, PROFILED_STEPS = 40, 10
 PATIENCE = 60.0
+RESERVE = 2.0  # seconds of the rung's time that are kept for its last words
 ENOUGH = 30.0  # seconds, without which no further teacher is begun
 EPOCH_IMAGES = 50_000
 FIGURE = "training.png"
@@ -61,10 +62,8 @@ def run(job: Job) -> None:
             record["cases"].append(case)
             job.put(bench_kd=record)
             report(case, job)
-            for row in case["rows"]:
-                if "failed" not in row and row["method"] in ("embed-kd", "teacher-kd"):
-                    busy_share(row, case, setting, device, job)
-    draw(record, job)
+            draw(record, job)
+            busy_shares(case, setting, device, job)
 
 
 def setting_of(teacher: str, folder: str, job: Job) -> Setting:
@@ -112,37 +111,43 @@ def measure(methods: list[str], setting: Setting, job: Job) -> Record:
 
 
 def report(case: Record, job: Job) -> None:
+    """One line: of each method a step, its memory, and both as multiples of embed-kd's."""
+    texts = []
     for row in case["rows"]:
         if "failed" in row:
             job.wrong(f"{case['teacher']} {row['method']}: {row['failed']}")
             continue
-        memory = f"{row['peak_mib']:,.0f} MiB ({row.get('memory_of_embed') or 0:.2f} x)"
-        joules = f", {1e3 * row['image_j']:.1f} mJ an image" if row["image_j"] else ""
-        job.line(
-            f"{case['teacher']} {row['method']}: step {1e3 * row['step_s']['p50']:.2f} ms "
-            f"({row.get('time_of_embed') or 0:.2f} x embed-kd), {memory}{joules}"
+        times, memory = row.get("time_of_embed") or 1, row.get("memory_of_embed") or 1
+        joules = f" {1e3 * row['image_j']:.1f} mJ" if row["image_j"] else ""
+        texts.append(
+            f"{row['method']} {1e3 * row['step_s']['p50']:.3g} ms x{times:.1f} "
+            f"{row['peak_mib']:,.0f} MiB x{memory:.1f}{joules}"
         )
     if "failed" in case["bank"]:
         job.wrong(f"{case['teacher']} bank: {case['bank']['failed']}")
+    job.packed(f"{case['teacher']}:", texts)
 
 
-def busy_share(row: Record, case: Record, setting: Setting, device: Device, job: Job) -> None:
+def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> None:
+    """Of a step by each method; one after the other, in processes that start side by side."""
+    methods = [row["method"] for row in case["rows"] if "failed" not in row]
+    methods = methods[:1] if job.rehearse else methods
     dim = case["about"].get("embedding_dim", 0)
-    worker = Worker(Steps, device, row["method"], dim, setting)
-    try:
-        found = worker.ask("measure", seconds=min(PATIENCE, job.left))
-    except Failed as failure:
-        job.wrong(f"{case['teacher']} {row['method']}, profiled: {failure}")
-        return
-    finally:
-        worker.kill()
-    job.row(teacher=case["teacher"], method=row["method"], **found)
-    share = found["device_ms"] / found["step_ms"]
-    watts = f", {found['watts']:.0f} W" if found["watts"] else ""
-    job.line(
-        f"{case['teacher']} {row['method']}: device busy {share:.0%} of {found['step_ms']:.2f} ms, "
-        f"{found['launches']:.0f} launches a step{watts}"
-    )
+    workers = {method: Worker(Steps, device, method, dim, setting) for method in methods}
+    texts = []
+    for method, worker in workers.items():
+        try:
+            found = worker.ask("measure", seconds=min(PATIENCE, max(1.0, job.left - RESERVE)))
+        except Failed as failure:
+            job.wrong(f"{case['teacher']} {method}, profiled: {failure}")
+            continue
+        finally:
+            worker.kill()
+        job.row(teacher=case["teacher"], method=method, **found)
+        watts = f" {found['watts']:.0f} W" if found["watts"] else ""
+        share = found["device_ms"] / found["step_ms"]
+        texts.append(f"{method} {share:.0%}, {found['launches']:.0f} launches{watts}")
+    job.packed(f"{case['teacher']}, device busy:", texts)
 
 
 class Steps:
@@ -247,5 +252,5 @@ class Power:
 def draw(record: Record, job: Job) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         job.put(figure="needs matplotlib")
-    elif record["cases"]:
+    else:
         kd_report.plot(record, job.file.parent / FIGURE)

@@ -102,6 +102,10 @@ def each(
             now = time.monotonic()
             for pipe in [p for p, (_, _, end) in running.items() if p in ready or now > end]:
                 worker, task, _ = running.pop(pipe)
+                if pipe not in ready:
+                    worker.kill()
+                    yield task, Failed(f"nothing came for {patience:.0f} s")
+                    continue
                 try:
                     kind, item = worker.receive(0)
                 except Failed as failure:
