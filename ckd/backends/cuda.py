@@ -49,18 +49,18 @@ MOST_CHUNK_ROWS = 1 << 40
 
 
 def missing() -> str | None:
-    """Why no problem at all can be served here."""
-    if _missing is None and DEVICE == "cuda":
-        return _missing_gpu()
-    return _missing
+    """Why no problem at all can be served here, on the current GPU."""
+    return _missing_on(None)
 
 
-def _missing_gpu() -> str | None:
+def _missing_on(device_index: int | None) -> str | None:
+    if _missing is not None or DEVICE != "cuda":
+        return _missing
     if torch.version.hip is not None:
         return "the GPU is AMD's"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = _capability()
+    major, minor = _capability(device_index)
     if major < 8:
         return f"the GPU is of compute capability {major}.{minor}; the kernels need 8.0"
     return None
@@ -69,7 +69,7 @@ def _missing_gpu() -> str | None:
 def unsupported(problem: Problem) -> str | None:
     if problem.device_type != DEVICE:  # first: asking for GPUs takes longer
         return f"the tensors are on {problem.device_type}, not on {DEVICE}"
-    reason = missing()
+    reason = _missing_on(problem.device_index)
     if reason is not None:
         return reason
     if problem.student_dtype not in ELEMENTS:
@@ -311,9 +311,10 @@ class _Call:
         return (3 if self.exact else 1) * -(-self.student.shape[1] // 16) * 16
 
     def parts(self, rows: int, columns: float, terms: int) -> int:
-        """Into how many parts long sums are cut: the tiles of [rows, columns] fill the device."""
+        """Into how many parts long sums are cut: with the tiles of [rows, columns], as many as run
+        at once, two blocks on each multiprocessor."""
         tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
-        wanted = -(-2 * _processors(self.student.device) // tiles)
+        wanted = 2 * _processors(self.student.device) // tiles
         return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 
     def run(self, function: Any, *arguments: Any) -> None:
@@ -325,10 +326,7 @@ class _Call:
             stream = torch.cuda.current_stream(device).cuda_stream if DEVICE == "cuda" else 0
             error = function(self._inputs, *arguments, sizes, workspace.data_ptr(), stream)
         if error != 0:
-            raise RuntimeError(
-                f"a kernel of ckd could not be started on {device}: {_C.cuda_error(error)} "
-                f"(cudaError {error}); python -m ckd.info says what ckd._C was built for"
-            )
+            raise RuntimeError(_start_failed(device, error))
 
     def zero_gradients(self, needs: Needs) -> Gradients:
         """Of no students."""
@@ -337,6 +335,19 @@ class _Call:
         return Gradients(
             *(torch.zeros_like(x) if x is not None and need else self.empty(0) for x, need in pairs)
         )
+
+
+def _start_failed(device: torch.device, error: int) -> str:
+    text = f"{_C.cuda_error(error)} (cudaError {error})"
+    if _C.cuda_error_is_of_earlier_work(error):
+        return (
+            f"work started on {device} before this call, by any library, has failed: {text}; "
+            "run again with CUDA_LAUNCH_BLOCKING=1 to see which"
+        )
+    return (
+        f"a kernel of ckd could not be started on {device}: {text}; "
+        "python -m ckd.info says what ckd._C was built for"
+    )
 
 
 def _sum_of_parts(parts: Tensor) -> Tensor:
@@ -357,8 +368,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+def _capability(device_index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 @functools.cache

@@ -70,14 +70,14 @@ struct Plan {
     parts = best_parts(chunk_rows, others > 0 ? others : 1, processors);
   }
 
-  // As many as keep all processors busy to the end, two blocks on each; four tiles to a part at
+  // As many as keep all processors busy to the end, two blocks on each; two tiles to a part at
   // least.
   static int best_parts(std::int64_t rows, std::int64_t others, std::int64_t processors) {
     int best = 1;
     double busiest = 0;
     const std::int64_t slots = BLOCKS_OF_PROCESSOR * processors;
     for (int parts = 1; parts <= MAX_PARTS; ++parts) {
-      if (parts > 1 && (parts * 4 * TILE > rows || (parts - 1) * others >= slots)) break;
+      if (parts > 1 && (parts * 2 * TILE > rows || (parts - 1) * others >= slots)) break;
       const double used = static_cast<double>(parts * others);
       const double busy = used / static_cast<double>(round_up(parts * others, slots));
       if (busy > busiest + 0.02) best = parts, busiest = busy;
