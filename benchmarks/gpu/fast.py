@@ -23,7 +23,7 @@ import providers
 from problem import Problem
 
 from gpu.device import BACKENDS, Device
-from gpu.job import ROOT, Job, Record
+from gpu.job import ROOT, Job, Record, pack
 from gpu.rivals import RIVALS
 from gpu.timed import CUBLAS, EAGER, FORWARD, STEP, Bench
 from gpu.workers import Failed, Worker
@@ -47,6 +47,8 @@ PEERS = {
     "cut-cross-entropy": "bfloat16",
     "inf-cl": "float32",
 }
+# Who is measured beside ours.
+BESIDE = {FIRST: (EAGER, *PEERS), "frozen": (EAGER,), PAIRS: (EAGER, *RIVALS)}
 NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
@@ -60,7 +62,6 @@ import time, torch
 start = time.perf_counter()
 import ckd
 from gpu.device import Device
-from gpu.rivals import RIVALS
 from gpu.timed import Bench
 from problem import Problem
 from pathlib import Path
@@ -77,19 +78,20 @@ def run(job: Job) -> None:
     job.put(absent=absent)
     workers = {name: Worker(Bench, device, name) for name in able}  # which import meanwhile
     large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
+    if absent:
+        job.line(absent_text(absent))
     try:
         for name, problem in large.items():
             if job.left < ENOUGH:
                 job.line(f"{name}: left out, no time left")
                 continue
-            others = {PAIRS: list(RIVALS), FIRST: list(PEERS)}.get(name, [])
-            own = {n: w for n, w in workers.items() if n in (CUBLAS, *OWN, EAGER, *others)}
-            measure_large(job, name, problem, own, device)
+            names = (CUBLAS, *OWN, *BESIDE.get(name, ()))
+            measure_large(job, name, problem, [n for n in able if n in names], workers, device)
             if name == FIRST:
-                measure_small(job, small, own, device)
+                measure_small(job, small, [n for n in able if n in names], workers, device)
+                for peer in set(able) & set(PEERS):
+                    workers[peer].kill()  # for its memory
                 cold_starts(job, device, small)
-        if absent:
-            job.packed("absent:", [f"{name} ({why[:30]})" for name, why in absent.items()])
     finally:
         for worker in workers.values():
             worker.kill()
@@ -117,14 +119,26 @@ def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
     return able, absent
 
 
+def absent_text(absent: dict[str, str]) -> str:
+    reasons = {why: [n for n, other in absent.items() if other == why] for why in absent.values()}
+    return "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
+
+
 def measure_large(
-    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+    job: Job,
+    name: str,
+    problem: Problem,
+    names: list[str],
+    workers: dict[str, Worker],
+    device: Device,
 ) -> None:
-    rows = load(job, name, problem, workers, device)
+    rows = load(job, problem, names, workers, device)
+    check_losses(job, name, rows)
     for _ in range(1 if job.rehearse else ROUNDS):
         for provider, row in rows.items():
             for mode in (FORWARD,) if provider == CUBLAS else (FORWARD, STEP):
                 take_turn(workers[provider], mode, row)
+    report_failures(job, name, rows)
     f0 = rows[CUBLAS].get("forward_ms")
     for provider, row in rows.items():
         derive(row, problem, f0)
@@ -135,7 +149,7 @@ def measure_large(
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
-    if name not in (FIRST, PAIRS):
+    if not {*PEERS, *RIVALS} & {*names} and name != FIRST:
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
         job.packed(f"{name} {problem}:", [f0_text, *texts])
         return
@@ -147,11 +161,11 @@ def measure_large(
 
 
 def load(
-    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+    job: Job, problem: Problem, names: list[str], workers: dict[str, Worker], device: Device
 ) -> dict[str, Record]:
     """What the first calls of each provider say; one at a time, since tiles are measured then."""
     rows: dict[str, Record] = {}
-    for provider in list(workers):
+    for provider in names:
         row = rows[provider] = {"times": 1, "note": NOTES.get(provider, "")}
         if not workers[provider].is_alive():
             workers[provider] = Worker(Bench, device, provider)
@@ -167,14 +181,22 @@ def load(
             row |= workers[provider].ask("load", part, seconds=min(patience, job.left))
         except Failed as failure:
             row["failed"] = str(failure)
-            if provider in OWN:
-                job.wrong(f"{provider} {name}: {failure}")
+    return rows
+
+
+def report_failures(job: Job, name: str, rows: dict[str, Record]) -> None:
+    """A peer's failure is a row, one of ours is wrong."""
+    for provider in OWN:
+        if "failed" in rows.get(provider, {}):
+            job.wrong(f"{provider} {name}: {rows[provider]['failed']}")
+
+
+def check_losses(job: Job, name: str, rows: dict[str, Record]) -> None:
     alike = {n: r for n, r in rows.items() if n not in RIVALS and r["times"] == 1}
     losses = {n: r["loss"] for n, r in alike.items() if "loss" in r}
     for provider, loss in losses.items():
         if not abs(loss / statistics.median_low(losses.values()) - 1) < DIFFERS:
             job.wrong(f"{provider} {name}: a loss of {loss:.5g} among {losses}")
-    return rows
 
 
 def is_large(problem: Problem) -> bool:
@@ -236,9 +258,9 @@ def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> 
             job.wrong(f"{provider}, profiled: {failure}")
             continue
         job.put(**{f"kernels of {provider}": table})
-        cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table[:6]]
+        cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table]
         if cells:
-            job.packed(f"  {provider}, ms:", cells)
+            job.line(pack(f"  {provider}, ms:", cells)[0])
 
 
 def short(kernel: str) -> str:
@@ -247,8 +269,12 @@ def short(kernel: str) -> str:
     return name.rpartition("::")[2].removesuffix("_kernel")
 
 
-def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device: Device) -> None:
-    rows, calls = load(job, "small", problem, workers, device), 3 if job.rehearse else 100
+def measure_small(
+    job: Job, problem: Problem, names: list[str], workers: dict[str, Worker], device: Device
+) -> None:
+    rows, calls = load(job, problem, names, workers, device), 3 if job.rehearse else 100
+    check_losses(job, "small", rows)
+    report_failures(job, "small", rows)
     for provider, row in rows.items():
         if provider == CUBLAS or "failed" in row:
             continue
