@@ -7,25 +7,18 @@ where a provider has no room for a bank, it gets an eighth of it and its times c
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import providers
 from problem import Problem
 
-from gpu.device import BACKENDS, Device
-from gpu.job import ROOT, Job, Record, pack
-from gpu.rivals import RIVALS
-from gpu.timed import CUBLAS, EAGER, FORWARD, STEP, Bench
+from gpu.cold import cold_starts
+from gpu.contenders import CUBLAS, EAGER, NOTES, OWN, PEERS, RIVALS, absent_text, contenders
+from gpu.device import Device
+from gpu.job import Job, Record, pack
+from gpu.timed import FORWARD, STEP, Bench
 from gpu.workers import Failed, Worker
 
 LARGE = {
@@ -39,17 +32,8 @@ SMALL = Problem(256, 1000, 1024, 256)
 TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
 TINY_SMALL = Problem(8, 40, 24, 16)
 FIRST, PAIRS = "learned", "pairs"
-OWN = tuple(f"{backend}-half" for backend in BACKENDS)
-# In what they compute; all hold the bank's unit rows and a gradient for them.
-PEERS = {
-    "torch-linear": "float32",
-    "liger": "float32",
-    "cut-cross-entropy": "bfloat16",
-    "inf-cl": "float32",
-}
 # Who is measured beside ours.
 BESIDE = {FIRST: (EAGER, *PEERS), "frozen": (EAGER,), PAIRS: (EAGER, *RIVALS)}
-NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
@@ -57,19 +41,6 @@ PEERS_PATIENCE = 25.0  # that of a peer
 ENOUGH = 20.0  # seconds, without which no further case is begun
 TURN = 20.0  # seconds that some later calls may take
 DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
-COLD = """
-import time, torch
-start = time.perf_counter()
-import ckd
-from gpu.device import Device
-from gpu.timed import Bench
-from problem import Problem
-from pathlib import Path
-bench = Bench(Device({rehearse}, Path({emulated!r})), {provider!r})
-imported = time.perf_counter()
-found = bench.load(Problem{sizes})
-print("cold", imported - start, found["first_step_s"])
-"""
 
 
 def run(job: Job) -> None:
@@ -95,33 +66,6 @@ def run(job: Job) -> None:
     finally:
         for worker in workers.values():
             worker.kill()
-
-
-def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
-    """The providers that can run here, and why peers cannot."""
-    able, absent = [CUBLAS], {}
-    for name in OWN:
-        reason = device.missing(name.removesuffix("-half"))
-        if reason is None:
-            able.append(name)
-        else:
-            job.wrong(f"backend {name} cannot run: {reason}")
-    able.append(EAGER)
-    for name in (*PEERS, *RIVALS):
-        found = RIVALS[name] if name in RIVALS else providers.find(name)
-        reason = found.missing()
-        if device.rehearse:
-            reason = reason or "not in a rehearsal"
-        if reason is None:
-            able.append(name)
-        else:
-            absent[name] = reason
-    return able, absent
-
-
-def absent_text(absent: dict[str, str]) -> str:
-    reasons = {why: [n for n, other in absent.items() if other == why] for why in absent.values()}
-    return "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
 
 
 def measure_large(
@@ -304,48 +248,3 @@ def small_text(row: Record) -> str:
         texts += [f"{row['called'][name]:.0f} us" for name in ("eager_us", "host_us")]
     launches = sum(count for _, count, _ in row.get("kernels", []))
     return f"{', '.join(texts)}; {launches} launches; first step {row['first_step_s']:.1f} s"
-
-
-def cold_starts(job: Job, device: Device, problem: Problem) -> None:
-    """Seconds of a first step in a new process, with nothing in Triton's cache."""
-    texts = []
-    able = [name for name, backend in zip(OWN, BACKENDS) if device.missing(backend) is None]
-    start = functools.partial(
-        cold_start, device=device, problem=problem, seconds=min(60.0, job.left)
-    )
-    with ThreadPoolExecutor() as pool:  # side by side: each compiles on a core of its own
-        results = list(pool.map(start, able))
-    for provider, found in zip(able, results):
-        job.row(case="cold start", provider=provider, **found)
-        text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
-        texts.append(f"{provider} {text}")
-    job.line(f"cold start, a first step: {', '.join(texts)}")
-
-
-def cold_start(provider: str, device: Device, problem: Problem, seconds: float) -> Record:
-    sizes = (problem.batch, problem.bank_rows, problem.teacher_dim, problem.student_dim)
-    code = COLD.format(
-        rehearse=device.rehearse, emulated=str(device.emulated), provider=provider, sizes=sizes
-    )
-    with tempfile.TemporaryDirectory(prefix="cold-") as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-        start = time.perf_counter()
-        try:
-            done = run_code(code, environment, seconds)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {seconds:.0f} s"}
-    for text in done.stdout.splitlines():
-        if text.startswith("cold "):
-            imported, step = map(float, text.split()[1:])
-            whole = time.perf_counter() - start
-            return {"import_s": imported, "step_s": step, "process_s": whole}
-    return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:100]}
-
-
-def run_code(
-    code: str, environment: dict[str, str], seconds: float
-) -> subprocess.CompletedProcess[str]:
-    words: Sequence[str] = (sys.executable, "-c", code)
-    return subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-    )
