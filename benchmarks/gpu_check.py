@@ -29,6 +29,8 @@ from gpu.table import table
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 LEAST = 5.0  # a rung is not started with less
+LOG = 4000  # characters of a rung's output that are kept where it failed
+Ending = tuple[str, str] | None  # how a rung failed, and why; None: it did not
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,12 @@ def climb(rungs: Sequence[Rung], options: argparse.Namespace, work: Path) -> int
     try:
         for rung in rungs:
             left = options.budget - (time.monotonic() - start)
+            records[rung.name] = {"status": "started"}
             records[rung.name] = run(rung, left, options, work)
     finally:  # a signal ends it too
         files = {rung.name: rung.file for rung in rungs}
+        for name in [name for name, record in records.items() if record["status"] == "started"]:
+            records[name] |= read_records(options.out / files[name]).get(name, {})
         text = table(records, files, time.monotonic() - start)
         with contextlib.suppress(OSError):
             (options.out / TABLE).write_text(text + "\n")
@@ -118,19 +123,18 @@ def run(rung: Rung, left: float, options: argparse.Namespace, work: Path) -> Rec
     print(f"== {rung.name}, {limit:.0f} s at most", flush=True)
     write_record(file, rung.name, {"status": "started"})
     log, begin = work / f"{rung.name}.log", time.monotonic()
+    ending: Ending = ("stopped", "by a signal to gpu_check.py")
     try:
         words = command(rung, file, work, limit, options)
         ending = attempt(words, environment(rung, options.rehearse), limit, log)
     finally:
-        record = read_records(file).get(rung.name, {})
-        record.setdefault("status", "crashed")
+        record = read_records(file).get(rung.name, {"status": "crashed"})
         record["seconds"] = round(time.monotonic() - begin, 1)
+        if ending is not None:
+            record |= {"status": ending[0], "reason": record.get("reason") or ending[1]}
+        if record["status"] not in ("ok", "left out"):
+            record["log"] = log.read_text(errors="replace")[-LOG:]
         write_record(file, rung.name, record)
-    if ending is not None:
-        record |= {"status": ending[0], "reason": record.get("reason") or ending[1]}
-    if record["status"] not in ("ok", "left out"):
-        record["log"] = log.read_text(errors="replace")[-4000:]
-    write_record(file, rung.name, record)
     report(rung.name, record)
     return record
 
@@ -146,9 +150,7 @@ def command(
     return words + ["--rehearse"] * options.rehearse
 
 
-def attempt(
-    words: list[str], variables: dict[str, str], limit: float, log: Path
-) -> tuple[str, str] | None:
+def attempt(words: list[str], variables: dict[str, str], limit: float, log: Path) -> Ending:
     """Runs a process group to its end or to its limit; how it failed, if it did, and why."""
     with open(log, "wb") as output:
         process = subprocess.Popen(

@@ -129,7 +129,8 @@ def test_a_signal_ends_the_rung_and_shows_the_table(tmp_path: Path) -> None:
         f"gpu_check.main(['--out', {str(tmp_path)!r}])\n"
     )
     (tmp_path / "fake_hang.py").write_text(
-        "import os, time\ndef run(job):\n    job.put(process=os.getpid())\n    time.sleep(600)\n"
+        "import os, time\ndef run(job):\n    job.line('4 TF/s')\n    job.put(process=os.getpid())\n"
+        "    time.sleep(600)\n"
     )
     paths = os.pathsep.join(map(str, (tmp_path, ROOT / "benchmarks")))
     process = subprocess.Popen(
@@ -144,7 +145,9 @@ def test_a_signal_ends_the_rung_and_shows_the_table(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "gpu_check:" in shown
+    table = shown[shown.index("gpu_check:") :]
+    assert "stopped" in table
+    assert "4 TF/s" in table
     assert is_gone(int(read_records(file)["hang"]["process"]))
 
 

@@ -7,25 +7,18 @@ where a provider has no room for a bank, it gets an eighth of it and its times c
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import providers
 from problem import Problem
 
-from gpu.device import BACKENDS, Device
-from gpu.job import ROOT, Job, Record
-from gpu.rivals import RIVALS
-from gpu.timed import CUBLAS, EAGER, FORWARD, STEP, Bench
+from gpu.cold import cold_starts
+from gpu.contenders import CUBLAS, EAGER, NOTES, OWN, PEERS, RIVALS, absent_text, contenders
+from gpu.device import Device
+from gpu.job import Job, Record, pack
+from gpu.timed import FORWARD, STEP, Bench
 from gpu.workers import Failed, Worker
 
 LARGE = {
@@ -39,15 +32,8 @@ SMALL = Problem(256, 1000, 1024, 256)
 TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
 TINY_SMALL = Problem(8, 40, 24, 16)
 FIRST, PAIRS = "learned", "pairs"
-OWN = tuple(f"{backend}-half" for backend in BACKENDS)
-# In what they compute; all hold the bank's unit rows and a gradient for them.
-PEERS = {
-    "torch-linear": "float32",
-    "liger": "float32",
-    "cut-cross-entropy": "bfloat16",
-    "inf-cl": "float32",
-}
-NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
+# Who is measured beside ours.
+BESIDE = {FIRST: (EAGER, *PEERS), "frozen": (EAGER,), PAIRS: (EAGER, *RIVALS)}
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
@@ -55,20 +41,6 @@ PEERS_PATIENCE = 25.0  # that of a peer
 ENOUGH = 20.0  # seconds, without which no further case is begun
 TURN = 20.0  # seconds that some later calls may take
 DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
-COLD = """
-import time, torch
-start = time.perf_counter()
-import ckd
-from gpu.device import Device
-from gpu.rivals import RIVALS
-from gpu.timed import Bench
-from problem import Problem
-from pathlib import Path
-bench = Bench(Device({rehearse}, Path({emulated!r})), {provider!r})
-imported = time.perf_counter()
-found = bench.load(Problem{sizes})
-print("cold", imported - start, found["first_step_s"])
-"""
 
 
 def run(job: Job) -> None:
@@ -77,54 +49,40 @@ def run(job: Job) -> None:
     job.put(absent=absent)
     workers = {name: Worker(Bench, device, name) for name in able}  # which import meanwhile
     large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
+    if absent:
+        job.line(absent_text(absent))
     try:
         for name, problem in large.items():
             if job.left < ENOUGH:
                 job.line(f"{name}: left out, no time left")
                 continue
-            others = {PAIRS: list(RIVALS), FIRST: list(PEERS)}.get(name, [])
-            own = {n: w for n, w in workers.items() if n in (CUBLAS, *OWN, EAGER, *others)}
-            measure_large(job, name, problem, own, device)
+            names = (CUBLAS, *OWN, *BESIDE.get(name, ()))
+            measure_large(job, name, problem, [n for n in able if n in names], workers, device)
             if name == FIRST:
-                measure_small(job, small, own, device)
+                measure_small(job, small, [n for n in able if n in names], workers, device)
+                for peer in set(able) & set(PEERS):
+                    workers[peer].kill()  # for its memory
                 cold_starts(job, device, small)
-        if absent:
-            job.packed("absent:", [f"{name} ({why[:30]})" for name, why in absent.items()])
     finally:
         for worker in workers.values():
             worker.kill()
 
 
-def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
-    """The providers that can run here, and why peers cannot."""
-    able, absent = [CUBLAS], {}
-    for name in OWN:
-        reason = device.missing(name.removesuffix("-half"))
-        if reason is None:
-            able.append(name)
-        else:
-            job.wrong(f"backend {name} cannot run: {reason}")
-    able.append(EAGER)
-    for name in (*PEERS, *RIVALS):
-        found = RIVALS[name] if name in RIVALS else providers.find(name)
-        reason = found.missing()
-        if device.rehearse:
-            reason = reason or "not in a rehearsal"
-        if reason is None:
-            able.append(name)
-        else:
-            absent[name] = reason
-    return able, absent
-
-
 def measure_large(
-    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+    job: Job,
+    name: str,
+    problem: Problem,
+    names: list[str],
+    workers: dict[str, Worker],
+    device: Device,
 ) -> None:
-    rows = load(job, name, problem, workers, device)
+    rows = load(job, problem, names, workers, device)
+    check_losses(job, name, rows)
     for _ in range(1 if job.rehearse else ROUNDS):
         for provider, row in rows.items():
             for mode in (FORWARD,) if provider == CUBLAS else (FORWARD, STEP):
                 take_turn(workers[provider], mode, row)
+    report_failures(job, name, rows)
     f0 = rows[CUBLAS].get("forward_ms")
     for provider, row in rows.items():
         derive(row, problem, f0)
@@ -135,7 +93,7 @@ def measure_large(
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
-    if name not in (FIRST, PAIRS):
+    if not {*PEERS, *RIVALS} & {*names} and name != FIRST:
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
         job.packed(f"{name} {problem}:", [f0_text, *texts])
         return
@@ -147,11 +105,11 @@ def measure_large(
 
 
 def load(
-    job: Job, name: str, problem: Problem, workers: dict[str, Worker], device: Device
+    job: Job, problem: Problem, names: list[str], workers: dict[str, Worker], device: Device
 ) -> dict[str, Record]:
     """What the first calls of each provider say; one at a time, since tiles are measured then."""
     rows: dict[str, Record] = {}
-    for provider in list(workers):
+    for provider in names:
         row = rows[provider] = {"times": 1, "note": NOTES.get(provider, "")}
         if not workers[provider].is_alive():
             workers[provider] = Worker(Bench, device, provider)
@@ -167,14 +125,22 @@ def load(
             row |= workers[provider].ask("load", part, seconds=min(patience, job.left))
         except Failed as failure:
             row["failed"] = str(failure)
-            if provider in OWN:
-                job.wrong(f"{provider} {name}: {failure}")
+    return rows
+
+
+def report_failures(job: Job, name: str, rows: dict[str, Record]) -> None:
+    """A peer's failure is a row, one of ours is wrong."""
+    for provider in OWN:
+        if "failed" in rows.get(provider, {}):
+            job.wrong(f"{provider} {name}: {rows[provider]['failed']}")
+
+
+def check_losses(job: Job, name: str, rows: dict[str, Record]) -> None:
     alike = {n: r for n, r in rows.items() if n not in RIVALS and r["times"] == 1}
     losses = {n: r["loss"] for n, r in alike.items() if "loss" in r}
     for provider, loss in losses.items():
         if not abs(loss / statistics.median_low(losses.values()) - 1) < DIFFERS:
             job.wrong(f"{provider} {name}: a loss of {loss:.5g} among {losses}")
-    return rows
 
 
 def is_large(problem: Problem) -> bool:
@@ -236,9 +202,9 @@ def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> 
             job.wrong(f"{provider}, profiled: {failure}")
             continue
         job.put(**{f"kernels of {provider}": table})
-        cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table[:6]]
+        cells = [f"{short(name)} {count}x {ms:.2f}" for name, count, ms in table]
         if cells:
-            job.packed(f"  {provider}, ms:", cells)
+            job.line(pack(f"  {provider}, ms:", cells)[0])
 
 
 def short(kernel: str) -> str:
@@ -247,8 +213,12 @@ def short(kernel: str) -> str:
     return name.rpartition("::")[2].removesuffix("_kernel")
 
 
-def measure_small(job: Job, problem: Problem, workers: dict[str, Worker], device: Device) -> None:
-    rows, calls = load(job, "small", problem, workers, device), 3 if job.rehearse else 100
+def measure_small(
+    job: Job, problem: Problem, names: list[str], workers: dict[str, Worker], device: Device
+) -> None:
+    rows, calls = load(job, problem, names, workers, device), 3 if job.rehearse else 100
+    check_losses(job, "small", rows)
+    report_failures(job, "small", rows)
     for provider, row in rows.items():
         if provider == CUBLAS or "failed" in row:
             continue
@@ -278,48 +248,3 @@ def small_text(row: Record) -> str:
         texts += [f"{row['called'][name]:.0f} us" for name in ("eager_us", "host_us")]
     launches = sum(count for _, count, _ in row.get("kernels", []))
     return f"{', '.join(texts)}; {launches} launches; first step {row['first_step_s']:.1f} s"
-
-
-def cold_starts(job: Job, device: Device, problem: Problem) -> None:
-    """Seconds of a first step in a new process, with nothing in Triton's cache."""
-    texts = []
-    able = [name for name, backend in zip(OWN, BACKENDS) if device.missing(backend) is None]
-    start = functools.partial(
-        cold_start, device=device, problem=problem, seconds=min(60.0, job.left)
-    )
-    with ThreadPoolExecutor() as pool:  # side by side: each compiles on a core of its own
-        results = list(pool.map(start, able))
-    for provider, found in zip(able, results):
-        job.row(case="cold start", provider=provider, **found)
-        text = found.get("failed") or f"{found['step_s']:.1f} s (import {found['import_s']:.1f} s)"
-        texts.append(f"{provider} {text}")
-    job.line(f"cold start, a first step: {', '.join(texts)}")
-
-
-def cold_start(provider: str, device: Device, problem: Problem, seconds: float) -> Record:
-    sizes = (problem.batch, problem.bank_rows, problem.teacher_dim, problem.student_dim)
-    code = COLD.format(
-        rehearse=device.rehearse, emulated=str(device.emulated), provider=provider, sizes=sizes
-    )
-    with tempfile.TemporaryDirectory(prefix="cold-") as cache:
-        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-        start = time.perf_counter()
-        try:
-            done = run_code(code, environment, seconds)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after {seconds:.0f} s"}
-    for text in done.stdout.splitlines():
-        if text.startswith("cold "):
-            imported, step = map(float, text.split()[1:])
-            whole = time.perf_counter() - start
-            return {"import_s": imported, "step_s": step, "process_s": whole}
-    return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:100]}
-
-
-def run_code(
-    code: str, environment: dict[str, str], seconds: float
-) -> subprocess.CompletedProcess[str]:
-    words: Sequence[str] = (sys.executable, "-c", code)
-    return subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds
-    )

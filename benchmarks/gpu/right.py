@@ -266,20 +266,32 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def summary(table: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
-    """A line for each backend, op and arithmetic: how many shapes are right, and of each result the
-    largest error, and the largest multiple of eager's in the same arithmetic."""
+    """Lines for each backend: how many shapes are right, and of each result the largest error, and
+    the largest multiple of eager's in the same arithmetic."""
     lines = []
-    for (backend, op, kind), items in sorted(table.items(), key=lambda item: item[0][::2]):
-        good = [item["shape"] for item in items if not item["wrong"]]
-        if op == MODE:
-            lines.append(f"{backend} {len(good)}/{len(items)}: {', '.join(good)}")
-            continue
-        cells = []
-        for name in ("loss", "lse", "logits", "student", "weight", "bias", "logit_scale"):
-            pairs = [i["errors"][name] for i in items if name in i["errors"]]
-            if pairs:
-                ratio = max(mine / max(theirs, 1e-9) for mine, theirs in pairs)
-                cells.append(f"{name.removeprefix('logit_')} {max(pairs)[0]:.0e}/{ratio:.1f}")
-        similar = "similarity " * (op == SIMILAR)
-        lines.append(f"{backend} {kind} {similar}{len(good)}/{len(items)}: {' '.join(cells)}")
+    for backend in BACKENDS:
+        for kind in (HALF, EXACT, TF32):
+            items = table.get((backend, CONTRASTIVE, kind), [])
+            names = ("loss", "lse", "student", "weight", "bias", "logit_scale")
+            cells = [f"{n.removeprefix('logit_')} {worst(items, n)}" for n in names]
+            if items:
+                lines.append(f"{backend} {kind} {right_of(items)}: {' '.join(cells)}")
+        similar = {kind: table.get((backend, SIMILAR, kind), []) for kind in (HALF, EXACT, TF32)}
+        texts = [f"{k} {right_of(items)}: {worst(items)}" for k, items in similar.items() if items]
+        modes = table.get((backend, MODE, HALF), [])
+        good = [item["shape"] for item in modes if not item["wrong"]]
+        lines += [f"{backend} similarity {'; '.join(texts)}"] * bool(texts)
+        lines += [f"{backend} {right_of(modes)}: {', '.join(good)}"] * bool(modes)
     return lines
+
+
+def right_of(items: list[dict[str, Any]]) -> str:
+    return f"{sum(not item['wrong'] for item in items)}/{len(items)}"
+
+
+def worst(items: list[dict[str, Any]], name: str | None = None) -> str:
+    """The largest error of a result, or of all, and the largest multiple of eager's."""
+    pairs = [p for i in items for n, p in i["errors"].items() if name in (None, n)]
+    if not pairs:
+        return "-"
+    return f"{max(pairs)[0]:.0e}/{max(mine / max(theirs, 1e-9) for mine, theirs in pairs):.1f}"

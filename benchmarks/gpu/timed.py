@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from problem import Inputs, Problem, make_inputs
 from torch import Tensor
 
+from gpu.contenders import CUBLAS, EAGER, RIVALS
 from gpu.device import Device
-from gpu.rivals import RIVALS
 
 FORWARD, STEP = "forward", "step"
-CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0
-EAGER = "eager-fp16"
 PRODUCT_ROWS = 160_000  # of the bank, that cuBLAS multiplies at once
 QUEUE_MS = 25.0  # in which a step of hundreds of launches is queued
 MIB = 1 << 20

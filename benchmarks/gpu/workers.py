@@ -95,9 +95,13 @@ def each(
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                worker = idle.pop() if idle else Worker(_Function, function)
-                worker.send("items", waiting[0])
-                running[worker.pipe] = worker, waiting.pop(0), time.monotonic() + patience
+                worker, task = idle.pop() if idle else Worker(_Function, function), waiting.pop(0)
+                try:
+                    worker.send("items", task)
+                except Failed as failure:
+                    yield task, failure
+                    continue
+                running[worker.pipe] = worker, task, time.monotonic() + patience
             ready = wait(list(running), timeout=1.0)
             now = time.monotonic()
             for pipe in [p for p, (_, _, end) in running.items() if p in ready or now > end]:
