@@ -83,6 +83,7 @@ def student_factors_kernel(
     target,
     g,
     h,
+    lse,  # [batch], without a reference
     reference,  # [2, batch] as combine_kernel leaves it: a cosine, and what the lse is beyond it
     p_other,
     largest,  # [parts] as largest_gradient_kernel leaves it
@@ -106,6 +107,7 @@ def student_factors_kernel(
     label_smoothing,
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -139,12 +141,16 @@ def student_factors_kernel(
     sign = tl.where(both < 0, -1.0, 1.0)
     # Infinite where every row is confident and weights are huge: p is 0 there, and G finite.
     magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32)
-    beyond = tl.load(reference + batch + i, mask=here, other=0.0)
+    if HAS_REFERENCE:
+        row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
+        beyond = tl.load(reference + batch + i, mask=here, other=0.0)
+    else:
+        row_cosine = tl.zeros([BLOCK_ROWS], tl.float32)
+        beyond = tl.load(lse + i, mask=here, other=0.0) * LOG2E
     row_above = (beyond - headroom) - tl.log2(magnitude)
     target_gradient = (by_h * (1.0 - other) - by_g * (other - label_smoothing)) * (down * lift)
     tl.store(column + i, y.to(tl.int32))
     tl.store(rate + i, sign * (load_scale(scale) * LOG2E))
-    row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
     tl.store(cosine + i, sign * row_cosine)
     tl.store(above + i, tl.where(busy & (magnitude > 0), row_above, float("inf")))
     tl.store(at_target + i, tl.where(busy, sign * target_gradient, 0.0))

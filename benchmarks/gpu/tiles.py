@@ -189,6 +189,7 @@ class Timer:
 def answered(answer: Answer) -> Iterator[None]:
     """Whoever asks for the fastest candidate is answered by `answer`."""
     from ckd._triton import tuning
+
     from ckd.backends import triton_launch
 
     assert triton_launch.choose is tuning.choose, "the launches ask someone else for their tiles"

@@ -388,13 +388,15 @@ class Students(NamedTuple):
             target, g, h, saved.p_other, largest, call.batch, *weights,
             options.label_smoothing, **given, BLOCK=LARGEST_BLOCK,
         )  # fmt: skip
+        reference = call.reference(saved.cache)  # None where the op is called without a cache
         block_rows = 8
         student_factors_kernel[(rows // block_rows,)](
-            call.student, call.scale, target, g, h, call.reference(saved.cache), saved.p_other,
+            call.student, call.scale, target, g, h, saved.lse, reference, saved.p_other,
             largest, u, column, rate, cosine, above, at_target, by_all, size,
             call.batch, parts, call.student_dim, call.student.stride(0), call.width, *weights,
-            options.label_smoothing, **given, HALF=call.half, PRECISION=call.precision,
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            options.label_smoothing, **given, HAS_REFERENCE=reference is not None,
+            HALF=call.half, PRECISION=call.precision, BLOCK_ROWS=block_rows,
+            BLOCK_WIDTH=min(256, power_of_two(call.width)),
             BLOCK_PARTS=min(1024, power_of_two(parts)),
         )  # fmt: skip
         return cls(u, column, rate, cosine, above, at_target, by_all, size)
