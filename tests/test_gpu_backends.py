@@ -223,6 +223,22 @@ def test_bank_is_read_in_place_whatever_its_strides(gpu: Gpu, chunks: int) -> No
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
+def test_weight_may_begin_anywhere(gpu: Gpu) -> None:
+    """A view into one buffer of all parameters, in the dtype of the kernels' operands."""
+    case = make_case(20, 70, 24, 16).cast(torch.float16)
+    wide = torch.empty(24 * 16 + 1, dtype=torch.float16)
+    view = wide[1:].view(16, 24).copy_(case.weight)
+    expected = ours(gpu, case, half=True)
+    moved = {n: x.to(gpu.device) for n, x in vars(case).items()}
+    moved["weight"] = wide.to(gpu.device)[1:].view(16, 24)
+    assert torch.equal(moved["weight"].cpu(), view)
+    student = moved["student"].requires_grad_()
+    with gpu.autocast():
+        loss = ckd.contrastive_cross_entropy(*Case(**moved).arguments, backend=gpu.name)
+    assert torch.equal(loss.detach().cpu(), expected["loss"])
+    assert torch.equal(torch.autograd.grad(loss, student)[0].cpu(), expected["student"])
+
+
 def test_cache_is_used_and_bounded(gpu: Gpu) -> None:
     case = on_device(gpu, make_case(8, 100, 24, 16)).requiring(*GRADIENTS)
 

@@ -300,7 +300,10 @@ class _Call:
             return weight.float().contiguous()
         half = torch.float16 if self.bank.dtype == torch.float16 else torch.bfloat16
         spare = -weight.shape[1] % 8
-        return torch.nn.functional.pad(weight.to(half), (0, spare)).contiguous()
+        weight = weight.to(half).contiguous()
+        if spare:
+            return torch.nn.functional.pad(weight, (0, spare))
+        return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.student.device)

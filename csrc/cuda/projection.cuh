@@ -8,15 +8,18 @@ namespace ckd::cuda {
 
 CKD_DEVICE void store_projection(const Sums<8>& sums, int first, int rows, int column, int width,
                                  float factor, const float* bias, float* z, std::int64_t ld) {
+  const bool aligned = has_aligned_pairs(z, ld);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int h = 0; h < 2; ++h) {
+    const int row = first + own_row() + 8 * h;
+    if (row >= rows) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const std::int64_t row = first + own_row() + e / 2 * 8;
-      const int w = column + own_column(n) + e % 2;
-      if (row < rows && w < width) {
-        z[row * ld + w] = sums.at[n][e] * factor + (bias != nullptr ? bias[w] : 0.0f);
-      }
+    for (int n = 0; n < 8; ++n) {
+      const int w = column + own_column(n);
+      const float low = bias != nullptr && w < width ? bias[w] : 0;
+      const float high = bias != nullptr && w + 1 < width ? bias[w + 1] : 0;
+      store_columns(z + row * ld, w, width, aligned, false,
+                    {sums.at[n][2 * h] * factor + low, sums.at[n][2 * h + 1] * factor + high});
     }
   }
 }

@@ -161,16 +161,18 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
       }
     }
     if (out.values == nullptr) continue;
-    float* sums = out.values + (static_cast<std::int64_t>(part) * batch + i) * students.ld +
-                  operands.own * WIDTH;
+    float* row = out.values + (static_cast<std::int64_t>(part) * batch + i) * students.ld +
+                 operands.own * WIDTH;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int w = own_column(n) + e;
-        if (w >= columns) continue;
-        sums[w] = values.at[n][2 * h + e] + (chunk.first == 0 ? 0 : sums[w] * of_before[h]);
+      if (8 * n >= columns) break;  // of which there are a multiple of 16
+      float2* pair = reinterpret_cast<float2*>(row + own_column(n));
+      float2 sum = {values.at[n][2 * h], values.at[n][2 * h + 1]};
+      if (chunk.first > 0) {
+        sum.x += pair->x * of_before[h];
+        sum.y += pair->y * of_before[h];
       }
+      *pair = sum;
     }
   }
 }

@@ -277,6 +277,24 @@ CKD_DEVICE void add_rounded_product_of_columns(Sums<8>& sums, Tile<T, TILE> left
   sums.add(part);
 }
 
+// Whether numbers at even columns of a matrix and those behind them can be stored together.
+CKD_DEVICE bool has_aligned_pairs(const float* matrix, std::int64_t stride) {
+  return stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(matrix) % sizeof(float2) == 0;
+}
+
+// The numbers at an even column and the one behind it, those below `width`, (+)= values.
+CKD_DEVICE void store_columns(float* row, int column, int width, bool aligned, bool add,
+                              float2 values) {
+  if (aligned && column + 1 < width) {
+    float2& at = *reinterpret_cast<float2*>(row + column);
+    if (add) values.x += at.x, values.y += at.y;
+    at = values;
+    return;
+  }
+  if (column < width) row[column] = values.x + (add ? row[column] : 0.0f);
+  if (column + 1 < width) row[column + 1] = values.y + (add ? row[column + 1] : 0.0f);
+}
+
 // NaN in place of a scale that the op refuses: the GPU says so without a synchronisation.
 CKD_DEVICE float positive(const float* scale) {
   return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");

@@ -180,17 +180,18 @@ CKD_KERNEL void __launch_bounds__(THREADS, 2)
       }
     }
   }
+  float* sums = parts + static_cast<std::int64_t>(split) * width * dim;
+  const bool aligned = has_aligned_pairs(sums, dim);
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const int a = a0 + warp_row + 16 * m + lane / 4 + 8 * h;
+      if (a >= width) continue;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int a = a0 + warp_row + 16 * m + lane / 4 + e / 2 * 8;
-        const int b = b0 + warp_column + own_column(n) + e % 2;
-        if (a >= width || b >= dim) continue;
-        float& out = parts[(static_cast<std::int64_t>(split) * width + a) * dim + b];
-        out = total[m].at[n][e] + (add ? out : 0.0f);
+      for (int n = 0; n < 8; ++n) {
+        store_columns(sums + static_cast<std::int64_t>(a) * dim, b0 + warp_column + own_column(n),
+                      dim, aligned, add, {total[m].at[n][2 * h], total[m].at[n][2 * h + 1]});
       }
     }
   }
