@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_check
 import pytest
-from gpu import table
+from gpu import right, table
+from gpu.checks import Task
+from gpu.device import Device
 from gpu.job import Job, read_records
-from gpu.workers import each
+from gpu.workers import Failed, each
 from gpu_check import Rung
+
+from tests.worker_tasks import some_items
 
 ROOT = Path(__file__).parents[1]
 FAKES = {
@@ -180,18 +185,6 @@ def test_the_table_fits_a_screen_and_keeps_what_is_wrong() -> None:
     assert "more in b.json" in text
 
 
-def some_items(task: str) -> Iterator[str]:
-    """What workers are given below."""
-    yield f"{task} begins"
-    if task == "raises":
-        raise RuntimeError("no such kernel")
-    if task == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if task == "hangs":
-        time.sleep(600)
-    yield f"{task} ends"
-
-
 def test_a_task_that_raises_dies_or_hangs_costs_itself_alone() -> None:
     tasks = ("raises", "dies", "hangs", "works", "works too")
     found: dict[str, list[str]] = {task: [] for task in tasks}
@@ -204,6 +197,21 @@ def test_a_task_that_raises_dies_or_hangs_costs_itself_alone() -> None:
         "works": ["works begins", "works ends"],
         "works too": ["works too begins", "works too ends"],
     }
+
+
+def test_shapes_after_one_that_fails_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(rehearse=True, emulated=tmp_path)
+    task = Task(device, "contrastive", "cuda", "half", ("W 64", "W 300", "W 768"))
+    found = {"shape": "W 64", "errors": {"loss": (1e-6, 2e-6)}, "wrong": []}
+    events = [(task, found), (task, Failed("killed by signal 11"))]
+    monkeypatch.setattr(right, "each", lambda *arguments: iter(events))
+    job = Job("right", tmp_path / "right.json", tmp_path, 60.0)
+    table: right.Table = {}
+    assert list(right.work([task], 3, table, job)) == [replace(task, names=("W 768",))]
+    assert job.record["wrong"] == ["cuda half contrastive 'W 300': killed by signal 11"]
+    assert "cuda half 1/1: loss 1e-06/0.5" in job.record["lines"][1]
 
 
 def test_records_of_several_rungs_share_a_file(tmp_path: Path) -> None:
