@@ -232,6 +232,8 @@ def measure_small(
                     workers[provider].kill()
                 if provider in OWN:
                     job.wrong(f"{provider} small, {call}: {failure}")
+                if not workers[provider].is_alive():
+                    break
     job.line(f"small {problem}: a step in a graph, as called, Python's part")
     for provider, row in rows.items():
         job.row(case="small", provider=provider, **row)
