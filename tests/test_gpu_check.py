@@ -10,15 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gpu_check
 import pytest
-from gpu import table
+from gpu import right, table
+from gpu.checks import Task
+from gpu.device import Device
 from gpu.job import Job, read_records
-from gpu.workers import each
+from gpu.workers import Failed, each
 from gpu_check import Rung
+
+from tests.worker_tasks import some_items
 
 ROOT = Path(__file__).parents[1]
 FAKES = {
@@ -33,7 +39,12 @@ FAKES = {
     "    job.put(child=child.pid); time.sleep(600)",
     "absent": "raise NotHere('no GPU')",
 }
-Climb = Callable[..., tuple[int, dict[str, dict[str, object]]]]
+Climb = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without when they were measured."""
+    return [{key: value for key, value in row.items() if key != "at"} for row in record["rows"]]
 
 
 @pytest.fixture
@@ -48,7 +59,7 @@ def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
 
     def run(
         *names: str, budget: float = 60, seconds: float = 20
-    ) -> tuple[int, dict[str, dict[str, object]]]:
+    ) -> tuple[int, dict[str, dict[str, Any]]]:
         options = argparse.Namespace(budget=budget, out=tmp_path, rehearse=False)
         options.data = options.teacher_weights = None
         rungs = [Rung(name, seconds, f"{name}.json", f"fake_{name}") for name in names]
@@ -74,8 +85,8 @@ def test_each_way_to_fail_is_a_row_and_the_next_goes_on(
     }
     assert records["crash"]["reason"] == "RuntimeError: no such kernel"
     assert records["killed"]["reason"] == "by SIGKILL"
-    assert records["crash"]["rows"] == [{"ms": 1.0}]
-    assert records["killed"]["rows"] == [{"ms": 3.0}]
+    assert rows_of(records["crash"]) == [{"ms": 1.0}]
+    assert rows_of(records["killed"]) == [{"ms": 3.0}]
     assert "no_such_module" in str(records["broken"]["log"])
     shown = capsys.readouterr().out
     end = shown[shown.index("gpu_check:") :]
@@ -89,7 +100,7 @@ def test_a_rung_that_hangs_is_stopped_with_all_that_it_started(climb: Climb) -> 
     assert code == 1
     assert time.monotonic() - start < 15
     hung = records["hang"]
-    assert (hung["status"], hung["rows"]) == ("out of time", [{"ms": 4.0}])
+    assert (hung["status"], rows_of(hung)) == ("out of time", [{"ms": 4.0}])
     assert hung["lines"] == ["half of it"]
     assert is_gone(int(str(hung["child"])))
     assert records["fine"]["status"] == "ok"
@@ -118,7 +129,7 @@ def test_limits_shrink_to_what_is_left_of_the_budget(climb: Climb) -> None:
 def test_nothing_wrong_is_exit_status_0(climb: Climb) -> None:
     code, records = climb("fine", "absent")
     assert code == 0
-    assert records["fine"]["rows"] == [{"ms": 2.5}]
+    assert rows_of(records["fine"]) == [{"ms": 2.5}]
 
 
 def test_a_signal_ends_the_rung_and_shows_the_table(tmp_path: Path) -> None:
@@ -180,18 +191,6 @@ def test_the_table_fits_a_screen_and_keeps_what_is_wrong() -> None:
     assert "more in b.json" in text
 
 
-def some_items(task: str) -> Iterator[str]:
-    """What workers are given below."""
-    yield f"{task} begins"
-    if task == "raises":
-        raise RuntimeError("no such kernel")
-    if task == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if task == "hangs":
-        time.sleep(600)
-    yield f"{task} ends"
-
-
 def test_a_task_that_raises_dies_or_hangs_costs_itself_alone() -> None:
     tasks = ("raises", "dies", "hangs", "works", "works too")
     found: dict[str, list[str]] = {task: [] for task in tasks}
@@ -206,11 +205,26 @@ def test_a_task_that_raises_dies_or_hangs_costs_itself_alone() -> None:
     }
 
 
+def test_shapes_after_one_that_fails_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(rehearse=True, emulated=tmp_path)
+    task = Task(device, "contrastive", "cuda", "half", ("W 64", "W 300", "W 768"))
+    found = {"shape": "W 64", "errors": {"loss": (1e-6, 2e-6)}, "wrong": []}
+    events = [(task, found), (task, Failed("killed by signal 11"))]
+    monkeypatch.setattr(right, "each", lambda *arguments: iter(events))
+    job = Job("right", tmp_path / "right.json", tmp_path, 60.0)
+    table: right.Table = {}
+    assert list(right.work([task], 3, table, job)) == [replace(task, names=("W 768",))]
+    assert job.record["wrong"] == ["cuda half contrastive 'W 300': killed by signal 11"]
+    assert "cuda half 1/1: loss 1e-06/0.5" in job.record["lines"][1]
+
+
 def test_records_of_several_rungs_share_a_file(tmp_path: Path) -> None:
     for name in ("one", "two"):
         Job(name, tmp_path / "both.json", tmp_path, 5.0).row(value=name)
     found = json.loads((tmp_path / "both.json").read_text())
-    assert {name: record["rows"] for name, record in found.items()} == {
+    assert {name: rows_of(record) for name, record in found.items()} == {
         "one": [{"value": "one"}],
         "two": [{"value": "two"}],
     }

@@ -6,6 +6,7 @@ In a rehearsal the kernels are compiled for the CPU by the emulation instead.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import torch
 
 from gpu.job import ROOT, Job, NotHere
+
+WARNING = re.compile(r": warning|warning #|ptxas.*warning")  # of g++, nvcc and ptxas
 
 
 def run(job: Job) -> None:
@@ -27,7 +30,7 @@ def run(job: Job) -> None:
         raise NotHere("torch sees no GPU to build for")
     arch = "{}{}".format(*torch.cuda.get_device_capability())
     output, code = install(arch, job)
-    warnings = [text.strip() for text in output.splitlines() if "warning" in text.lower()]
+    warnings = [text.strip() for text in output.splitlines() if WARNING.search(text)]
     job.put(seconds_to_build=time.monotonic() - start, warnings=warnings[:40])
     job.line(
         f"ckd._C for sm_{arch} in {time.monotonic() - start:.0f} s on {os.cpu_count()} cores, "

@@ -8,12 +8,12 @@ get the unit rows in half precision, as their documentation shows, from plain to
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import peers
-import providers
 import torch
 from problem import LOGIT_SCALE, Inputs, unit_rows
 from torch import Tensor
@@ -25,12 +25,12 @@ Loss = Callable[[Inputs], Tensor]
 CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0
 EAGER = "eager-fp16"
 OWN = tuple(f"{backend}-half" for backend in BACKENDS)
-# In what they compute; all hold the bank's unit rows and a gradient for them.
+# Their packages, and what they compute in; all hold the bank's unit rows and a gradient for them.
 PEERS = {
-    "torch-linear": "float32",
-    "liger": "float32",
-    "cut-cross-entropy": "bfloat16",
-    "inf-cl": "float32",
+    "torch-linear": ("torch", "float32"),
+    "liger": ("liger_kernel", "float32"),
+    "cut-cross-entropy": ("cut_cross_entropy", "bfloat16"),
+    "inf-cl": ("inf_cl", "float32"),
 }
 
 
@@ -39,9 +39,6 @@ class Rival:
     package: str
     note: str  # in what its loss differs
     make: Callable[[], Loss]
-
-    def missing(self) -> str | None:
-        return peers.needs(self.package)()
 
 
 def memeff_lit() -> Loss:
@@ -73,7 +70,8 @@ RIVALS = {
     "memeff": Rival("memeff", "LiT: both directions, one tower's gradient", memeff_lit),
     "siglip-kernel": Rival("siglip_kernel", "a sigmoid for each pair", siglip),
 }
-NOTES = {**PEERS, **{name: rival.note for name, rival in RIVALS.items()}}
+NOTES = {name: note for name, (_, note) in PEERS.items()}
+NOTES |= {name: rival.note for name, rival in RIVALS.items()}
 
 
 def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
@@ -86,9 +84,13 @@ def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
         else:
             job.wrong(f"backend {name} cannot run: {reason}")
     able.append(EAGER)
-    for name in (*PEERS, *RIVALS):
-        found = RIVALS[name] if name in RIVALS else providers.find(name)
-        reason = found.missing()
+    packages = {name: package for name, (package, _) in PEERS.items()}
+    packages |= {name: rival.package for name, rival in RIVALS.items()}
+    for name, package in packages.items():
+        # Only its own worker imports it, which takes long and may fail.
+        reason = None if importlib.util.find_spec(package) else "not installed"
+        if name == "torch-linear":
+            reason = peers.no_linear_cross_entropy()
         if device.rehearse:
             reason = reason or "not in a rehearsal"
         if reason is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
 
 import providers
@@ -31,9 +32,7 @@ LARGE = {
 SMALL = Problem(256, 1000, 1024, 256)
 TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
 TINY_SMALL = Problem(8, 40, 24, 16)
-FIRST, PAIRS = "learned", "pairs"
-# Who is measured beside ours.
-BESIDE = {FIRST: (EAGER, *PEERS), "frozen": (EAGER,), PAIRS: (EAGER, *RIVALS)}
+FIRST, PAIRS, SMALL_CASE = "learned", "pairs", "small"
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
 PATIENCE = 60.0  # seconds that a first call may take, with its compilations
@@ -47,25 +46,40 @@ def run(job: Job) -> None:
     device = Device.of(job)
     able, absent = contenders(job, device)
     job.put(absent=absent)
-    workers = {name: Worker(Bench, device, name) for name in able}  # which import meanwhile
-    large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
+    workers = {name: Worker(Bench, device, name) for name in able}
+    for worker in workers.values():
+        worker.send("prepare")  # all import side by side
     if absent:
         job.line(absent_text(absent))
     try:
-        for name, problem in large.items():
+        for name, problem, names in cases(job):
+            chosen = [n for n in able if n in names]
             if job.left < ENOUGH:
                 job.line(f"{name}: left out, no time left")
-                continue
-            names = (CUBLAS, *OWN, *BESIDE.get(name, ()))
-            measure_large(job, name, problem, [n for n in able if n in names], workers, device)
-            if name == FIRST:
-                measure_small(job, small, [n for n in able if n in names], workers, device)
-                for peer in set(able) & set(PEERS):
-                    workers[peer].kill()  # for its memory
-                cold_starts(job, device, small)
+            elif problem is None:
+                cold_starts(job, device, TINY_SMALL if job.rehearse else SMALL)
+            elif name == SMALL_CASE:
+                measure_small(job, problem, chosen, workers, device)
+            elif {*chosen} - {CUBLAS}:
+                measure_large(job, name, problem, chosen, workers, device)
     finally:
         for worker in workers.values():
             worker.kill()
+
+
+def cases(job: Job) -> Iterator[tuple[str, Problem | None, tuple[str, ...]]]:
+    """Name, sizes and providers; ours before the peers. No sizes: cold starts."""
+    large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
+    own = (CUBLAS, *OWN)
+    yield FIRST, large[FIRST], (*own, EAGER)
+    yield SMALL_CASE, small, (*own, EAGER)
+    for name in [name for name in large if name not in (FIRST, PAIRS)]:
+        yield name, large[name], (*own, EAGER) if name == "frozen" else own
+    yield "cold start", None, ()
+    yield f"{FIRST}, peers", large[FIRST], (CUBLAS, *PEERS)
+    yield SMALL_CASE, small, tuple(PEERS)
+    if PAIRS in large:
+        yield PAIRS, large[PAIRS], (*own, EAGER, *RIVALS)
 
 
 def measure_large(
@@ -93,7 +107,7 @@ def measure_large(
     else:
         f0_text = f"no F0: {rows[CUBLAS].get('failed')}"
     others = {provider: row for provider, row in rows.items() if provider != CUBLAS}
-    if not {*PEERS, *RIVALS} & {*names} and name != FIRST:
+    if name not in (FIRST, PAIRS) and not {*PEERS} & {*names}:
         texts = [f"{provider} {short_text(row)}" for provider, row in others.items()]
         job.packed(f"{name} {problem}:", [f0_text, *texts])
         return
@@ -121,7 +135,7 @@ def load(
         try:
             if unfit is not None:
                 raise Failed(unfit)
-            patience = PATIENCE if provider in OWN else PEERS_PATIENCE
+            patience = PEERS_PATIENCE if provider in NOTES else PATIENCE
             row |= workers[provider].ask("load", part, seconds=min(patience, job.left))
         except Failed as failure:
             row["failed"] = str(failure)
@@ -232,7 +246,10 @@ def measure_small(
                     workers[provider].kill()
                 if provider in OWN:
                     job.wrong(f"{provider} small, {call}: {failure}")
-    job.line(f"small {problem}: a step in a graph, as called, Python's part")
+                if not workers[provider].is_alive():
+                    break
+    if {*OWN} & {*names}:
+        job.line(f"small {problem}: a step in a graph, as called, Python's part")
     for provider, row in rows.items():
         job.row(case="small", provider=provider, **row)
         if provider != CUBLAS:

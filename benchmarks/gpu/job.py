@@ -78,9 +78,9 @@ class Job:
         self.write()
 
     def row(self, **values: Any) -> None:
-        """Something measured."""
+        """Something measured; when, in seconds of the rung, is added."""
         print(" ".join(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
-        self.record["rows"].append(values)
+        self.record["rows"].append(values | {"at": round(self.seconds - self.left, 1)})
         self.write()
 
     def put(self, **values: Any) -> None:

@@ -10,49 +10,26 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import ckd
-from gpu.cases import (
-    EXACT,
-    HALF,
-    IN_TF32,
-    SHAPES,
-    SIMILARITY,
-    TF32,
-    Case,
-    Results,
-    Shape,
-    arithmetic,
-    eager,
-    make_case,
-    norm,
-    total,
-    truth,
-    unit_rows,
-)
+from gpu.cases import EXACT, HALF, IN_TF32, SHAPES, SIMILARITY, TF32
+from gpu.checks import CONTRASTIVE, MODE, SIMILAR, Task, check
 from gpu.device import BACKENDS, Device
-from gpu.job import Job, reason_of
-from gpu.modes import MODES, check_mode
+from gpu.job import Job
+from gpu.modes import MODES
 from gpu.workers import Failed, each
 from gpu.wrappers import check_wrappers
 
 WORKERS = 12
 PATIENCE = 75.0  # seconds in which a worker has to come to its next result
-KEPT = 128 << 20  # bytes of a projected bank
-ORDERS = 3  # of rows, in which eager is asked
 SHAPES_OF_TASK = 4
-CONTRASTIVE, SIMILAR, MODE = "contrastive", "similarity", "mode"
-# An error may be `constant + slope * tau`, or twice eager's up to `most` times that: eager has no
-# digits left where the softmax is peaked. (constant, slope, most); relative to truth()'s sizes.
-ALLOWED = {EXACT: (0.0, 3e-6, 4), TF32: (1e-3, 1e-4, 2), HALF: (1e-3, 2e-4, 4)}
-Task = tuple[Device, str, str, str, tuple[str, ...]]  # op, backend, arithmetic, names of shapes
+Item = dict[str, Any]  # what `check` yields
+Table = dict[tuple[str, str, str], list[Item]]  # by backend, op and arithmetic
 
 
 def run(job: Job) -> None:
@@ -61,30 +38,39 @@ def run(job: Job) -> None:
         reason = device.missing(backend)
         if reason is not None:
             job.wrong(f"backend {backend} cannot run: {reason}")
-    tasks = list(all_tasks(job, device))
-    wanted = sum(len(names) for *_, names in tasks)
-    table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    workers = 2 if job.rehearse else min(WORKERS, os.cpu_count() or 1)
-    done = 0
+    # A pool of compilers in each worker costs more than it gains.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     # Beside the others, since nvcc takes its time; there is no chip to compare in a rehearsal.
     vectors = None if job.rehearse else ThreadPoolExecutor(1).submit(check_wrappers, job.work)
-    for task, item in each(check, tasks, workers, PATIENCE):
-        _, op, backend, kind, names = task
-        if isinstance(item, Failed):
-            job.wrong(f"{backend} {kind} {op}, one of {', '.join(names)}: {item}")
-            continue
-        done += 1
-        job.row(op=op, backend=backend, arithmetic=kind, **item)
-        if item["wrong"]:
-            more = f", and {len(item['wrong']) - 2} more" if len(item["wrong"]) > 2 else ""
-            text = ", ".join(item["wrong"][:2]) + more
-            job.wrong(f"{backend} {kind} {op} '{item['shape']}': {text}")
-        table.setdefault((backend, op, kind), []).append(item)
-        head = f"{done} of {wanted} checks; largest error against float64 / multiple of eager's:"
-        job.lines([head, *summary(table)])
+    tasks = list(all_tasks(job, device))
+    wanted, table = sum(len(task.names) for task in tasks), Table()
+    while tasks:
+        tasks = list(work(tasks, wanted, table, job))
     if vectors is not None:
         text, is_wrong = vectors.result()
         (job.wrong if is_wrong else job.line)(text)
+
+
+def work(tasks: list[Task], wanted: int, table: Table, job: Job) -> Iterator[Task]:
+    """Records what the tasks find; yields what is left of those that failed at one shape."""
+    workers = 2 if job.rehearse else min(WORKERS, os.cpu_count() or 1)
+    ahead = {task: list(task.names) for task in tasks}
+    for task, item in each(check, tasks, workers, PATIENCE):
+        name = ahead[task].pop(0) if ahead[task] else "the end"
+        what = f"{task.backend} {task.arithmetic} {task.op} '{name}'"
+        if isinstance(item, Failed):
+            job.wrong(f"{what}: {item}")
+            if ahead[task]:
+                yield replace(task, names=tuple(ahead[task]))
+            continue
+        job.row(op=task.op, backend=task.backend, arithmetic=task.arithmetic, **item)
+        if item["wrong"]:
+            more = f", and {len(item['wrong']) - 2} more" if len(item["wrong"]) > 2 else ""
+            job.wrong(f"{what}: {', '.join(item['wrong'][:2])}{more}")
+        table.setdefault((task.backend, task.op, task.arithmetic), []).append(item)
+        done = sum(map(len, table.values()))
+        head = f"{done} of {wanted} checks; largest error against float64 / multiple of eager's:"
+        job.lines([head, *summary(table)])
 
 
 def all_tasks(job: Job, device: Device) -> Iterator[Task]:
@@ -93,7 +79,7 @@ def all_tasks(job: Job, device: Device) -> Iterator[Task]:
     for backend in backends:
         yield from tasks_of(CONTRASTIVE, backend, HALF, job, device)
         for mode in MODES:
-            yield device, MODE, backend, HALF, (mode,)
+            yield Task(device, MODE, backend, HALF, (mode,))
     for backend in reversed(backends):
         yield from tasks_of(CONTRASTIVE, backend, EXACT, job, device)
     if "triton" in backends:  # float32 is exact with cuda, whatever is permitted
@@ -113,159 +99,10 @@ def tasks_of(op: str, backend: str, kind: str, job: Job, device: Device) -> Iter
         names = names[:: 3 if backend == "cuda" else 5]
     size = SHAPES_OF_TASK if backend == "triton" else 3 * SHAPES_OF_TASK
     for first in range(0, len(names), size):
-        yield device, op, backend, kind, tuple(names[first : first + size])
+        yield Task(device, op, backend, kind, tuple(names[first : first + size]))
 
 
-def check(task: Task) -> Iterator[dict[str, Any]]:
-    """In a worker: an item for each shape, with its errors and what is wrong."""
-    device, op, backend, kind, names = task
-    device.set_up()
-    # Memory that is handed out is filled with NaN, and tiles are not measured.
-    torch.use_deterministic_algorithms(op != MODE, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    for name in names:
-        try:
-            yield {"shape": name, **examine(op, name, backend, kind, device)}
-        except Exception as error:
-            if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):
-                raise  # the device may be lost to this process
-            yield {"shape": name, "errors": {}, "wrong": [reason_of(error)]}
-
-
-def examine(op: str, name: str, backend: str, kind: str, device: Device) -> dict[str, Any]:
-    """The errors of a shape, or of a mode none; and what is wrong."""
-    if op == MODE:
-        return {"errors": {}, "wrong": check_mode(name, backend, device)}
-    shape = next(shape for shape in SHAPES if shape.name == name)
-    shape = shape.smaller() if device.rehearse else shape
-    check = check_contrastive if op == CONTRASTIVE else check_similarity
-    return check(shape, backend, kind, device)
-
-
-def check_contrastive(shape: Shape, backend: str, kind: str, device: Device) -> dict[str, Any]:
-    ckd.backends.set_cache_limit(KEPT if shape.keep else 0)
-    case = make_case(shape, device.name)
-    exact, sizes = truth(case)
-    found = ours(case, backend, kind)
-    again = ours(case, backend, kind)
-    wrong = [f"{n} differs in a second run" for n, x in found.items() if not same(x, again[n])]
-    theirs = eager_errors(case, kind, exact, sizes)
-    errors, more = judge(found, exact, sizes, theirs, kind, shape.tau)
-    return {"errors": errors, "wrong": wrong + more}
-
-
-def ours(case: Case, backend: str, kind: str) -> Results:
-    case, shape = case.with_leaves(), case.shape
-    call: Any = ckd.contrastive_cross_entropy  # the inputs of every shape are of one type
-    with arithmetic(kind, case.bank.device.type):
-        output = call(
-            *case.arguments,
-            label_smoothing=shape.smoothing,
-            reduction=shape.reduction,
-            return_lse=shape.lse,
-            backend=backend,
-        )
-    loss, lse = output if shape.lse else (output, None)
-    leaves = case.leaves()
-    # With the arithmetic's settings off: the backward has to remember them.
-    with arithmetic(kind if kind == TF32 else EXACT, case.bank.device.type):
-        grads = torch.autograd.grad(total(case, loss, lse), list(leaves.values()))
-    results = {"loss": loss.detach(), **dict(zip(leaves, grads))}
-    return results if lse is None else {**results, "lse": lse.detach()}
-
-
-def eager_errors(
-    case: Case, kind: str, exact: Results, sizes: dict[str, float]
-) -> dict[str, float]:
-    """The largest of some orders of the rows, for each result."""
-    worst: dict[str, float] = {}
-    for seed in range(ORDERS):
-        moved, order = case.reordered(seed)
-        back = order.argsort()
-        for name, x in eager(moved, kind).items():
-            of_rows = name in ("student", "lse") or (name == "loss" and x.dim() > 0)
-            value = error(x[back] if of_rows else x, exact[name], sizes[name])
-            worst[name] = max(worst.get(name, 0.0), value)
-    return worst
-
-
-def error(x: Tensor, exact: Tensor, size: float) -> float:
-    """Relative to `size`; infinite where one is NaN and the other is not."""
-    if not torch.equal(x.isnan(), exact.isnan()):
-        return float("inf")
-    difference = norm(x.double() - exact)
-    return 0.0 if difference == 0 else difference / max(size, 1e-30)
-
-
-def judge(
-    found: Results,
-    exact: Results,
-    sizes: dict[str, float],
-    theirs: dict[str, float],
-    kind: str,
-    tau: float,
-) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """(error, eager's) of each result, and in words what is beyond what is allowed."""
-    errors, wrong = {}, []
-    constant, slope, most = ALLOWED[kind]
-    floor = constant + slope * max(tau, 1.0)
-    for name, x in found.items():
-        if sizes[name] < 1e-30:  # nothing to be relative to
-            if norm(x) > 1e-6 or x.isnan().any():
-                wrong.append(f"{name} is {norm(x):.1e}, not 0")
-            continue
-        mine = error(x, exact[name], sizes[name])
-        errors[name] = (mine, theirs[name])
-        narrow = 4e-3 if x.dtype in (torch.bfloat16, torch.float16) else 0.0
-        limit = max(floor, min(2 * theirs[name], most * floor)) + narrow
-        if not mine <= limit:
-            wrong.append(f"{name} {mine:.1e}, eager {theirs[name]:.1e}, allowed {limit:.1e}")
-    return errors, wrong
-
-
-def check_similarity(shape: Shape, backend: str, kind: str, device: Device) -> dict[str, Any]:
-    case = make_case(shape, device.name)
-    g = torch.Generator(device.name).manual_seed(1)
-    upstream = torch.randn(shape.batch, shape.rows, device=device.name, generator=g)
-
-    def ours(case: Case) -> Tensor:
-        inputs = (case.student, case.bank, case.weight, case.bias, case.logit_scale)
-        return ckd.normalized_similarity(*inputs, backend=backend)
-
-    def results(case: Case, how: Callable[[Case], Tensor], kind: str) -> Results:
-        with arithmetic(kind, device.name):
-            logits = how(case)
-        leaves = case.leaves()
-        grads = torch.autograd.grad(logits, list(leaves.values()), upstream.to(logits.dtype))
-        return {"logits": logits.detach(), **dict(zip(leaves, grads))}
-
-    exact = results(case.with_leaves(torch.float64), eager_logits, EXACT)
-    sizes = {name: norm(x) for name, x in exact.items()}
-    # Sums over all pairs of random signs, which cancel.
-    sizes["logit_scale"] = max(sizes["logit_scale"], norm(upstream) / shape.width**0.5)
-    found = results(case.with_leaves(), ours, kind)
-    again = results(case.with_leaves(), ours, kind)
-    wrong = [f"{n} differs in a second run" for n, x in found.items() if not same(x, again[n])]
-    plain = results(case.with_leaves(), eager_logits, kind)
-    theirs = {name: error(x, exact[name], sizes[name]) for name, x in plain.items()}
-    errors, more = judge(found, exact, sizes, theirs, kind, shape.tau)
-    return {"errors": errors, "wrong": wrong + more}
-
-
-def eager_logits(case: Case) -> Tensor:
-    half = torch.is_autocast_enabled(case.bank.device.type)
-    z = case.bank.to(torch.bfloat16 if half else case.student.dtype)
-    if case.weight is not None:
-        z = F.linear(z, case.weight, case.bias)
-    return case.logit_scale * (unit_rows(case.student) @ unit_rows(z).T)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers, or NaN, everywhere."""
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def summary(table: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str]:
+def summary(table: Table) -> list[str]:
     """Lines for each backend: how many shapes are right, and of each result the largest error, and
     the largest multiple of eager's in the same arithmetic."""
     lines = []
@@ -285,11 +122,11 @@ def summary(table: dict[tuple[str, str, str], list[dict[str, Any]]]) -> list[str
     return lines
 
 
-def right_of(items: list[dict[str, Any]]) -> str:
+def right_of(items: list[Item]) -> str:
     return f"{sum(not item['wrong'] for item in items)}/{len(items)}"
 
 
-def worst(items: list[dict[str, Any]], name: str | None = None) -> str:
+def worst(items: list[Item], name: str | None = None) -> str:
     """The largest error of a result, or of all, and the largest multiple of eager's."""
     pairs = [p for i in items for n, p in i["errors"].items() if name in (None, n)]
     if not pairs:

@@ -18,8 +18,8 @@ import torch
 
 import ckd
 from gpu.cases import EXACT, HALF, Case, Results, Shape, make_case, truth
+from gpu.checks import judge, ours
 from gpu.device import Device
-from gpu.right import judge, ours
 
 # Each width's layout of the kernels, with ragged edges; rows of 43 begin at odd addresses.
 SHAPES = (

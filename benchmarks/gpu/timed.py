@@ -32,9 +32,15 @@ class Bench:
     provider: str
     _inputs: Inputs | None = None
     _call: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    _loss: Callable[[Inputs], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.device.set_up()
+
+    def prepare(self) -> None:
+        """Imports what computes the loss."""
+        if self._loss is None and self.provider != CUBLAS:
+            self._loss = loss_of(self.provider)
 
     def load(self, problem: Problem) -> dict[str, float]:
         """Makes the inputs; the first step, then the first forward without gradients: seconds,
@@ -48,7 +54,8 @@ class Bench:
         if self.provider == CUBLAS:
             self._call = {FORWARD: logits_product(inputs)}
             return {"first_s": self._seconds(FORWARD)}
-        loss = loss_of(self.provider)
+        self.prepare()
+        loss: Any = self._loss
 
         def forward() -> Tensor:
             with torch.no_grad():

@@ -32,6 +32,7 @@ class Worker:
         self.pipe, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child, make, arguments), daemon=True)
         self._process.start()
+        self._owed = 0  # answers to calls that were sent
         child.close()
 
     def send(self, call: str, *arguments: Any) -> None:
@@ -40,6 +41,7 @@ class Worker:
             self.pipe.send((call, arguments))
         except (OSError, ValueError):
             raise Failed(self._death()) from None
+        self._owed += 1
 
     def receive(self, seconds: float) -> tuple[str, Any]:
         """(ITEM, what the call yielded) or (DONE, what it returned). Raises Failed with the reason
@@ -51,12 +53,15 @@ class Worker:
             kind, content = self.pipe.recv()
         except (EOFError, OSError):
             raise Failed(self._death()) from None
+        self._owed -= kind != ITEM
         if kind == FAILED:
             raise Failed(content)
         return kind, content
 
     def ask(self, call: str, *arguments: Any, seconds: float) -> Any:
-        """What a method returns. Raises Failed."""
+        """What a method returns, after all that was sent before. Raises Failed, of that too."""
+        while self._owed > 0:
+            self.receive(seconds)
         self.send(call, *arguments)
         return self.receive(seconds)[1]
 
