@@ -50,7 +50,8 @@ class Gpu:
             return
         from ckd.backends import triton_launch
 
-        monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 0)
+        monkeypatch.setattr(triton_launch, "FORWARD_BYTES", 0)
+        monkeypatch.setattr(triton_launch, "BACKWARD_BYTES", 0)
         monkeypatch.setattr(triton_launch.Call, "wave_rows", 48)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:

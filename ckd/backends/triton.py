@@ -94,10 +94,10 @@ def contrastive_ce_forward(
     save_attention: bool,
     cache_bytes: int,
 ) -> Forward:
-    from ckd.backends.triton_launch import Call, SoftmaxSums
+    from ckd.backends.triton_launch import FORWARD_BYTES, Call, SoftmaxSums
 
     check_targets(target, len(bank), options.ignore_index)
-    call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    call = Call(student, bank, weight, bias, logit_scale, options.allow_half, FORWARD_BYTES)
     cache = call.empty(cache_bytes, dtype=torch.uint8)
     nll, lse, p_other = (call.empty(call.batch) for _ in range(3))
     residual = call.empty(student.shape if save_residual else 0)

@@ -35,8 +35,9 @@ struct TileFactors {
     const int thread = static_cast<int>(threadIdx.x);
     const int index = thread / (ROWS / PIECE), at = thread % (ROWS / PIECE) * PIECE;
     if (index >= ARRAYS) return;
-    const int bytes = max(min(batch - first - at, PIECE), 0) * 4;
-    copy_async(shared_address(array(step, index) + at), from.array(index) + first + at, bytes);
+    const int count = max(min(batch - first - at, PIECE), 0);
+    const float* source = from.array(index) + (count > 0 ? first + at : 0);
+    copy_async(shared_address(array(step, index) + at), source, count * 4);
   }
 };
 

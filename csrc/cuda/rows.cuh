@@ -183,6 +183,12 @@ struct Factors {
     // What |G| is at most, but at the target.
     array(size)[i] = fabsf(g) * fmaxf(other, smoothing) + fabsf(h);
   }
+  // The numbers behind the last student: copies of 16 bytes touch them.
+  CKD_DEVICE void clear_padding(std::int64_t students) const {
+    for (int index = 0; index < ARRAYS; ++index) {
+      for (std::int64_t i = students; i < stride; ++i) array(index)[i] = 0;
+    }
+  }
 };
 
 // d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention; and u
@@ -218,6 +224,7 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
     write_unit_row(student, width, inverse, busy, u + row * length, ld, layout);
     if (lane == 0) factors.write(op, row, g, h);
+    if (lane == 0 && row == rows - 1) factors.clear_padding(rows);
   }
   if (lane == 0 && op.along != nullptr) op.along[row] = along;
   if (op.d_student == nullptr) return;
