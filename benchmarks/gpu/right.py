@@ -96,7 +96,7 @@ def tasks_of(op: str, backend: str, kind: str, job: Job, device: Device) -> Iter
     if op == SIMILAR:
         names = [name for name in names if name in SIMILARITY]
     if job.rehearse:
-        names = names[:: 3 if backend == "cuda" else 5]
+        names = names[:: 3 if backend == "cuda" else 7]
     size = SHAPES_OF_TASK if backend == "triton" else 3 * SHAPES_OF_TASK
     for first in range(0, len(names), size):
         yield Task(device, op, backend, kind, tuple(names[first : first + size]))
