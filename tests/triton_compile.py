@@ -35,6 +35,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 FAMILIES = {"sm_80": "ampere", "sm_86": "small", "sm_90": "hopper", "gfx942": "small"}
+PROCESSORS = {"ampere": 108, "small": 84, "hopper": 132}
 # Shared memory of a thread block (LDS of a workgroup), in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 OPTIONS = ("num_warps", "num_stages")
@@ -189,12 +190,13 @@ def launches_of(
     problem = Problem(
         "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
         student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,
+        None,
     )  # fmt: skip
     cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
     inputs = (student, bank, target, weight, bias, scale)
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "family", lambda device: family)
-        patch.setattr(triton_launch, "processors", lambda device: 100)
+        patch.setattr(triton_launch, "processors", lambda device: PROCESSORS[family])
         patch.setattr(triton_launch, "choose", every)
         patch.setattr(triton_launch, "float32_products", lambda device: precision)
         attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
@@ -315,6 +317,8 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 # with the norm or not, chunks of the bank or all of it, sizes that divide by 16 or not.
 PROBLEMS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "W 64": ((256, 1000, 1024, 64), {"half": True}),
+    "W 64, large bank": ((4096, 100_000, 768, 64), {"half": True}),
+    "W 256, small bank": ((256, 1000, 1024, 256), {"half": True}),
     "W 128, smoothing": ((4096, 100_000, 1024, 128), {"half": True, "smoothing": 0.1}),
     "W 250": ((1000, 19997, 771, 250), {"half": True}),
     "W 256": ((4096, 1_280_000, 1024, 256), {"half": True}),
