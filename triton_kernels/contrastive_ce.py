@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import load_scale, load_targets, to_operand
+from .rows import add_product, load_scale, load_targets, to_operand
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -156,7 +156,7 @@ def softmax_step(
     z = z * rescale + tl.sum(p, 1)
     if KEEP_VALUES:
         p = to_operand(p, tile.dtype, PRECISION)
-        e = tl.dot(p, tile, e * rescale[:, None], input_precision=PRECISION)
+        e = add_product(e * rescale[:, None], p, tile, PRECISION)
     return new_top, z, e
 
 

@@ -21,6 +21,7 @@ from .contrastive_ce import HEADROOM, LOG2E, logits_tile
 from .rows import (
     MAX_FLOAT32,
     SMALLEST,
+    add_product,
     half_scale,
     inverse_norm,
     load_scale,
@@ -237,7 +238,7 @@ def bank_gradient_kernel(
         if SMOOTH:
             d -= tl.load(by_all + i)[None, :]
         d = to_operand(d, query.dtype, PRECISION)
-        total = tl.dot(d, query, total, input_precision=PRECISION)
+        total = add_product(total, d, query, PRECISION)
     up = load_scale(scale) * tl.load(size) / (8192.0 if HALF else 1.0)
     at = k[:, None] * width + w[None, :]
     if WHOLE:

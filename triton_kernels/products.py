@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import SMALLEST, inverse_norm, to_operand
+from .rows import SMALLEST, add_product, inverse_norm, to_operand
 
 # A float32 operand is scaled so that its largest element is this before it becomes half precision:
 # 34 binary orders of magnitude then lie between it and the smallest float16.
@@ -119,7 +119,7 @@ def product_kernel(
             left = left * down[:, None]
         left = to_operand(left, OPERAND, PRECISION)
         right = to_operand(right.to(OPERAND), OPERAND, PRECISION)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        total = add_product(total, left, right, PRECISION)
     if HALF:
         total *= up[:, None]
     at = out + (split * rows + m_long[:, None]) * columns + c[None, :]

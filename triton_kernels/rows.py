@@ -56,6 +56,16 @@ def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_product(total, left, right, PRECISION: tl.constexpr):
+    """total + left right. In float32 the product begins at zero: a sum over n rows then has the
+    rounding of n / BLOCK additions, not of n."""
+    if PRECISION == "ieee" and right.dtype == tl.float32:
+        return total + tl.dot(left, right, input_precision=PRECISION)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
 def half_scale(largest):
     """A power of two that brings numbers of at most `largest` below 2^11, and its inverse; the
     smallest float16 is 34 binary orders of magnitude below."""
