@@ -106,7 +106,9 @@ class Launch:
 
     @property
     def uses_matrix_units(self) -> bool:
-        return self.name in PRODUCTS and self.arithmetic == "half"
+        half_weight = dict(self.signature).get("weight") in ("*fp16", "*bf16")
+        half = ("HALF", True) in self.constants or half_weight or self.name == "weight_gradient"
+        return self.name in PRODUCTS and half
 
     @property
     def rows(self) -> int:

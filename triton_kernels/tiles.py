@@ -69,7 +69,7 @@ def forward_tiles(
     if family == INTERPRETER:
         return (Tiles(32, 32, min(64, whole), min(32, whole)),)
     if arithmetic == IEEE:
-        return (Tiles(32, 32, min(64, whole), 32, warps=4),)
+        return (Tiles(32, 32, min(64, whole), 32),)
     if arithmetic == TF32:
         part = Tiles(64, 64, min(128, whole), 32)
         return (Tiles(64, 32, 256, 32), part) if family == HOPPER and whole == 256 else (part,)
