@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests import cuda_compile as tools
+from tests.quick import slow
 
 KERNELS = sorted((tools.ROOT / "csrc" / "cuda").glob("*.cu"))
 # Uses all of csrc/cuda/device.cuh.
 DEMONSTRATION = tools.ROOT / "tests" / "emulation" / "planted_bugs.cu"
 
 needs_nvcc = pytest.mark.skipif(tools.nvcc() is None, reason="no nvcc")
-ARCHITECTURES = tools.architectures() if tools.nvcc() else ["sm_80"]
+FIRST, *OTHERS = tools.architectures() if tools.nvcc() else ["sm_80"]
+ARCHITECTURES = [FIRST, *slow(OTHERS)]
 
 
 def spilling(units: list[tools.Unit]) -> list[str]:
