@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import os
+
+# Read when torch is loaded: threads that wait for others sleep. On a busy machine they would spin
+# through the time in which the others could run.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path

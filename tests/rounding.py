@@ -1,6 +1,6 @@
-"""Float32 arithmetic by two models: eager torch's in another order, and random roundings.
+"""Arithmetic by models: eager's float32 in another order, random roundings, bfloat16 operands.
 
-Both are modes that catch torch's operations, those of autograd's backward included, so one
+They are modes that catch torch's operations, those of autograd's backward included, so one
 function written in plain torch (tests/oracle.py) gives the exact result, eager's and the models'.
 """
 
@@ -136,6 +136,18 @@ class Rounded(TorchDispatchMode):
         ones = torch.ones_like(lse)
         sums = self._rounded(ones, p.shape[1], p.square().sum(1, keepdim=True))
         return self._once(lse + sums.log())
+
+
+class Bfloat16Operands(TorchDispatchMode):
+    """Float64 operations, but the operands of matrix products are rounded to bfloat16."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if function in (aten.mm.default, aten.addmm.default):
+            *added, a, b = args
+            args = (*added, a.bfloat16().to(a.dtype), b.bfloat16().to(b.dtype))
+        return function(*args, **(kwargs or {}))
 
 
 ROUNDED_ONCE = (

@@ -107,10 +107,11 @@ def test_gradients_hold_at_a_loss_of_1e_minus_10(backend: str) -> None:
         true_loss = torch.logaddexp(torch.zeros(()), _log_odds(exact)).mean()
         case = case.requiring("student", "logit_scale")
         loss = run(case, backend)
-        within(relative_error(loss, true_loss), 2e-5, "loss, 1e-10", backend)
+        limit = max(2e-5, 3e-7 * tau)  # five roundings of the logits
+        within(relative_error(loss, true_loss), limit, "loss of 1e-10", backend)
         truth = oracle.gradients(exact, true_loss)
         for name, value in oracle.gradients(case, loss).items():
-            within(relative_error(value, truth[name]), 2e-5, f"{name}, loss of 1e-10", backend)
+            within(relative_error(value, truth[name]), limit, f"{name}, loss of 1e-10", backend)
 
 
 @pytest.mark.parametrize("tile_rows", [1, 2, 7, 64])
@@ -246,7 +247,7 @@ def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
     for name, value in oracle.gradients(case, loss).items():
         assert value.dtype == dtype
         error = relative_error(value, true_gradients[name])
-        within(error, max(2 * eps, 1e-5), f"{name}, half inputs", backend)
+        within(error, max(2.5 * eps, 1e-5), f"{name}, half inputs", backend)
 
 
 def test_mixed_parameter_dtypes_keep_their_own(backend: str) -> None:

@@ -20,6 +20,7 @@ from ckd.backends import cpu
 from tests import oracle, tolerance
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
+from tests.rounding import Bfloat16Operands
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -230,22 +231,26 @@ def eager_autocast(case: Case) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tau", [14.2857, 100.0])
-def test_bfloat16_is_far_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
-    errors: dict[str, list[tuple[float, float]]] = {}
+def test_bfloat16_is_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
+    """And as exact as bfloat16 operands allow: the kernels round nothing else to it."""
+    errors: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(10):
         case = make_case(128, 1000, 128, 96, tau=tau, learned=0.25, seed=seed)
         exact, plain = truth(case), eager_autocast(case)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = ours(case)
+        with Bfloat16Operands():
+            best = eager(case, torch.float64)
         for name, value in exact.items():
-            pair = (relative_error(result[name], value), relative_error(plain[name], value))
-            errors.setdefault(name, []).append(pair)
-    for name, pairs in errors.items():
-        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
-        # Eager rounds every result to bfloat16, which tau magnifies; the kernels round only what
-        # they multiply. At a small tau that is most of the error of these two: bank, weight, and
-        # for d_weight the gradient of z as well.
-        least = 1.4 if tau < 50 and name in ("student", "weight") else 2.0
+            three = (relative_error(r[name], value) for r in (result, plain, best))
+            errors.setdefault(name, []).append(tuple(three))
+    for name, rows in errors.items():
+        mine, theirs, best = torch.tensor(rows).square().mean(0).sqrt().tolist()
+        tolerance.within(mine, 1.6 * best, f"{name}, bfloat16 operands", f"cpu: {half_tier}")
+        # Eager rounds every result to bfloat16, which tau magnifies. At a small tau the rounding
+        # of bank and weight is most of the error of these two, and for d_weight of the gradient of
+        # z: it is 1.5 to 1.9 times smaller than eager's.
+        least = 1.0 if tau < 50 and name in ("student", "weight") else 1.3
         tolerance.within(mine, theirs / least, f"{name}, bfloat16", f"cpu: {half_tier}")
 
 
