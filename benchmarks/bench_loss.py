@@ -171,14 +171,17 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                 if reason is not None:
                     continue
                 rows.append({"provider": provider, "half": found.half})
-                if found.truth not in truths:
-                    path = f"{folder}/{found.truth}.pt"
-                    truths[found.truth] = write_truth(problem, found.truth, path, options)
-                if truths[found.truth].failed is not None:
-                    rows[-1]["failed"] = f"no float64 to compare with: {truths[found.truth].failed}"
-                    continue
+                # All of them load torch at once, which takes longer than what is measured.
                 workers[provider] = Worker(provider, problem, options.threads, options.device)
-                examine(workers[provider], rows[-1], truths[found.truth].path)
+            for row in [row for row in rows if "failed" not in row]:
+                truth = providers.find(row["provider"]).truth
+                if truth not in truths:
+                    path = f"{folder}/{truth}.pt"
+                    truths[truth] = write_truth(problem, truth, path, options)
+                if truths[truth].failed is not None:
+                    row["failed"] = f"no float64 to compare with: {truths[truth].failed}"
+                    continue
+                examine(workers[row["provider"]], row, truths[truth].path)
         able = [row for row in rows if "failed" not in row and "wrong" not in row]
         with busy(options.competitors):
             for mode in (STEP, FORWARD):

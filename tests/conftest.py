@@ -6,6 +6,7 @@ import os
 # through the time in which the others could run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import cuda, triton
+from ckd.backends import cpu, cuda, triton
 from ckd.train import loop
 from tests import margins
 
@@ -25,6 +26,10 @@ if triton.missing() is None and triton.interpreted():
 
     triton_interpreter.repair()
 
+
+if "CKD_TEST_TIERS" in os.environ:  # a processor that runs these tiers alone
+    cpu.TIERS = {tier: cpu.TIERS[tier] for tier in os.environ["CKD_TEST_TIERS"].split(",")}
+    cpu._tier = next(iter(cpu.TIERS))
 
 if "CKD_TEST_EMULATED" in os.environ:
     from tests import cuda_emulation
@@ -48,11 +53,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without --slow, what is marked slow is left out."""
+    if seed := os.environ.get("CKD_TEST_ORDER"):  # files, and the tests of each, in a random order
+        shuffle(items, random.Random(seed))
     if config.getoption("--slow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def shuffle(items: list[pytest.Item], generator: random.Random) -> None:
+    """Tests of one file stay together: so do the fixtures that are made once a file."""
+    files = list({item.path for item in items})
+    generator.shuffle(items)
+    files.sort()
+    generator.shuffle(files)
+    items.sort(key=lambda item: files.index(item.path))
 
 
 def pytest_sessionfinish() -> None:
