@@ -48,16 +48,26 @@ def _load(path: Path) -> None:
 
 
 def table(saved: Path) -> list[str]:
-    """Markdown: a row for each quantity, a column for each backend; then the nearest tests."""
+    """Markdown: each quantity against the limits of tests/tolerance.py, then other limits, where
+    `quantity, about` counts as `about`; and the nearest tests. A column for each backend."""
     _load(saved)
-    backends = sorted({backend for backend, _ in _nearest})
-    quantities = sorted({quantity for _, quantity in _nearest})
-    lines = ["| quantity | " + " | ".join(backends) + " |", "| --- |" + " ---: |" * len(backends)]
-    for quantity in quantities:
-        found = [_nearest.get((backend, quantity)) for backend in backends]
-        cells = [f"{one.ratio:.2f}" if one else "" for one in found]
-        lines.append(f"| {quantity} | " + " | ".join(cells) + " |")
-    lines += ["", "The nearest:"]
+    modelled, others = {}, {}
+    for (backend, quantity), one in _nearest.items():
+        _, comma, about = quantity.partition(", ")
+        rows, row = (others, about) if comma else (modelled, quantity)
+        rows[backend, row] = max(one.ratio, rows.get((backend, row), 0.0))
+    lines = [*_rows("quantity", modelled), "", *_rows("other limits", others), "", "The nearest:"]
     for (backend, quantity), one in sorted(_nearest.items(), key=lambda x: -x[1].ratio)[:12]:
         lines.append(f"{one.ratio:.2f}  {backend} {quantity}  {one.test}")
+    return lines
+
+
+def _rows(head: str, ratios: dict[tuple[str, str], float]) -> list[str]:
+    backends = sorted({backend for backend, _ in ratios})
+    lines = [f"| {head} | " + " | ".join(backends) + " |", "| --- |" + " ---: |" * len(backends)]
+    for row in sorted({row for _, row in ratios}):
+        found = [ratios.get((backend, row)) for backend in backends]
+        lines.append(
+            f"| {row} | " + " | ".join("" if x is None else f"{x:.2f}" for x in found) + " |"
+        )
     return lines

@@ -108,7 +108,7 @@ def test_gradients_hold_at_a_loss_of_1e_minus_10(backend: str) -> None:
         case = case.requiring("student", "logit_scale")
         loss = run(case, backend)
         limit = max(2e-5, 3e-7 * tau)  # five roundings of the logits
-        within(relative_error(loss, true_loss), limit, "loss of 1e-10", backend)
+        within(relative_error(loss, true_loss), limit, "loss, loss of 1e-10", backend)
         truth = oracle.gradients(exact, true_loss)
         for name, value in oracle.gradients(case, loss).items():
             within(relative_error(value, truth[name]), limit, f"{name}, loss of 1e-10", backend)
