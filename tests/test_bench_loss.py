@@ -36,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_measures_and_shows_what_it_wrote(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run("--case", TINY, "--providers", PROVIDERS, "--out", str(out))
@@ -329,6 +330,7 @@ def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [{"backend": "cpu"}]
 
 
+@pytest.mark.slow
 def test_providers_of_another_device_are_refused_in_words() -> None:
     done = run("--device", "cpu", "--case", TINY, "--providers", "eager,triton-half")
     assert done.returncode == 2

@@ -14,8 +14,7 @@ KERNELS = sorted((tools.ROOT / "csrc" / "cuda").glob("*.cu"))
 DEMONSTRATION = tools.ROOT / "tests" / "emulation" / "planted_bugs.cu"
 
 needs_nvcc = pytest.mark.skipif(tools.nvcc() is None, reason="no nvcc")
-FIRST, *OTHERS = tools.architectures() if tools.nvcc() else ["sm_80"]
-ARCHITECTURES = [FIRST, *slow(OTHERS)]
+ARCHITECTURES = tools.architectures() if tools.nvcc() else ["sm_80"]
 
 
 def spilling(units: list[tools.Unit]) -> list[str]:
@@ -24,6 +23,7 @@ def spilling(units: list[tools.Unit]) -> list[str]:
 
 @needs_nvcc
 @pytest.mark.skipif(not KERNELS, reason="csrc/cuda has no kernels")
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch: str) -> None:
     units = tools.compile_units(KERNELS, arch)
@@ -32,7 +32,7 @@ def test_kernels_compile_without_spills(arch: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [ARCHITECTURES[0], *slow(ARCHITECTURES[1:])])
 def test_the_whole_device_layer_compiles(arch: str) -> None:
     units = tools.compile_units([DEMONSTRATION], arch, ["-DBUG=0"])
     assert len(units) == 2, units

@@ -11,10 +11,13 @@ import torch
 import ckd
 from tests import oracle, tolerance
 from tests.oracle import GRADIENTS, Case, make_case
+from tests.quick import slow
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (7, 65, 33, 16), (64, 63, 12, None), (3, 40_000, 16, 64)], ids=str
+    "shape",
+    [(1, 1, 1, 1), (7, 65, 33, 16), (64, 63, 12, None), *slow([(3, 40_000, 16, 64)])],
+    ids=str,
 )
 def test_similarity_and_gradients_match_float64(shape: tuple[int, ...], backend: str) -> None:
     case = make_case(*shape)
