@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="of calls, for each provider and mode (default: 2; 0.6 if quick)",
+        help="of calls, for each provider and mode (default: 2; 0.3 if quick)",
     )
     parser.add_argument(
         "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
@@ -131,7 +131,7 @@ def check(options: argparse.Namespace) -> None:
         options.record = command.read_record(options.show, "loss")
         return
     if options.seconds is None:
-        options.seconds = 0.6 if options.quick else 2.0
+        options.seconds = 0.3 if options.quick else 2.0
     command.check_seconds(options.seconds)
     command.check_least(options, threads=1, competitors=0)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -156,7 +156,7 @@ LONG = [(16, 48, 4096, 16), (2048, 32, 24, 16), (32, 2048, 24, 16)]
 @pytest.mark.parametrize("shape", LONG, ids=str)
 def test_long_sums_are_added_128_terms_at_a_time(shape: tuple[int, ...], tier: str) -> None:
     """Plain sums would be off by 1.6 to 2.6 times the model, these are by 0.4 to 0.7."""
-    check_over_seeds(shape, 1.0, 5, slack=1.1, tier=tier, about="long sums")
+    check_over_seeds(shape, 1.0, 5, slack=1.2, tier=tier, about="long sums")
 
 
 def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> None:
