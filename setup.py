@@ -4,6 +4,8 @@ No compiler is no error: the package then installs without the module, and `pyth
 tells why. Nor is no nvcc: the module then has no CUDA kernels. A compiler that fails on the sources
 is an error.
 
+An editable install keeps its objects in build/editable, so that the next one compiles what changed.
+
 MAX_JOBS bounds parallel compilation, CXX names the compiler, CKD_CUDA=0 leaves the CUDA kernels out
 and CKD_CUDA=1 demands them, and CKD_CUDA_ARCHS lists what they are compiled for ("80;90").
 """
@@ -23,8 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, whose licence lines older ones reject
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"setuptools {OLDEST_SETUPTOOLS} or newer builds ckd, this is {setuptools.__version__}: "
+        f'pip install "setuptools>={OLDEST_SETUPTOOLS}", or install without --no-build-isolation'
+    )
 
 ROOT = Path(__file__).parent
 # csrc/emulation runs the CUDA kernels on the CPU, in tests alone.
@@ -58,16 +68,24 @@ class NinjaBuild(build_ext):
             print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
         else:
             reason = f"built with {compiler}; {cuda.about}"
-            self.ninja(compiler, cuda, ext.sources, module)
+            editable = ROOT.resolve() / "build" / "editable" / sys.implementation.cache_tag
+            folder = editable if self.editable_mode else Path(self.build_temp).resolve()
+            self.ninja(compiler, cuda, ext.sources, module, folder)
         report = {"built": compiler is not None, "reason": reason}
         (package / REPORT).write_text(json.dumps(report) + "\n")
 
-    def ninja(self, compiler: str, cuda: Cuda, sources: list[str], module: Path) -> None:
+    def ninja(
+        self, compiler: str, cuda: Cuda, sources: list[str], module: Path, folder: Path
+    ) -> None:
         import pybind11
 
-        folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        includes = [pybind11.get_include(), sysconfig.get_path("include"), ROOT / "csrc"]
+        # Where pip builds in isolation, pybind11 lies somewhere else each time: under its own path
+        # every command would change.
+        headers = folder / "pybind11"
+        headers.unlink(missing_ok=True)
+        headers.symlink_to(pybind11.get_include(), target_is_directory=True)
+        includes = [headers, sysconfig.get_path("include"), ROOT / "csrc"]
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         # A product and a sum may become one FMA; nothing else about float arithmetic is relaxed.
         flags += ["-ffp-contract=fast", "-fno-math-errno"]
@@ -84,6 +102,9 @@ class NinjaBuild(build_ext):
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
+        # Side by side for all architectures, which take longest.
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        threads = f"--threads {min(jobs, len(cuda.arch_flags))}" if cuda.nvcc else ""
         openmp, nvcc = "-fopenmp" in link, f"{quote(cuda.nvcc)} {host_flags(compiler)}"
         linker = f"$cxx {' '.join(link)}"
         if cuda.nvcc:
@@ -93,7 +114,7 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {' '.join(map(quote, shlex.split(compiler)))}",
             f"cflags = {' '.join(map(quote, flags))}",
-            f"nvcc = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden",
+            f"nvcc = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {threads}",
             "rule compile",
             "  command = $cxx $cflags $tier -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -124,8 +145,8 @@ class NinjaBuild(build_ext):
             lines.append(f"  tier = {' '.join(tiers.get(tier, []))}")
         lines.append(f"build {escape(module)}: link {' '.join(objects)}")
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([*ninja_command(), "-C", str(folder), *jobs], check=True)
+        bound = ["-j", str(jobs)] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([*ninja_command(), "-C", str(folder), *bound], check=True)
 
 
 class Cuda(NamedTuple):

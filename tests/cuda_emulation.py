@@ -148,12 +148,19 @@ class Outcome:
     text: str
 
 
-def run(program: Path, *arguments: object, schedule: str = "eager", seed: int = 0) -> Outcome:
+def run(
+    program: Path,
+    *arguments: object,
+    schedule: str = "eager",
+    seed: int = 0,
+    sums: str = "truncated",
+) -> Outcome:
     """Runs a program that exits with 1 for wrong values and 0 for right ones."""
     environment = dict(
         os.environ,
         CKD_EMULATION_SCHEDULE=schedule,
         CKD_EMULATION_SEED=str(seed),
+        CKD_EMULATION_SUMS=sums,
         ASAN_OPTIONS=f"detect_leaks=0:exitcode={ADDRESS_REPORT}",
         TSAN_OPTIONS=f"halt_on_error=1:atexit_sleep_ms=0:exitcode={RACE_REPORT}",
     )

@@ -11,7 +11,8 @@ import torch
 
 import ckd
 from ckd import backends
-from ckd.backends import reference
+from ckd.backends import cuda, reference
+from ckd.backends.interface import Problem
 
 
 def tensors() -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,3 +101,33 @@ def test_forward_and_backward_use_the_same_backend(monkeypatch: pytest.MonkeyPat
 def test_explanation_covers_every_name_of_the_api() -> None:
     assert set(backends.explain(*tensors()).reasons) >= {"cuda", "triton", "cpu", "reference"}
     assert "reference" in backends.available()
+
+
+def test_cuda_asks_the_tensors_own_gpu_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs, of which the current one is too old."""
+    capabilities = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr(cuda, "_missing", None)
+    monkeypatch.setattr(cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda, "_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    problem = Problem.of("contrastive_ce", *tensors(), None)._replace(device_type="cuda")
+    assert cuda.unsupported(problem._replace(device_index=1)) is None
+    reason = cuda.unsupported(problem._replace(device_index=0))
+    assert reason == "the GPU is of compute capability 7.5; the kernels need 8.0"
+
+
+def test_cuda_does_not_call_an_earlier_failure_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal address (700) comes from a kernel that ran, no image (209) from a start."""
+    module = types.SimpleNamespace(
+        cuda_error=lambda error: f"error {error}",
+        cuda_error_is_of_earlier_work=lambda error: error == 700,
+    )
+    monkeypatch.setattr(cuda, "_C", module)
+    text = cuda._start_failed(torch.device("cuda:0"), 209)
+    assert text.startswith(
+        "a kernel of ckd could not be started on cuda:0: error 209 (cudaError 209)"
+    )
+    text = cuda._start_failed(torch.device("cuda:0"), 700)
+    assert "a kernel of ckd" not in text
+    assert "before this call, by any library" in text

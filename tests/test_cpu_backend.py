@@ -132,14 +132,22 @@ def rms(numbers: list[float]) -> float:
 
 
 def check_over_seeds(
-    shape: tuple[int, ...], tau: float, seeds: int, *, slack: float, tier: str, about: str
+    shape: tuple[int, ...],
+    tau: float,
+    seeds: int,
+    *,
+    slack: float,
+    tier: str,
+    about: str,
+    names: tuple[str, ...] = ("loss", *GRADIENTS),
 ) -> None:
     problems, model = problems_and_model(shape, tau, seeds)
     errors: dict[str, list[float]] = {name: [] for name in model}
     for case, exact in problems:
         for name, value in ours(case).items():
             errors[name].append(tolerance.distance(value, exact[name]))
-    for name, mine in errors.items():
+    for name in names:
+        mine = errors[name]
         tolerance.within(rms(mine), slack * model[name], f"{name}, {about}", f"cpu: {tier}")
 
 
@@ -149,13 +157,21 @@ def test_float32_is_as_exact_as_the_model_over_many_problems(tau: float, tier: s
     check_over_seeds((24, 200, 48, 32), tau, 15, slack=1.0, tier=tier, about="many problems")
 
 
+@pytest.mark.parametrize("shape", [(256, 256, 256, 64), (300, 520, 400, 260)], ids=str)
+def test_sums_are_added_128_terms_at_a_time(shape: tuple[int, ...], tier: str) -> None:
+    """d_weight is off by 0.57 of what the model is, and would be by 0.75 to 0.80 with sums of 256
+    terms. A tier computes the same on every machine: chance has no part in it."""
+    options = {"slack": 0.67, "tier": tier, "about": "sums of 128", "names": ("weight",)}
+    check_over_seeds(shape, 1.0, 3, **options)
+
+
 # Thousands of terms along the teacher's dimension, the students and the bank.
 LONG = [(16, 48, 4096, 16), (2048, 32, 24, 16), (32, 2048, 24, 16)]
 
 
 @pytest.mark.parametrize("shape", LONG, ids=str)
-def test_long_sums_are_added_128_terms_at_a_time(shape: tuple[int, ...], tier: str) -> None:
-    """Plain sums would be off by 1.6 to 2.6 times the model, these are by 0.4 to 0.7."""
+def test_long_sums_are_partial_sums(shape: tuple[int, ...], tier: str) -> None:
+    """Plain sums would be off by several times the model, these are by 0.4 to 0.7 of it."""
     check_over_seeds(shape, 1.0, 5, slack=1.2, tier=tier, about="long sums")
 
 

@@ -66,6 +66,8 @@ def test_right_kernel_passes_in_every_schedule(
     run = lambda case: tools.run(programs[kind], schedule=case[0], seed=case[1])  # noqa: E731
     for case, outcome in zip(cases, pool.map(run, cases)):
         assert outcome.finding == "none", f"{case}: {outcome.text}"
+    outcome = tools.run(programs[kind], sums="rounded")
+    assert outcome.finding == "none", outcome.text
 
 
 @pytest.mark.parametrize(("kind", "column"), [("plain", 1), ("address", 2), ("thread", 3)])
@@ -101,9 +103,11 @@ def test_errors_name_kernel_line_block_and_thread(programs: dict[str, Path]) -> 
     assert f"planted_bugs.cu:{line}, block (0, 0, 0), thread (124, 0, 0)" in text
 
 
-def test_an_unknown_schedule_is_an_error(programs: dict[str, Path]) -> None:
+def test_an_unknown_setting_is_an_error(programs: dict[str, Path]) -> None:
     text = tools.run(programs["plain"], schedule="greedy").text
     assert "CKD_EMULATION_SCHEDULE must be ordered, eager or random, got greedy" in text
+    text = tools.run(programs["plain"], sums="exact").text
+    assert "CKD_EMULATION_SUMS must be truncated or rounded, got exact" in text
 
 
 @pytest.mark.slow

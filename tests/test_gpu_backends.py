@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -52,8 +52,9 @@ class Gpu:
             return
         from ckd.backends import triton_launch
 
-        monkeypatch.setattr(triton_launch, "WORKSPACE_BYTES", 0)
-        monkeypatch.setattr(triton_launch, "CHUNK_MULTIPLE", 48)
+        monkeypatch.setattr(triton_launch, "FORWARD_BYTES", 0)
+        monkeypatch.setattr(triton_launch, "BACKWARD_BYTES", 0)
+        monkeypatch.setattr(triton_launch.Call, "wave_rows", 48)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
@@ -173,6 +174,27 @@ def test_opposite_rows_survive_float16(gpu: Gpu) -> None:
         tolerance.within(error, limit, f"{name}, opposite rows", gpu.name)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("shape", [(64, 400, 96, 256), (33, 70, 24, 48)], ids=str)
+def test_tf32_is_rounded_and_not_cut_off(gpu: Gpu, shape: tuple[int, ...], tf32: None) -> None:
+    """The strongest rival is close to the target, so that the loss is their difference: operands
+    that are cut off shrink one logit and not the other, by some per cent of the loss."""
+    case = make_case(*shape, tau=100.0)
+    n = oracle.unit_rows(case.bank.half().float() @ case.weight.T + case.bias)
+    rival = n[(case.target + 1) % len(n)]
+    case = replace(case, bank=case.bank.half(), student=0.95 * rival + n[case.target])
+    exact, result = eager(case), ours(gpu, case)
+    assert relative_error(result["loss"], exact["loss"]) < 5e-3
+    for name in ("student", "weight", "bias"):
+        assert relative_error(result[name], exact[name]) < 2e-2, name
+
+
 def test_nothing_unwritten_is_read(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
     original = gpu.call.empty
 
@@ -204,6 +226,22 @@ def test_bank_is_read_in_place_whatever_its_strides(gpu: Gpu, chunks: int) -> No
     for bank in (wide[::2, 9:33], case.bank.half().T.contiguous().T):
         for name, value in ours(gpu, replace(case, bank=bank)).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_weight_may_begin_anywhere(gpu: Gpu) -> None:
+    """A view into one buffer of all parameters, in the dtype of the kernels' operands."""
+    case = make_case(20, 70, 24, 16).cast(torch.float16)
+    wide = torch.empty(24 * 16 + 1, dtype=torch.float16)
+    view = wide[1:].view(16, 24).copy_(case.weight)
+    expected = ours(gpu, case, half=True)
+    moved = {n: x.to(gpu.device) for n, x in vars(case).items()}
+    moved["weight"] = wide.to(gpu.device)[1:].view(16, 24)
+    assert torch.equal(moved["weight"].cpu(), view)
+    student = moved["student"].requires_grad_()
+    with gpu.autocast():
+        loss = ckd.contrastive_cross_entropy(*Case(**moved).arguments, backend=gpu.name)
+    assert torch.equal(loss.detach().cpu(), expected["loss"])
+    assert torch.equal(torch.autograd.grad(loss, student)[0].cpu(), expected["student"])
 
 
 def test_cache_is_used_and_bounded(gpu: Gpu) -> None:

@@ -119,8 +119,9 @@ def test_parts_of_the_bank_fill_the_device_and_are_worth_their_start() -> None:
     ):
         parts = splits(rows, block, others, processors)
         assert 1 <= parts <= 64
-        assert parts == 1 or rows >= parts * 4 * block
+        assert parts == 1 or rows >= parts * block
         assert parts == 1 or parts * others <= 2 * processors + others
     assert splits(1_280_000, 64, 32, 132) == 4  # 128 programs of 132 at once
     assert splits(1_280_000, 64, 132, 132) == 1
     assert splits(1_280_000, 64, 1, 132) > 60
+    assert splits(1000, 64, 4, 132) == 15  # a bank of a few tiles: one a part

@@ -25,6 +25,9 @@ from tests.rounding import OtherOrder, Rounded
 
 DRAWS = 8
 MODEL, EAGER = 5.0, 2.0
+# Tensor cores cut sums off towards zero: their errors point one way, and a mean over students does
+# not make them smaller, as the model has it.
+CUT_OFF = {"cuda": 3.0, "triton": 3.0}
 Results = dict[str, Tensor]
 
 
@@ -92,6 +95,7 @@ def check(results: Results, wanted: dict[str, Expected], backend: str) -> None:
     """Every quantity is within its limit; `backend` names who computed the results."""
     assert results.keys() == wanted.keys()
     for name, (exact, limit) in wanted.items():
+        limit *= CUT_OFF.get(backend, 1.0)
         within(distance(results[name], exact), limit, name, backend)
 
 

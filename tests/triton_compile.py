@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -33,9 +35,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 FAMILIES = {"sm_80": "ampere", "sm_86": "small", "sm_90": "hopper", "gfx942": "small"}
+PROCESSORS = {"ampere": 108, "small": 84, "hopper": 132}
 # Shared memory of a thread block (LDS of a workgroup), in bytes.
 SHARED = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 OPTIONS = ("num_warps", "num_stages")
+PRODUCTS = ("bank_gradient", "forward", "product", "project", "similarity", "weight_gradient")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -70,11 +75,28 @@ class Launch:
     def tiles(self) -> str:
         constants = dict(self.constants)
         blocks = {k.removeprefix("BLOCK_").lower(): v for k, v in self.constants if "BLOCK_" in k}
-        if constants.get("BLOCKS", 1) > 1:
-            blocks["width"] *= constants["BLOCKS"]
         if constants.get("WHOLE"):
             del blocks["inner"]
         return ", ".join(f"{name} {size}" for name, size in blocks.items())
+
+    @property
+    def warps(self) -> int:
+        return dict(self.options).get("num_warps", 4)
+
+    @property
+    def useful_products(self) -> int | None:
+        """Multiplications and additions that one turn of the kernel's main loop has to make; None
+        where its loop is of another kind."""
+        c = dict(self.constants)
+        if self.name == "project" or self.name == "product":
+            columns = c.get("BLOCK_COLUMNS", c.get("BLOCK_WIDTH"))
+            return c["BLOCK_ROWS"] * columns * c.get("BLOCK_DIM", c.get("BLOCK_SUMS"))
+        if self.name == "weight_gradient":
+            return c["BLOCK_ROWS"] * c["BLOCK_COLUMNS"] * c["BLOCK_SUMS"]
+        if self.name in ("forward", "bank_gradient") and c["WHOLE"]:
+            products = 2 if c.get("KEEP_VALUES", True) else 1
+            return products * c["BLOCK_BATCH"] * c["BLOCK_BANK"] * c["BLOCK_WIDTH"]
+        return None
 
     @property
     def arithmetic(self) -> str:
@@ -84,8 +106,18 @@ class Launch:
 
     @property
     def uses_matrix_units(self) -> bool:
-        half_weight = dict(self.signature).get("weight") in ("*fp16", "*bf16")
-        return ("HALF", True) in self.constants or half_weight
+        return self.name in PRODUCTS and self.arithmetic == "half"
+
+    @property
+    def rows(self) -> int:
+        """Of the left operand of its products."""
+        c = dict(self.constants)
+        blocks = {
+            "forward": "BLOCK_BATCH",
+            "bank_gradient": "BLOCK_BANK",
+            "similarity": "BLOCK_BATCH",
+        }
+        return c[blocks.get(self.name, "BLOCK_ROWS")]
 
     def compile(self, target: GPUTarget) -> Any:
         attributes = {(i,): [["tt.divisibility", 16]] for i in self.divisible}
@@ -115,7 +147,8 @@ def _launch(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, 
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         number = isinstance(value, int) and not isinstance(value, bool)
-        if parameter.is_constexpr or value is None or (number and value == 1):
+        special = number and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
         elif isinstance(value, torch.Tensor):
@@ -124,7 +157,7 @@ def _launch(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, 
                 divisible.append(i)
         elif number:
             signature.append((parameter.name, "i32" if abs(value) < 2**31 else "i64"))
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 divisible.append(i)
         else:
             signature.append((parameter.name, "fp32"))
@@ -157,12 +190,13 @@ def launches_of(
     problem = Problem(
         "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
         student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,
+        None,
     )  # fmt: skip
     cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
     inputs = (student, bank, target, weight, bias, scale)
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "family", lambda device: family)
-        patch.setattr(triton_launch, "processors", lambda device: 100)
+        patch.setattr(triton_launch, "processors", lambda device: PROCESSORS[family])
         patch.setattr(triton_launch, "choose", every)
         patch.setattr(triton_launch, "float32_products", lambda device: precision)
         attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
@@ -170,7 +204,11 @@ def launches_of(
             *inputs, options, save_residual=True, save_attention=attention, cache_bytes=cache_bytes
         )
         backend.contrastive_ce_forward(
-            *inputs, options, save_residual=False, save_attention=False, cache_bytes=0
+            *inputs,
+            options._replace(reduction="mean"),
+            save_residual=False,
+            save_attention=False,
+            cache_bytes=0,
         )
         d_lse = row if attention else None
         backend.contrastive_ce_backward(row, d_lse, *inputs, Saved(*saved[1:]), needs, options)
@@ -187,6 +225,15 @@ def every(key: object, candidates: Sequence[T], run: Callable[[T], None]) -> T:
     return candidates[0]
 
 
+@dataclass(frozen=True)
+class Loop:
+    """A loop of the machine code that multiplies matrices, one turn of it."""
+
+    instructions: int  # of a warp
+    spills: int  # loads and stores of spilled registers
+    products: int  # multiplications and additions in matrix units, of all warps
+
+
 @dataclass
 class Resources:
     """Of one program on one target."""
@@ -195,6 +242,8 @@ class Resources:
     spilled: int  # bytes (NVIDIA) or registers (AMD)
     shared: int  # bytes
     matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
+    loops: list[Loop] = field(default_factory=list)  # that multiply (sm_90)
+    serialised: bool = False  # ptxas waits after every wgmma (C7510 to C7519)
 
 
 def resources(launch: Launch, target: str) -> Resources:
@@ -208,13 +257,45 @@ def resources(launch: Launch, target: str) -> Resources:
             shared=shared,
             matrix=set(re.findall(r"\bv_(mfma)_f32", code)),
         )
-    usage = _cuobjdump(compiled.asm["cubin"])
+    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    hopper = target == "sm_90"
+    code = _cuobjdump(compiled.asm["cubin"], "--dump-sass") if hopper else ""
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         shared=shared,
         matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
+        loops=list(_loops(code, launch.warps)),
+        serialised=hopper and _serialised(compiled.asm["ptx"]),
     )
+
+
+def _loops(code: str, warps: int) -> Iterator[Loop]:
+    """From machine code: what stands between a jump backwards and where it goes."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    instructions = [(int(address, 16), text) for address, text in lines]
+    for address, text in instructions:
+        jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if jump is None or int(jump[1], 16) >= address:
+            continue
+        body = [t for a, t in instructions if int(jump[1], 16) <= a <= address]
+        # One HGMMA is of four warps, one HMMA of one.
+        products = sum(
+            math.prod(map(int, sizes)) * warps // 4
+            for t in body
+            for sizes in re.findall(r"HGMMA\.(\d+)x(\d+)x(\d+)", t)
+        )
+        if products:
+            yield Loop(len(body), sum("LDL" in t or "STL" in t for t in body), products)
+
+
+def _serialised(ptx: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [get_ptxas(90).path, "--gpu-name=sm_90a", source, "-o", binary]
+        log = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.search(r"C751\d", log.stdout + log.stderr) is not None
 
 
 def _number(pattern: str, text: str) -> int:
@@ -223,13 +304,12 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def _cuobjdump(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         return subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            [TOOLS / "cuobjdump", what, file.name], capture_output=True, text=True, check=True
         ).stdout
 
 
@@ -237,6 +317,8 @@ def _cuobjdump(cubin: bytes) -> str:
 # with the norm or not, chunks of the bank or all of it, sizes that divide by 16 or not.
 PROBLEMS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "W 64": ((256, 1000, 1024, 64), {"half": True}),
+    "W 64, large bank": ((4096, 100_000, 768, 64), {"half": True}),
+    "W 256, small bank": ((256, 1000, 1024, 256), {"half": True}),
     "W 128, smoothing": ((4096, 100_000, 1024, 128), {"half": True, "smoothing": 0.1}),
     "W 250": ((1000, 19997, 771, 250), {"half": True}),
     "W 256": ((4096, 1_280_000, 1024, 256), {"half": True}),
@@ -257,6 +339,10 @@ def every_launch(target: str) -> dict[Launch, str]:
     return found
 
 
+def _longest(loops: list[Loop]) -> int:
+    return max((loop.instructions for loop in loops), default=0)
+
+
 def main() -> None:
     """The most that any launch with the same tiles takes."""
     for target in TARGETS:
@@ -270,13 +356,17 @@ def main() -> None:
             most.spilled = max(most.spilled, r.spilled)
             most.shared = max(most.shared, r.shared)
             most.matrix |= r.matrix
+            most.loops = max(most.loops, r.loops, key=_longest)
         print(f"\n### {target}\n")
-        print("| kernel | tiles | operands | registers | spilled | shared KiB | instruction |")
-        print("| --- | --- | --- | ---: | ---: | ---: | --- |")
+        print(
+            "| kernel | tiles | operands | registers | spilled | shared KiB | instruction | loop |"
+        )
+        print("| --- | --- | --- | ---: | ---: | ---: | --- | ---: |")
         for (name, blocks, arithmetic), r in sorted(rows.items()):
+            loop = _longest(r.loops) or ""
             print(
                 f"| `{name}` | {blocks} | {arithmetic} | {r.registers} | {r.spilled} | "
-                f"{r.shared / 1024:.0f} | {' '.join(sorted(r.matrix))} |"
+                f"{r.shared / 1024:.0f} | {' '.join(sorted(r.matrix))} | {loop} |"
             )
 
 

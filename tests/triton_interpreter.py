@@ -1,5 +1,6 @@
-"""Makes Triton's interpreter fit for tests: it multiplies the bits of bfloat16 operands, and cuts
-float32 off to bfloat16 where hardware rounds to the nearest."""
+"""Makes Triton's interpreter fit for tests: it multiplies the bits of bfloat16 operands, cuts
+float32 off to bfloat16 where hardware rounds to the nearest, and multiplies float32 in full where
+NVIDIA's matrix units cut it off to tf32."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton.ir import INPUT_PRECISION
 from triton.runtime import interpreter
 
 
@@ -16,8 +18,11 @@ def repair() -> None:
     builder = interpreter.InterpreterBuilder
     original = builder.create_dot
 
-    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return original(self, _widened(self, a), _widened(self, b), *others)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *others: Any) -> Any:
+        a, b = _widened(self, a), _widened(self, b)
+        if precision == INPUT_PRECISION.TF32:
+            a, b = _cut_off_to_tf32(a), _cut_off_to_tf32(b)
+        return original(self, a, b, d, precision, *others)
 
     builder.create_dot = create_dot
     builder.cast_impl = _rounding(builder.cast_impl)
@@ -32,6 +37,13 @@ def _rounding(cast: Callable[..., Any]) -> Callable[..., Any]:
         return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
 
     return cast_impl
+
+
+def _cut_off_to_tf32(x: Any) -> Any:
+    if x.dtype.scalar != tl.float32:
+        return x
+    bits = np.ascontiguousarray(x.data).view(np.uint32) & np.uint32(0xFFFFE000)
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
 
 def _widened(builder: Any, x: Any) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import SMALLEST, inverse_norm
+from .rows import SMALLEST, add_product, inverse_norm, to_operand
 
 # A float32 operand is scaled so that its largest element is this before it becomes half precision:
 # 34 binary orders of magnitude then lie between it and the smallest float16.
 HALF_TOP = tl.constexpr(1024.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def project_kernel(
     bank,  # [rows, dim] rows bank_stride apart
     weight,  # [width, dim] operand
@@ -35,6 +35,7 @@ def project_kernel(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
+    tl.assume(dim > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
     k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     column = tl.arange(0, BLOCK_DIM)
@@ -52,7 +53,9 @@ def project_kernel(
             mask=inside[None, :] & (d < dim)[:, None],
             other=0.0,
         )
-        total = tl.dot(t.to(p.dtype), p, total, input_precision=PRECISION)
+        t = to_operand(t.to(p.dtype), p.dtype, PRECISION)
+        p = to_operand(p, p.dtype, PRECISION)
+        total = tl.dot(t, p, total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias + w, mask=inside, other=0.0)[None, :]
     if FUSED:
@@ -61,14 +64,14 @@ def project_kernel(
         total *= scale[:, None]
     at = z + k[:, None] * z_width + w[None, :]
     stored = here[:, None] & (w < z_width)[None, :]
-    tl.store(at, total.to(z.dtype.element_ty), mask=stored)
+    tl.store(at, to_operand(total, z.dtype.element_ty, PRECISION if FUSED else "ieee"), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sums"])
 def product_kernel(
     a,  # float32, element (m, s) at m a_m + s a_s
     b,  # [sums, columns] rows b_stride apart
-    largest,  # float32 max |a| of each row, largest_stride apart: by it a becomes half precision
+    largest,  # [rows] float32 max |a|: by it a becomes half precision, with HALF
     out,  # [splits, rows, columns] float32; added to, but by the first call
     rows,
     columns,
@@ -76,7 +79,6 @@ def product_kernel(
     a_m,
     a_s,
     b_stride,
-    largest_stride,  # 0: one for all rows
     ADD: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,14 +94,16 @@ def product_kernel(
     split_sums = tl.cdiv(tl.cdiv(sums, tl.num_programs(2)), BLOCK_SUMS) * BLOCK_SUMS
     first = split * split_sums
     end = tl.minimum(first + split_sums, sums)
+    last = tl.maximum(end, first + 1)
+    tl.assume(last > first)
     m_long = m.to(tl.int64)
     if HALF:
-        top = tl.load(largest + m_long * largest_stride, mask=m < rows, other=1.0)
+        top = tl.load(largest + m_long, mask=m < rows, other=1.0)
         top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
         down = tl.where(top > 0, HALF_TOP / top, 0.0)
         up = top / HALF_TOP
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(first, end, BLOCK_SUMS):
+    for start in range(first, last, BLOCK_SUMS):
         s = start + tl.arange(0, BLOCK_SUMS)
         left = tl.load(
             a + m_long[:, None] * a_m + s[None, :] * a_s,
@@ -113,11 +117,62 @@ def product_kernel(
         )
         if HALF:
             left = left * down[:, None]
-        total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision=PRECISION)
+        left = to_operand(left, OPERAND, PRECISION)
+        right = to_operand(right.to(OPERAND), OPERAND, PRECISION)
+        total = add_product(total, left, right, PRECISION)
     if HALF:
         total *= up[:, None]
     at = out + (split * rows + m_long[:, None]) * columns + c[None, :]
     stored = (m < rows)[:, None] & (c < columns)[None, :]
+    if ADD:
+        total += tl.load(at, mask=stored, other=0.0)
+    tl.store(at, total, mask=stored)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def weight_gradient_kernel(
+    d_z,  # [rows, width] half precision
+    scales,  # [tiles of BLOCK_SUMS rows]: what to multiply d_z with
+    t,  # [rows, columns] bank rows, t_stride apart
+    out,  # [splits, student_dim, columns] float32; added to, but by the first call
+    rows,
+    width,
+    student_dim,
+    columns,
+    t_stride,
+    ADD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_SUMS: tl.constexpr,
+):
+    """out = d_z^T t, with the sum cut into parts that each program owns: no atomics. The product of
+    a tile begins at zero and is added rounded: matrix units cut off what they add to."""
+    m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    split = tl.program_id(2)
+    tiles = tl.cdiv(rows, BLOCK_SUMS)
+    split_tiles = tl.cdiv(tiles, tl.num_programs(2))
+    first = split * split_tiles
+    last = tl.maximum(tl.minimum(first + split_tiles, tiles), first + 1)
+    tl.assume(last > first)
+    in_rows, in_columns = m < student_dim, c < columns
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for tile in range(first, last):
+        k = (tile * BLOCK_SUMS + tl.arange(0, BLOCK_SUMS)).to(tl.int64)
+        left = tl.load(
+            d_z + k[None, :] * width + m[:, None],
+            mask=in_rows[:, None] & (k < rows)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            t + k[:, None] * t_stride + c[None, :],
+            mask=(k < rows)[:, None] & in_columns[None, :],
+            other=0.0,
+        )
+        scale = tl.load(scales + tile, mask=tile < tiles, other=0.0)
+        total += tl.dot(left, right.to(left.dtype)) * scale
+    at = out + (split.to(tl.int64) * student_dim + m[:, None]) * columns + c[None, :]
+    stored = in_rows[:, None] & in_columns[None, :]
     if ADD:
         total += tl.load(at, mask=stored, other=0.0)
     tl.store(at, total, mask=stored)

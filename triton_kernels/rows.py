@@ -11,7 +11,7 @@ import triton.language as tl
 
 MIN_NORM = tl.constexpr(1e-6)
 SMALLEST = tl.constexpr(1e-30)  # that a float16 operand's scale may be: its inverse is finite
-MAX_FLOAT32 = tl.constexpr(3.4028235e38)
+MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)  # in float32; a larger literal would be float64
 
 
 @triton.jit
@@ -38,30 +38,66 @@ def load_weights(x, at, there, HAS_X: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """The nearest float32 with 10 bits of mantissa, ties to even; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 as an operand of the matrix units. In tf32 they cut off what does not fit: unrounded,
+    every product would be biased towards zero."""
+    if PRECISION == "tf32" and dtype == tl.float32:
+        return round_to_tf32(x)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def add_product(total, left, right, PRECISION: tl.constexpr):
+    """total + left right. In float32 the product begins at zero: a sum over n rows then has the
+    rounding of n / BLOCK additions, not of n."""
+    if PRECISION == "ieee" and right.dtype == tl.float32:
+        return total + tl.dot(left, right, input_precision=PRECISION)
+    else:
+        return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit
+def half_scale(largest):
+    """A power of two that brings numbers of at most `largest` below 2^11, and its inverse; the
+    smallest float16 is 34 binary orders of magnitude below."""
+    exponent = tl.floor(tl.log2(tl.maximum(largest, SMALLEST)))
+    down = tl.exp2(10.0 - exponent)
+    # What is not finite stays so: it meets a scale of 1.
+    finite = largest <= MAX_FLOAT32
+    return tl.where(finite, down, 1.0), tl.where(finite, tl.exp2(exponent - 10.0), 1.0)
+
+
+@triton.jit
 def inverse_norm(sum_of_squares):
     norm = tl.sqrt(sum_of_squares)
     inverse = tl.where(norm < MIN_NORM, 0.0, 1.0 / norm)
     return tl.where(norm > MAX_FLOAT32, float("nan"), inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unit_rows_kernel(
     x,  # [rows, width] any float, rows x_stride apart
-    keep,  # [rows] bool: rows that are not kept become zero, whatever they hold; None: all are
     unit,  # [rows, unit_width] x / |x|, zeros behind width
     inverse,  # [rows] float32 1 / |x|
     rows,
     width,
     x_stride,
     unit_width,
-    HAS_KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     here = i < rows
-    if HAS_KEEP:
-        here &= tl.load(keep + i, mask=here, other=0) != 0
     column = tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
@@ -79,10 +115,10 @@ def unit_rows_kernel(
         value = value.to(tl.float32) * scale[:, None]
         stored = (i < rows)[:, None] & (w < unit_width)[None, :]
         at = unit + i[:, None] * unit_width + w[None, :]
-        tl.store(at, value.to(unit.dtype.element_ty), mask=stored)
+        tl.store(at, to_operand(value, unit.dtype.element_ty, PRECISION), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def bank_norm_backward_kernel(
     d_n,  # [rows, width] float32 d loss / d n; becomes d loss / d z
     n,  # [rows, width] z / |z|
@@ -117,7 +153,53 @@ def bank_norm_backward_kernel(
     tl.store(largest + k, top, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "ignore_index"])
+def mean_kernel(
+    nll,  # [batch] float32
+    target,
+    loss,  # [] the mean over the rows that are not ignored, 0 of none
+    kept,  # [] float32: how many they are, at least 1
+    batch,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    """One program: a step of a small bank is bound by its launches."""
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, batch, BLOCK):
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        here = i < batch
+        total += tl.load(nll + i, mask=here, other=0.0)
+        ignored = tl.load(target + i, mask=here, other=ignore_index) == ignore_index
+        count += tl.where(ignored, 0.0, 1.0)
+    number = tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(loss, tl.sum(total, 0) / number)
+    tl.store(kept, number)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def half_tiles_kernel(
+    x,  # [rows, width] float32
+    largest,  # [rows] max |x|
+    half,  # [rows, width] half precision: x times a power of two for each tile of BLOCK_ROWS
+    scales,  # [tiles]: what to multiply `half` with
+    rows,
+    width,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    inside = (k < rows)[:, None] & (w < width)[None, :]
+    down, back = half_scale(tl.max(tl.load(largest + k, mask=k < rows, other=0.0), 0))
+    if tl.program_id(1) == 0:
+        tl.store(scales + tl.program_id(0), back)
+    at = k[:, None] * width + w[None, :]
+    value = tl.load(x + at, mask=inside, other=0.0) * down
+    tl.store(half + at, value.to(half.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "g_stride", "h_stride", "ignore_index", "bank_rows"])
 def student_gradient_kernel(
     student,  # [rows, width]
     scale,  # [] logit_scale

@@ -23,15 +23,10 @@ class Tiles:
 
     batch: int
     bank: int
-    width: int  # columns of a block of the sums over rows
-    inner: int  # steps of the logits' sums, where the blocks are not the whole width
-    blocks: int = 1  # of the sums over rows that one program keeps in registers
+    width: int  # columns of the sums over rows that one program keeps in registers
+    inner: int  # steps of the logits' sums, where these are not the whole width
     warps: int = 8
     stages: int = 2
-
-    @property
-    def columns(self) -> int:
-        return self.blocks * self.width
 
     def launch(self, width: int) -> dict[str, int | bool]:
         """For rows of `width`."""
@@ -39,8 +34,7 @@ class Tiles:
             "BLOCK_BATCH": self.batch,
             "BLOCK_BANK": self.bank,
             "BLOCK_WIDTH": self.width,
-            "BLOCKS": self.blocks,
-            "WHOLE": self.columns >= width,
+            "WHOLE": self.width >= width,
             "BLOCK_INNER": self.inner,
             "num_warps": self.warps,
             "num_stages": self.stages,
@@ -62,11 +56,18 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def forward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
+def waves(rows: int, block: int, processors: int) -> int:
+    """Rounds that programs of one block each take, one a processor."""
+    return -(-rows // (block * processors))
+
+
+def forward_tiles(
+    width: int, arithmetic: str, family: str, batch: int, rows: int, processors: int
+) -> tuple[Tiles, ...]:
     """The sums of the values, batch x width in float32, stay in registers."""
     whole = power_of_two(width)
     if family == INTERPRETER:
-        return (Tiles(32, 32, min(32, whole), min(32, whole), blocks=2 if 32 < width <= 64 else 1),)
+        return (Tiles(32, 32, min(64, whole), min(32, whole)),)
     if arithmetic == IEEE:
         return (Tiles(32, 32, min(64, whole), 32, warps=4),)
     if arithmetic == TF32:
@@ -74,43 +75,46 @@ def forward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]
         return (Tiles(64, 32, 256, 32), part) if family == HOPPER and whole == 256 else (part,)
     if family == SMALL:
         return (Tiles(64, 64, min(128, whole), 64),)
-    if whole <= 128:
-        return (
-            Tiles(128, 64, whole, whole),
-            Tiles(128, 128, whole, whole),
-            Tiles(64, 64, whole, whole, warps=4, stages=3),
-        )
     if family == AMPERE:
+        if whole <= 128:
+            return (Tiles(128, 64, whole, 64), Tiles(64, 64, whole, 64, warps=4, stages=3))
         return (Tiles(64, 64, 256, 64),)
+    # Where tiles of 128 x 64 are fewer than the processors, smaller ones occupy more of them.
+    few = -(-batch // 128) * -(-rows // 64) < processors
+    if whole <= 128:
+        return (Tiles(64, 64 if few else 128, whole, 64, warps=4, stages=3),)
     if whole == 256:
-        return (
-            Tiles(128, 64, 256, 64),
-            Tiles(64, 128, 256, 64),
-            Tiles(64, 64, 256, 64, warps=4, stages=3),
-        )
+        return (Tiles(64, 64, 256, 64, warps=4) if few else Tiles(128, 64, 256, 64),)
     # Where the width does not fit, each program of axis 2 computes the logits anew.
-    parts = (Tiles(128, 64, 256, 64, stages=3), Tiles(64, 128, 256, 64, stages=3))
-    return (Tiles(64, 32, 512, 64), *parts) if whole == 512 else parts
+    return (Tiles(128, 64, 256, 64, stages=3),)
 
 
-def backward_tiles(width: int, arithmetic: str, family: str) -> tuple[Tiles, ...]:
-    """Bank x width stay in registers."""
+def backward_tiles(
+    width: int, arithmetic: str, family: str, rows: int, processors: int
+) -> tuple[Tiles, ...]:
+    """Bank x width stay in registers. On Hopper 64 bank rows go with 4 warps: with 8, both
+    warpgroups would compute the same logits."""
     whole = power_of_two(width)
     if arithmetic == HALF and family == SMALL:
         return (Tiles(32, 64, min(128, whole), 64, warps=4),)
     if arithmetic == HALF and family == AMPERE and whole <= 256:
         return (Tiles(64, 64, whole, 64),)
     if arithmetic == HALF and family == HOPPER:
-        if whole <= 128:
-            return (Tiles(64, 128, whole, 64), Tiles(128, 128, whole, 64))
-        if whole == 256:
-            return (Tiles(128, 64, 256, 64), Tiles(64, 64, 256, 64))
-        return (Tiles(128, 64, 256, 64), Tiles(64, 128, 256, 64))
-    return forward_tiles(width, arithmetic, family)
+        if whole > 256:
+            return (Tiles(64, 128, 256, 64, stages=3),)
+        if whole == 128:
+            return (Tiles(128, 64, whole, 64, warps=4),)
+        if whole < 128:
+            return (Tiles(128, 64, whole, 64, warps=4, stages=3),)
+        # A program of 64 rows takes 0.7 of the time of one of 128.
+        if 0.7 * waves(rows, 64, processors) < waves(rows, 128, processors):
+            return (Tiles(64, 64, 256, 64, warps=4, stages=3),)
+        return (Tiles(64, 128, 256, 64, stages=3),)
+    return forward_tiles(width, arithmetic, family, 1, rows, processors)
 
 
 def project_tiles(
-    width: int, arithmetic: str, family: str, aligned: bool
+    width: int, arithmetic: str, family: str, aligned: bool, rows: int, processors: int
 ) -> tuple[ProductTiles, ...]:
     """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
     at once), steps of D. Rows that are not aligned cost registers for addresses."""
@@ -123,9 +127,15 @@ def project_tiles(
         return (ProductTiles(128, 128, 64 if aligned else 32),)
     if not aligned:
         return (ProductTiles(64, whole, 32),)
-    if family == HOPPER:
-        return (ProductTiles(128, whole, 64, stages=3), ProductTiles(64, whole, 64, stages=3))
-    return (ProductTiles(64, whole, 64),)
+    if family != HOPPER:
+        return (ProductTiles(64, whole, 64),)
+    # By what a program takes, measured on an H100: 128 rows 2, 64 rows 1.2, 16 rows 1.
+    choices = {
+        ProductTiles(128, whole, 64, stages=4): 2.0,
+        ProductTiles(64, whole, 64, stages=4): 1.2,
+        ProductTiles(16, whole, 128, warps=4, stages=3): 1.0,
+    }
+    return (min(choices, key=lambda tiles: choices[tiles] * waves(rows, tiles.rows, processors)),)
 
 
 def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductTiles, ...]:
@@ -136,6 +146,19 @@ def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductT
     if not aligned:
         return (ProductTiles(64, 128, 32),)
     return (ProductTiles(128, 128, 64), ProductTiles(64, 128, 64))
+
+
+def weight_gradient_tiles(
+    width: int, family: str, sums: int, aligned: bool
+) -> tuple[ProductTiles, ...]:
+    """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
+    if family == INTERPRETER:
+        return (ProductTiles(32, 32, sums),)
+    if not aligned:
+        return (ProductTiles(64, 64, sums),)
+    if family == HOPPER and width > 64:
+        return (ProductTiles(128, 128, sums, stages=3),)
+    return (ProductTiles(64, 128, sums, warps=4, stages=3 if family == HOPPER else 2),)
 
 
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
@@ -149,9 +172,9 @@ def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
 
 def splits(rows: int, block: int, others: int, processors: int, most: int = 64) -> int:
     """Into how many parts to cut `rows`, so that `others` programs a part keep all processors busy
-    to the end, in two rounds at most; a part is worth its start: four blocks at least."""
+    to the end, in two rounds at most; a part has one block at least."""
     best, busiest = 1, 0.0
-    for parts in range(1, min(most, rows // (4 * block), -(-2 * processors // others)) + 1):
+    for parts in range(1, min(most, rows // block, -(-2 * processors // others)) + 1):
         programs = parts * others
         busy = programs / (-(-programs // processors) * processors)
         if busy > busiest + 0.02:  # more parts are more sums to join

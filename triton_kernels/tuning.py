@@ -16,7 +16,10 @@ from triton.runtime.errors import OutOfResources
 
 T = TypeVar("T")
 
-REPEATS = 5
+REPEATS, LAUNCHES = 3, 5
+# The device waits this long (about half a millisecond) while launches queue up: on an empty queue
+# events would time the host.
+SLEEP_CYCLES = 1_000_000
 _fastest: dict[Hashable, object] = {}
 
 
@@ -30,7 +33,8 @@ def choose(key: Hashable, candidates: Sequence[T], launch: Callable[[T], None]) 
 
     `launch` may run several times, and has to leave the same each time. The first candidate where
     there is nothing to choose, and where nothing may be measured: under deterministic algorithms,
-    and while a CUDA graph is captured that has not been warmed up.
+    and while a CUDA graph is captured. (Kernels are compiled and measured by a call before the
+    capture: what is captured without one runs with the first candidate for as long as it is used.)
     """
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
@@ -53,9 +57,11 @@ def seconds(launch: Callable[[T], None], candidate: T) -> float:
         return float("inf")
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
-        launch(candidate)
+        for _ in range(LAUNCHES):
+            launch(candidate)
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        times.append(start.elapsed_time(end) / 1e3 / LAUNCHES)
     return statistics.median(times)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,23 +44,23 @@ MAX_PARTS = 16
 LEAST_TERMS = 8 * TILE  # of a part of a long sum: fewer are not worth adding up parts for
 WIDEST = 1 << 20  # a row: 65,535 tiles are the most of a launch
 DEVICE = "cuda"
-# Rows of the bank that are worked on at once; the kernels' own bound is 32 MiB of workspace.
+# Rows of the bank that are worked on at once; the kernels' own bound is 64 MiB of workspace.
 MOST_CHUNK_ROWS = 1 << 40
 
 
 def missing() -> str | None:
-    """Why no problem at all can be served here."""
-    if _missing is None and DEVICE == "cuda":
-        return _missing_gpu()
-    return _missing
+    """Why no problem at all can be served here, on the current GPU."""
+    return _missing_on(None)
 
 
-def _missing_gpu() -> str | None:
+def _missing_on(device_index: int | None) -> str | None:
+    if _missing is not None or DEVICE != "cuda":
+        return _missing
     if torch.version.hip is not None:
         return "the GPU is AMD's"
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    major, minor = _capability()
+    major, minor = _capability(device_index)
     if major < 8:
         return f"the GPU is of compute capability {major}.{minor}; the kernels need 8.0"
     return None
@@ -68,13 +69,13 @@ def _missing_gpu() -> str | None:
 def unsupported(problem: Problem) -> str | None:
     if problem.device_type != DEVICE:  # first: asking for GPUs takes longer
         return f"the tensors are on {problem.device_type}, not on {DEVICE}"
-    reason = missing()
+    reason = _missing_on(problem.device_index)
     if reason is not None:
         return reason
     if problem.student_dtype not in ELEMENTS:
         return f"has no {str(problem.student_dtype).removeprefix('torch.')} arithmetic"
-    if max(problem.batch, problem.bank_rows) >= 2**31:
-        return "has 32-bit row numbers: less than 2^31 students and bank rows"
+    if max(problem.batch, problem.bank_rows) >= 2**31 - 2 * TILE:  # the next tile's row is one too
+        return "has 32-bit row numbers: less than 2^31 - 128 students and bank rows"
     if problem.student_dim == 0 or problem.teacher_dim == 0:
         return "rows of width 0"
     if max(problem.student_dim, problem.teacher_dim) > WIDEST:
@@ -235,7 +236,9 @@ class _Gradients:
         self._call, self._needs = call, needs
         (batch, width), dim = call.student.shape, call.bank.shape[1]
         of_rows, projection = needs.student or needs.logit_scale, needs.weight or needs.bias
-        self._parts = parts = call.parts(width, dim, len(call.bank))
+        # A block of the kernel that multiplies with the bank has two tiles of columns, where half
+        # precision is permitted.
+        self._parts = parts = call.parts(width, dim if call.exact else dim / 2, len(call.bank))
         self._student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
         self._along = call.empty(batch if of_rows else 0)
         self._weight = call.empty((parts, width, dim) if projection else 0)
@@ -297,7 +300,10 @@ class _Call:
             return weight.float().contiguous()
         half = torch.float16 if self.bank.dtype == torch.float16 else torch.bfloat16
         spare = -weight.shape[1] % 8
-        return torch.nn.functional.pad(weight.to(half), (0, spare)).contiguous()
+        weight = weight.to(half).contiguous()
+        if spare:
+            return torch.nn.functional.pad(weight, (0, spare))
+        return weight if weight.data_ptr() % 16 == 0 else weight.clone()
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.student.device)
@@ -307,10 +313,11 @@ class _Call:
         """Of unit rows, with all their pieces."""
         return (3 if self.exact else 1) * -(-self.student.shape[1] // 16) * 16
 
-    def parts(self, rows: int, columns: int, terms: int) -> int:
-        """Into how many parts long sums are cut: the tiles of [rows, columns] fill the device."""
-        tiles = -(-rows // TILE) * -(-columns // TILE)
-        wanted = -(-2 * _processors(self.student.device) // tiles)
+    def parts(self, rows: int, columns: float, terms: int) -> int:
+        """Into how many parts long sums are cut: with the tiles of [rows, columns], as many as run
+        at once, two blocks on each multiprocessor."""
+        tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
+        wanted = 2 * _processors(self.student.device) // tiles
         return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 
     def run(self, function: Any, *arguments: Any) -> None:
@@ -322,10 +329,7 @@ class _Call:
             stream = torch.cuda.current_stream(device).cuda_stream if DEVICE == "cuda" else 0
             error = function(self._inputs, *arguments, sizes, workspace.data_ptr(), stream)
         if error != 0:
-            raise RuntimeError(
-                f"a kernel of ckd could not be started on {device}: {_C.cuda_error(error)} "
-                f"(cudaError {error}); python -m ckd.info says what ckd._C was built for"
-            )
+            raise RuntimeError(_start_failed(device, error))
 
     def zero_gradients(self, needs: Needs) -> Gradients:
         """Of no students."""
@@ -334,6 +338,19 @@ class _Call:
         return Gradients(
             *(torch.zeros_like(x) if x is not None and need else self.empty(0) for x, need in pairs)
         )
+
+
+def _start_failed(device: torch.device, error: int) -> str:
+    text = f"{_C.cuda_error(error)} (cudaError {error})"
+    if _C.cuda_error_is_of_earlier_work(error):
+        return (
+            f"work started on {device} before this call, by any library, has failed: {text}; "
+            "run again with CUDA_LAUNCH_BLOCKING=1 to see which"
+        )
+    return (
+        f"a kernel of ckd could not be started on {device}: {text}; "
+        "python -m ckd.info says what ckd._C was built for"
+    )
 
 
 def _sum_of_parts(parts: Tensor) -> Tensor:
@@ -354,8 +371,8 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def _capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+def _capability(device_index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
 
 
 @functools.cache

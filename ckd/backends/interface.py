@@ -43,7 +43,7 @@ def set_cache_limit(limit: int) -> None:
 
 
 class Problem(NamedTuple):
-    """One call of an op: sizes, dtypes and device type, no tensors.
+    """One call of an op: sizes, dtypes and device, no tensors.
 
     `allow_half` says that matrix operands may be rounded to half precision (accumulation and the
     softmax stay float32): the student is half precision, or autocast is on.
@@ -60,6 +60,7 @@ class Problem(NamedTuple):
     weight_dtype: torch.dtype | None  # None: no projection
     allow_half: bool
     cache_limit: int  # bytes that the forward may keep of the projected bank
+    device_index: int | None  # which of the devices; None for a type that has one
 
     @classmethod
     def of(cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None) -> Problem:
@@ -78,6 +79,7 @@ class Problem(NamedTuple):
             allow_half=half_student
             or (device_type != "meta" and torch.is_autocast_enabled(device_type)),
             cache_limit=_cache_limit,
+            device_index=student.device.index,
         )
 
 

@@ -68,11 +68,17 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Room for the whole projected bank and its inverse norms, or none."""
+    """Two numbers for each student, and room for the whole projected bank and its inverse norms, or
+    for none of it."""
     size = 2 if problem.allow_half else 4
     width = -(-problem.student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     needed = problem.bank_rows * (width * size + 4)
-    return needed if needed <= problem.cache_limit else 0
+    return reference_bytes(problem.batch) + (needed if needed <= problem.cache_limit else 0)
+
+
+def reference_bytes(batch: int) -> int:
+    """Of the numbers for each student; a multiple of what the bank behind them is aligned to."""
+    return -(-8 * batch // 256) * 256
 
 
 def contrastive_ce_forward(
@@ -88,10 +94,10 @@ def contrastive_ce_forward(
     save_attention: bool,
     cache_bytes: int,
 ) -> Forward:
-    from ckd.backends.triton_launch import Call, SoftmaxSums
+    from ckd.backends.triton_launch import FORWARD_BYTES, Call, SoftmaxSums
 
     check_targets(target, len(bank), options.ignore_index)
-    call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
+    call = Call(student, bank, weight, bias, logit_scale, options.allow_half, FORWARD_BYTES)
     cache = call.empty(cache_bytes, dtype=torch.uint8)
     nll, lse, p_other = (call.empty(call.batch) for _ in range(3))
     residual = call.empty(student.shape if save_residual else 0)
@@ -108,7 +114,11 @@ def contrastive_ce_forward(
                 p_other,
                 residual if save_residual else None,
                 attention if save_attention else None,
+                call.reference(cache),
             )
+            if options.reduction == "mean":
+                loss, kept = call.mean(nll, target.contiguous(), options.ignore_index)
+                return Forward(loss, lse, kept, p_other, residual, attention, cache)
     loss, kept = reduce_rows(nll, target, options)
     return Forward(loss, lse, kept, p_other, residual, attention, cache)
 

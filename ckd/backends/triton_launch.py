@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -17,27 +18,37 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ckd._triton import tiles
-from ckd._triton.contrastive_ce import (
+from ckd._triton.contrastive_ce import combine_kernel, forward_kernel, keep_targets_kernel
+from ckd._triton.contrastive_ce_backward import (
+    STUDENTS_MULTIPLE,
     bank_gradient_kernel,
-    combine_kernel,
-    forward_kernel,
-    join_kernel,
+    largest_gradient_kernel,
     student_factors_kernel,
-    targets_kernel,
 )
-from ckd._triton.products import product_kernel, project_kernel
-from ckd._triton.rows import bank_norm_backward_kernel, student_gradient_kernel, unit_rows_kernel
+from ckd._triton.products import product_kernel, project_kernel, weight_gradient_kernel
+from ckd._triton.rows import (
+    bank_norm_backward_kernel,
+    half_tiles_kernel,
+    mean_kernel,
+    student_gradient_kernel,
+    unit_rows_kernel,
+)
 from ckd._triton.similarity import similarity_kernel
 from ckd._triton.tiles import ProductTiles, Tiles, power_of_two
 from ckd._triton.tuning import bucket, choose
 from ckd.backends.interface import Gradients, Needs, Options, Saved
 from ckd.backends.precision import float32_products
-from ckd.backends.triton import WIDTH_MULTIPLE
+from ckd.backends.triton import WIDTH_MULTIPLE, reference_bytes
 
-# A chunk of the bank with what is computed about it.
-WORKSPACE_BYTES = 32 << 20
-CHUNK_MULTIPLE = 1024
-FACTORS_BLOCK = 1024
+# Bytes of a chunk of the bank with what is computed about it, at most; a chunk has whole waves, one
+# at least. The forward reads it for every tile of students: at two waves of W = 256 its kernel took
+# 4 % longer than at one, and the backward 2 % less (H100, 2026-11-27).
+FORWARD_BYTES, BACKWARD_BYTES = 24 << 20, 48 << 20
+# Bank rows that a program of the projection and of the bank's gradient owns in a large problem.
+PROGRAM_ROWS = 128
+MEAN_BLOCK = 1024  # students that mean_kernel reads at once
+LARGEST_BLOCK = 1024  # students of a program of largest_gradient_kernel
+SCALED_ROWS = 64  # of dZ that share a scale, where a kernel of its own makes it half precision
 
 
 class Chunk(NamedTuple):
@@ -60,7 +71,9 @@ class Call:
         bias: Tensor | None,
         logit_scale: Tensor,
         allow_half: bool,
+        chunk_bytes: int | None = None,
     ) -> None:
+        self._chunk_bytes = BACKWARD_BYTES if chunk_bytes is None else chunk_bytes
         self.half = allow_half
         self.operand = torch.float16 if allow_half else torch.float32
         # float16 would overflow on what a bank in another dtype may hold.
@@ -100,23 +113,36 @@ class Call:
         arithmetic = (self.operand, self.bank_operand, self.precision, self.bank.dtype)
         return (kernel, self.student.device, *arithmetic, *map(bucket, sizes))
 
-    def students(self, keep: Tensor | None = None) -> Tensor:
-        """u [B, width]; rows that are not kept are zero."""
+    def students(self) -> Tensor:
+        """u [B, width]."""
         u = self.empty(self.batch, self.width, dtype=self.operand)
-        self._unit_rows(self.student, self.student_dim, u, self.empty(self.batch), keep)
+        self._unit_rows(self.student, self.student_dim, u, self.empty(self.batch))
         return u
 
     @property
+    def wave_rows(self) -> int:
+        """Bank rows of one program on every processor: chunks of whole waves leave none idle."""
+        return self.processors * PROGRAM_ROWS
+
+    @functools.cached_property
     def chunk_rows(self) -> int:
         """Bank rows that are worked on at once."""
-        row = self.width * (self.operand.itemsize + 4) + 8  # n, and z or its gradient in float32
-        count = max(1, WORKSPACE_BYTES // (row * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE
-        return min(count, self.bank_rows)
+        # n, and z or its gradient: in half precision where one program has whole rows.
+        second = self.operand.itemsize if self.half and self.width <= 256 else 4
+        row = self.width * (self.operand.itemsize + second) + 8
+        waves = max(1, self._chunk_bytes // (row * self.wave_rows))
+        return min(waves * self.wave_rows, self.bank_rows)
+
+    def reference(self, cache: Tensor) -> Tensor | None:
+        """[2, B], where the cache begins (combine_kernel)."""
+        size = reference_bytes(self.batch)
+        return cache[:size].view(torch.float32)[: 2 * self.batch] if len(cache) > 0 else None
 
     def chunks(self, cache: Tensor | None = None, filled: bool = False) -> Iterator[Chunk]:
-        """The bank, projected; a cache has room for all of it and may be filled already."""
-        has_cache = cache is not None and len(cache) > 0
-        n, inverse = self._room(cache if has_cache else None)
+        """The bank, projected; a cache may have room for all of it and be filled already."""
+        room = None if cache is None else cache[reference_bytes(self.batch) :]
+        has_cache = room is not None and len(room) > 0
+        n, inverse = self._room(room if has_cache else None)
         for first in range(0, self.bank_rows, self.chunk_rows):
             t = self.bank[first : first + self.chunk_rows]
             at = first if has_cache else 0
@@ -139,7 +165,8 @@ class Call:
             self._unit_rows(chunk.t, self.teacher_dim, chunk.n, chunk.inverse)
             return
         aligned = is_aligned(chunk.t)
-        candidates = tiles.project_tiles(self.width, self.arithmetic, self.family, aligned)
+        sizes = (self.chunk_rows, self.processors)
+        candidates = tiles.project_tiles(self.width, self.arithmetic, self.family, aligned, *sizes)
         fused = candidates[0].columns >= self.width
         z = chunk.n if fused else self.empty(count, self.student_dim)
 
@@ -158,13 +185,10 @@ class Call:
         if not fused:
             self._unit_rows(z, self.student_dim, chunk.n, chunk.inverse)
 
-    def _unit_rows(
-        self, x: Tensor, dim: int, unit: Tensor, inverse: Tensor, keep: Tensor | None = None
-    ) -> None:
+    def _unit_rows(self, x: Tensor, dim: int, unit: Tensor, inverse: Tensor) -> None:
         unit_rows_kernel[(-(-len(x) // 8),)](
-            x, keep, unit, inverse, len(x), dim, x.stride(0), self.width,
-            HAS_KEEP=keep is not None, BLOCK_ROWS=8,
-            BLOCK_WIDTH=min(256, power_of_two(self.width)),
+            x, unit, inverse, len(x), dim, x.stride(0), self.width, PRECISION=self.precision,
+            BLOCK_ROWS=8, BLOCK_WIDTH=min(256, power_of_two(self.width)),
         )  # fmt: skip
 
     def similarities(self, u: Tensor, chunk: Chunk, out: Tensor) -> None:
@@ -182,6 +206,12 @@ class Call:
         candidates = tiles.similarity_tiles(self.arithmetic, self.family)
         key = self.key("similarity", self.batch, count, self.width)
         launch(choose(key, candidates, launch))
+
+    def mean(self, nll: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Of the rows that are not ignored, and how many they are."""
+        loss, kept = self.empty(()), self.empty(())
+        mean_kernel[(1,)](nll, target, loss, kept, self.batch, ignore_index, BLOCK=MEAN_BLOCK)
+        return loss, kept
 
     def student_gradient(
         self,
@@ -228,7 +258,7 @@ class Call:
         """Each in its input's dtype, [0] where none was asked for."""
         d_weight = d_bias = None
         if projection is not None and needs.weight and self.weight_like is not None:
-            d_weight = projection.weight.sum().to(self.weight_like.dtype)
+            d_weight = projection.weight.to(self.weight_like.dtype)
         if projection is not None and needs.bias and self.bias_like is not None:
             d_bias = projection.bias[: self.student_dim].to(self.bias_like.dtype)
         asked = (d_student, d_weight, d_bias, d_scale)
@@ -241,19 +271,21 @@ class SoftmaxSums:
     def __init__(self, call: Call, target: Tensor, options: Options, keep_values: bool) -> None:
         self._call, self._target, self._options = call, target, options
         self._keep_values = keep_values
-        self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family)
+        sizes = (call.batch, call.chunk_rows, call.processors)
+        self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family, *sizes)
         self._tiles: Tiles | None = None
         first = self._candidates[0]
-        others = self._programs(first)[0] * self._programs(first)[1]
-        splits = tiles.splits(call.chunk_rows, first.bank, others, call.processors)
+        students, columns = self._programs(first)
+        self._splits = tiles.splits(
+            call.chunk_rows, first.bank, students * columns, call.processors
+        )
         batch, width = call.batch, call.width
         self._u = call.students()
-        # A part for each split, and with several chunks one that joins those of all before.
-        self._splits, parts = splits, splits + (call.chunk_rows < call.bank_rows)
-        self._shift, self._total = call.empty(parts, batch), call.empty(parts, batch)
-        self._values = call.empty((parts, batch, width) if keep_values else 0)
-        self._l_target = call.empty(batch)
-        self._n_target = call.empty(batch, width, dtype=call.operand)
+        most = max(self._programs(chosen)[1] for chosen in self._candidates)
+        self._top, self._total = (call.empty(most, self._splits, batch) for _ in range(2))
+        self._values = call.empty((self._splits, batch, width) if keep_values else 0)
+        self._whole_bank: Tensor | None = None  # its unit rows, where they are all at hand
+        self._n_target: Tensor | None = None
         smooth = options.label_smoothing > 0
         self._n_sum = (
             torch.zeros(width, dtype=torch.float32, device=target.device) if smooth else None
@@ -262,22 +294,22 @@ class SoftmaxSums:
     def _programs(self, chosen: Tiles) -> tuple[int, int]:
         """Of students, and of blocks of the width."""
         call = self._call
-        columns = -(-call.width // chosen.columns) if self._keep_values else 1
+        columns = -(-call.width // chosen.width) if self._keep_values else 1
         return -(-call.batch // chosen.batch), columns
 
     def add(self, chunk: Chunk) -> None:
         call, count = self._call, len(chunk.n)
         sizes = (call.batch, count, chunk.first, call.bank_rows, self._options.ignore_index)
-        targets_kernel[(-(-call.batch // 16),)](
-            self._u, chunk.n, self._target, call.scale, self._l_target, self._n_target, *sizes,
-            call.width, BLOCK_BATCH=16, BLOCK_WIDTH=min(128, power_of_two(call.width)),
-        )  # fmt: skip
+        if count == call.bank_rows:
+            self._whole_bank = chunk.n
+        else:
+            self._keep_targets(chunk, sizes)
 
         def launch(chosen: Tiles) -> None:
             students, columns = self._programs(chosen)
             forward_kernel[(students, self._splits, columns)](
-                self._u, chunk.n, self._target, call.scale, self._shift,
-                self._total, self._values, *sizes, call.width,
+                self._u, chunk.n, self._target, call.scale, self._top,
+                self._total, self._values, *sizes, call.width, HAS_STATE=chunk.first > 0,
                 KEEP_VALUES=self._keep_values, HALF=call.half,
                 PRECISION=call.precision, **chosen.launch(call.width),
             )  # fmt: skip
@@ -286,14 +318,17 @@ class SoftmaxSums:
             key = call.key("forward", call.batch, count, call.width, self._keep_values)
             self._tiles = choose(key, self._candidates, launch)
         launch(self._tiles)
-        if len(self._shift) > self._splits:
-            join_kernel[(-(-call.batch // 4),)](
-                self._shift, self._total, self._values, call.batch, self._splits, call.width,
-                HAS_STATE=chunk.first > 0, KEEP_VALUES=self._keep_values,
-                BLOCK_BATCH=4, BLOCK_WIDTH=min(256, power_of_two(call.width)),
-            )  # fmt: skip
         if self._n_sum is not None:
             self._n_sum += chunk.n.sum(0, dtype=torch.float32)
+
+    def _keep_targets(self, chunk: Chunk, sizes: tuple[int, ...]) -> None:
+        call = self._call
+        if self._n_target is None:
+            self._n_target = call.empty(call.batch, call.width, dtype=call.operand)
+        keep_targets_kernel[(-(-call.batch // 16),)](
+            chunk.n, self._target, self._n_target, *sizes, call.width,
+            BLOCK_BATCH=16, BLOCK_WIDTH=min(128, power_of_two(call.width)),
+        )  # fmt: skip
 
     def combine(
         self,
@@ -302,30 +337,33 @@ class SoftmaxSums:
         p_other: Tensor,
         residual: Tensor | None,
         attention: Tensor | None,
+        reference: Tensor | None,
     ) -> None:
-        """The results of all chunks; residual and attention where they are asked for."""
+        """What the students' rows become; what is None is not asked for."""
         call, options = self._call, self._options
-        shift, total, values, count = self._shift, self._total, self._values, self._splits
-        if len(shift) > count:
-            shift, total, values, count = shift[count:], total[count:], values[count:], 1
-        combine_kernel[(-(-call.batch // 4),)](
-            self._u, self._target, call.scale, shift, total, values,
-            self._l_target, self._n_target, self._n_sum, nll, lse, p_other, residual, attention,
-            call.batch, count, call.bank_rows, options.ignore_index,
+        gather = self._whole_bank is not None
+        combine_kernel[(-(-call.batch // 2),)](
+            self._u, self._target, call.scale, self._top, self._total, self._values,
+            self._whole_bank if gather else self._n_target, self._n_sum,
+            nll, lse, p_other, residual, attention, reference,
+            call.batch, self._splits, call.bank_rows, options.ignore_index,
             options.label_smoothing, call.width, call.student_dim,
-            SMOOTH=self._n_sum is not None, KEEP_RESIDUAL=residual is not None,
-            KEEP_ATTENTION=attention is not None,
-            BLOCK_BATCH=4, BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            GATHER=gather, HALF=call.half, SMOOTH=self._n_sum is not None,
+            KEEP_RESIDUAL=residual is not None, KEEP_ATTENTION=attention is not None,
+            KEEP_REFERENCE=reference is not None,
+            BLOCK_BATCH=2, BLOCK_SPLITS=power_of_two(self._splits, 1),
+            BLOCK_WIDTH=min(256, power_of_two(call.width)),
         )  # fmt: skip
 
 
 class Students(NamedTuple):
     """What the bank's gradient needs of each student (student_factors_kernel)."""
 
-    u: Tensor  # [B, width]; zeros where no gradient comes from
+    u: Tensor  # [padded, width]
     column: Tensor
-    log2_sum: Tensor
-    by_p: Tensor
+    rate: Tensor
+    cosine: Tensor
+    above: Tensor
     at_target: Tensor
     by_all: Tensor
     size: Tensor
@@ -341,18 +379,31 @@ class Students(NamedTuple):
         options: Options,
     ) -> Students:
         """For g = d loss / d nll and h = d loss / d lse."""
-        busy = call.empty(call.batch, dtype=torch.bool)
-        column = call.empty(call.batch, dtype=torch.int32)
-        log2_sum, by_p, at_target, by_all = (call.empty(call.batch) for _ in range(4))
-        size = call.empty(1)
-        student_factors_kernel[(-(-call.batch // FACTORS_BLOCK),)](
-            target, g, h, saved.lse, saved.p_other, busy, column,
-            log2_sum, by_p, at_target, by_all, size, call.batch, stride(g), stride(h),
-            options.ignore_index, call.bank_rows, options.label_smoothing,
-            HAS_G=g is not None, HAS_H=h is not None, BLOCK=FACTORS_BLOCK,
+        parts = -(-call.batch // LARGEST_BLOCK)
+        multiple = STUDENTS_MULTIPLE.value
+        rows = -(-call.batch // multiple) * multiple
+        largest, size = call.empty(parts), call.empty(1)
+        column = call.empty(rows, dtype=torch.int32)
+        rate, cosine, above, at_target, by_all = (call.empty(rows) for _ in range(5))
+        u = call.empty(rows, call.width, dtype=call.operand)
+        weights = (stride(g), stride(h), options.ignore_index, call.bank_rows)
+        given = {"HAS_G": g is not None, "HAS_H": h is not None}
+        largest_gradient_kernel[(parts,)](
+            target, g, h, saved.p_other, largest, call.batch, *weights,
+            options.label_smoothing, **given, BLOCK=LARGEST_BLOCK,
         )  # fmt: skip
-        u = call.students(keep=busy)
-        return cls(u, column, log2_sum, by_p, at_target, by_all, size)
+        reference = call.reference(saved.cache)  # None where the op is called without a cache
+        block_rows = 8
+        student_factors_kernel[(rows // block_rows,)](
+            call.student, call.scale, target, g, h, saved.lse, reference, saved.p_other,
+            largest, u, column, rate, cosine, above, at_target, by_all, size,
+            call.batch, parts, call.student_dim, call.student.stride(0), call.width, *weights,
+            options.label_smoothing, **given, HAS_REFERENCE=reference is not None,
+            HALF=call.half, PRECISION=call.precision, BLOCK_ROWS=block_rows,
+            BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            BLOCK_PARTS=min(1024, power_of_two(parts)),
+        )  # fmt: skip
+        return cls(u, column, rate, cosine, above, at_target, by_all, size)
 
 
 class ProjectionGradient:
@@ -361,50 +412,117 @@ class ProjectionGradient:
     def __init__(self, call: Call, needs: Needs) -> None:
         self._call, self._needs = call, needs
         self._tiles: Tiles | None = None
-        self.weight = Product(call, call.student_dim, call.teacher_dim)
-        self.bias = call.empty(call.width).zero_()
+        self._exact = Product(call, call.student_dim, call.teacher_dim)
+        self._parts: Tensor | None = None  # of d_weight, in half precision
+        self._product_tiles: ProductTiles | None = None
+        self._sums: Tensor | None = None  # of dZ over the rows of a program
+        self._bias: Tensor | None = None
 
     def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
         """The rows of a chunk, of a loss over softmax probabilities."""
         call, count = self._call, len(chunk.n)
-        gradient, largest_row = call.empty(count, call.width), call.empty(count)
+        sizes = (call.chunk_rows, call.processors)
+        candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family, *sizes)
+        whole = candidates[0].width >= call.width
+        half = whole and call.half
+        gradient = call.empty(count, call.width, dtype=call.bank_operand if half else torch.float32)
+        most = -(-count // min(chosen.bank for chosen in candidates))
+        scales = call.empty(most) if half else None
+        first = self._sums is None
+        if first and whole and self._needs.bias:
+            self._sums = call.empty(most, call.width)
 
         def launch(chosen: Tiles) -> None:
-            grid = (-(-count // chosen.bank), -(-call.width // chosen.columns))
+            grid = (-(-count // chosen.bank), -(-call.width // chosen.width))
             bank_gradient_kernel[grid](
-                students.u, chunk.n, chunk.inverse, call.scale, *students[1:],
-                gradient, largest_row, call.batch, count, chunk.first, call.width, SMOOTH=smooth,
-                HALF=call.half, PRECISION=call.precision, **chosen.launch(call.width),
+                *students, chunk.n, chunk.inverse, call.scale, gradient, scales, self._sums,
+                call.batch, count, chunk.first, call.width,
+                HAS_SUMS=self._sums is not None, ADD=not first, SMOOTH=smooth, HALF=call.half,
+                PRECISION=call.precision, FULL=chosen.width == call.width,
+                **chosen.launch(call.width),
             )  # fmt: skip
 
-        if self._tiles is None:  # chunks but the last are of one size
-            candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family)
+        if self._tiles is None:  # of the first chunk, whose launch may be repeated
             key = call.key("bank_gradient", call.batch, count, call.width)
             self._tiles = choose(key, candidates, launch)
+            if self._sums is not None:
+                self._sums = self._sums[: -(-count // self._tiles.bank)]
         launch(self._tiles)
-        if self._tiles.columns < call.width:
-            self._through_norm(gradient, chunk, largest_row)
-        self._add(gradient, chunk, largest_row)
+        if not whole:
+            self.add(chunk, gradient)
+        elif half and self._needs.weight:
+            self._add_half(chunk, gradient, scales, self._tiles.bank)
+        elif self._needs.weight:
+            self._add_exact(chunk, gradient)
 
     def add(self, chunk: Chunk, d_n: Tensor) -> None:
         """The rows of a chunk; d_n [rows, width] becomes d_z."""
-        largest_row = self._call.empty(len(d_n))
-        self._through_norm(d_n, chunk, largest_row)
-        self._add(d_n, chunk, largest_row)
-
-    def _through_norm(self, d_n: Tensor, chunk: Chunk, largest_row: Tensor) -> None:
-        width = self._call.width
-        bank_norm_backward_kernel[(-(-len(d_n) // 8),)](
-            d_n, chunk.n, chunk.inverse, largest_row, len(d_n), width,
+        call, rows, width = self._call, len(d_n), self._call.width
+        largest = call.empty(rows)
+        bank_norm_backward_kernel[(-(-rows // 8),)](
+            d_n, chunk.n, chunk.inverse, largest, rows, width,
             BLOCK_ROWS=8, BLOCK_WIDTH=min(256, power_of_two(width)),
         )  # fmt: skip
-
-    def _add(self, d_z: Tensor, chunk: Chunk, largest_row: Tensor) -> None:
-        if self._needs.weight:
-            columns = d_z[:, : self._call.student_dim].T
-            self.weight.add(columns, chunk.t, largest_row.amax(), self._call.bank_operand)
         if self._needs.bias:
-            self.bias += d_z.sum(0)
+            column_sums = d_n.sum(0)
+            self._bias = column_sums if self._bias is None else self._bias.add_(column_sums)
+        if not self._needs.weight:
+            return
+        if not call.half:
+            self._add_exact(chunk, d_n)
+            return
+        half = call.empty(rows, width, dtype=call.bank_operand)
+        scales = call.empty(-(-rows // SCALED_ROWS))
+        columns = min(128, power_of_two(width))
+        half_tiles_kernel[(len(scales), -(-width // columns))](
+            d_n, largest, half, scales, rows, width,
+            BLOCK_ROWS=SCALED_ROWS, BLOCK_WIDTH=columns,
+        )  # fmt: skip
+        self._add_half(chunk, half, scales, SCALED_ROWS)
+
+    def _add_exact(self, chunk: Chunk, d_z: Tensor) -> None:
+        columns = d_z[:, : self._call.student_dim].T
+        self._exact.add(columns, chunk.t, None, self._call.bank_operand)
+
+    def _add_half(self, chunk: Chunk, d_z: Tensor, scales: Tensor | None, rows: int) -> None:
+        """d_z in half precision, with a scale for every `rows` of it."""
+        call = self._call
+        aligned = is_aligned(chunk.t)
+        candidates = tiles.weight_gradient_tiles(call.width, call.family, rows, aligned)
+
+        def blocks(chosen: ProductTiles) -> tuple[int, int]:
+            return -(-call.student_dim // chosen.rows), -(-call.teacher_dim // chosen.columns)
+
+        added = self._parts is not None
+        if self._parts is None:
+            others = math.prod(blocks(candidates[0]))
+            count = tiles.splits(len(d_z), rows, others, call.processors, 16)
+            self._parts = call.empty(count, call.student_dim, call.teacher_dim)
+        parts = self._parts
+
+        def launch(chosen: ProductTiles) -> None:
+            weight_gradient_kernel[(*blocks(chosen), len(parts))](
+                d_z, scales, chunk.t, parts,
+                len(d_z), call.width, call.student_dim, call.teacher_dim, chunk.t.stride(0),
+                ADD=added, BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=rows,
+                num_warps=chosen.warps, num_stages=chosen.stages,
+            )  # fmt: skip
+
+        if self._product_tiles is None:  # of the first chunk, whose launch may be repeated
+            key = call.key("weight_gradient", call.student_dim, call.teacher_dim, rows, aligned)
+            self._product_tiles = choose(key, candidates, launch)
+        launch(self._product_tiles)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._exact.sum() if self._parts is None else sum_of_parts(self._parts)
+
+    @property
+    def bias(self) -> Tensor:
+        """[width]"""
+        if self._sums is not None:
+            return sum_of_parts(self._sums)
+        return self._call.empty(self._call.width).zero_() if self._bias is None else self._bias
 
 
 class Product:
@@ -415,9 +533,9 @@ class Product:
         self._parts: Tensor | None = None
         self._tiles: ProductTiles | None = None
 
-    def add(self, a: Tensor, b: Tensor, largest: Tensor, operand: torch.dtype) -> None:
+    def add(self, a: Tensor, b: Tensor, largest: Tensor | None, operand: torch.dtype) -> None:
         """a: float32 [rows, sums] of any strides; b: [sums, at least columns]; largest: max |a| of
-        all, or of each row."""
+        each row, for half-precision operands."""
         call, sums = self._call, a.shape[1]
         aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
         candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)
@@ -433,7 +551,7 @@ class Product:
             grid = (-(-self._rows // chosen.rows), -(-self._columns // chosen.columns), len(parts))
             product_kernel[grid](
                 a, b, largest, parts, self._rows, self._columns, sums,
-                a.stride(0), a.stride(1), b.stride(0), largest.stride(0) if largest.dim() else 0,
+                a.stride(0), a.stride(1), b.stride(0),
                 ADD=added, HALF=call.half, PRECISION=call.precision,
                 OPERAND=getattr(tl, str(operand).removeprefix("torch.")),
                 BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=chosen.sums,
@@ -448,7 +566,11 @@ class Product:
     def sum(self) -> Tensor:
         if self._parts is None:
             return self._call.empty(self._rows, self._columns).zero_()
-        return self._parts[0] if len(self._parts) == 1 else self._parts.sum(0)
+        return sum_of_parts(self._parts)
+
+
+def sum_of_parts(parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def stride(row: Tensor | None) -> int:

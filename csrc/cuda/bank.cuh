@@ -4,6 +4,7 @@
 
 #include "operands.cuh"
 #include "projection.cuh"
+#include "weight_gradient.cuh"
 
 namespace ckd::cuda {
 
@@ -21,6 +22,7 @@ int with_element(Element element, const F& f) {
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t largest_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 inline unsigned blocks(std::int64_t n, std::int64_t per_block) {
   return static_cast<unsigned>(ceil_div(n, per_block));
@@ -44,8 +46,9 @@ class Pieces {
   std::int64_t used_ = 0;
 };
 
-constexpr std::int64_t CHUNK_BYTES = 32 << 20;
+constexpr std::int64_t CHUNK_BYTES = 64 << 20;
 constexpr int MAX_PARTS = 64;
+constexpr std::int64_t BLOCKS_OF_PROCESSOR = 2;  // of the kernels that take long
 
 // Sizes that follow from the inputs and the device.
 struct Plan {
@@ -57,23 +60,24 @@ struct Plan {
               : ld <= 128 || in.exact ? 128
                                       : 256),
         width_blocks(static_cast<int>(ceil_div(ld, width))) {
-    const std::int64_t row = ld * (2 + 4) + 4;
-    chunk_rows = CHUNK_BYTES / row;
-    if (most_chunk_rows < chunk_rows) chunk_rows = most_chunk_rows;
-    chunk_rows = round_up(chunk_rows < TILE ? TILE : chunk_rows, TILE);
+    const std::int64_t row = ld * (2 + 4) + 4, slots = BLOCKS_OF_PROCESSOR * processors;
+    // Rows whose blocks fill the device once: at most 26 MB of them on 132 processors.
+    const std::int64_t wave = TILE * largest_of(slots / width_blocks, 1);
+    chunk_rows = largest_of(CHUNK_BYTES / row / wave, 1) * wave;
+    if (most_chunk_rows < chunk_rows) chunk_rows = round_up(most_chunk_rows, TILE);
     if (in.bank.count < chunk_rows) chunk_rows = in.bank.count;
     const std::int64_t others = blocks(in.student.count, TILE) * width_blocks;
     parts = best_parts(chunk_rows, others > 0 ? others : 1, processors);
   }
 
-  // As many as keep all processors busy to the end, two blocks on each; four tiles to a part at
+  // As many as keep all processors busy to the end, two blocks on each; two tiles to a part at
   // least.
   static int best_parts(std::int64_t rows, std::int64_t others, std::int64_t processors) {
     int best = 1;
     double busiest = 0;
-    const std::int64_t slots = 2 * processors;
+    const std::int64_t slots = BLOCKS_OF_PROCESSOR * processors;
     for (int parts = 1; parts <= MAX_PARTS; ++parts) {
-      if (parts > 1 && (parts * 4 * TILE > rows || (parts - 1) * others >= slots)) break;
+      if (parts > 1 && (parts * 2 * TILE > rows || (parts - 1) * others >= slots)) break;
       const double used = static_cast<double>(parts * others);
       const double busy = used / static_cast<double>(round_up(parts * others, slots));
       if (busy > busiest + 0.02) best = parts, busiest = busy;
@@ -124,7 +128,8 @@ class BankChunks {
       t.count = smaller_of(plan_.chunk_rows, in_.bank.count - first);
       t.data = static_cast<const char*>(in_.bank.data) + first * t.stride * bytes(t.element);
       const std::int64_t at = cached_ ? first : 0;
-      const Chunk chunk = {n_ + at * plan_.ld, inverse_ + at, t.count, first, in_.bank.count};
+      const Chunk chunk = {n_ + at * plan_.ld, inverse_ + at, static_cast<int>(t.count), first,
+                           in_.bank.count};
       if (int error = filled_ ? 0 : fill(chunk, t)) return error;
       if (int error = f(chunk, t)) return error;
     }
@@ -194,12 +199,12 @@ class BankChunks {
   template <class T, class S, bool ALIGNED>
   int project_chunk(const Rows& t) const {
     const int width = static_cast<int>(in_.student.width);
-    return CKD_LAUNCH((project<T, S, ALIGNED>), dim3(blocks(t.count, TILE), blocks(width, TILE)),
-                      dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream_,
-                      static_cast<const S*>(t.data), t.stride, t.count, static_cast<int>(t.width),
-                      static_cast<const T*>(in_.weight), in_.weight_stride, in_.bias, width,
-                      static_cast<const float*>(nullptr), 1.0f, z_,
-                      static_cast<std::int64_t>(plan_.piece));
+    return CKD_LAUNCH(
+        (project<T, S, ALIGNED, false>), dim3(blocks(t.count, TILE), blocks(width, TILE)),
+        dim3(THREADS), 4 * carve_bytes<T>(TILE * TILE), stream_, static_cast<const S*>(t.data),
+        t.stride, t.count, static_cast<int>(t.width), static_cast<const T*>(in_.weight),
+        in_.weight_stride, in_.bias, width, static_cast<const float*>(nullptr), 1.0f, z_,
+        static_cast<std::int64_t>(plan_.piece));
   }
 
   template <class S>
@@ -223,34 +228,100 @@ class BankChunks {
   Cleared cleared_ = {nullptr, 0};
 };
 
-// Of the projection, from dZ [rows, ld] of a chunk: (+)= into d_weight [parts, W, D] and d_bias
-// [parts, W] (or null).
-inline int add_weight_gradient(const Inputs& in, const Plan& plan, const Chunk& chunk,
-                               const Rows& t, const float* d_z, const float* largest,
-                               float* d_weight, float* d_bias, int parts, cudaStream_t stream) {
-  const int width = static_cast<int>(in.student.width), dim = static_cast<int>(t.width);
-  const auto run = [&](auto operand, auto* element, auto aligned) {
-    using T = decltype(operand);
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-    return CKD_LAUNCH((sum_of_products<T, S, decltype(aligned)::value>),
-                      dim3(blocks(width, TILE), blocks(dim, TILE), static_cast<unsigned>(parts)),
-                      dim3(THREADS), PRODUCT_BYTES, stream, d_z, static_cast<std::int64_t>(plan.ld),
-                      static_cast<std::int64_t>(1), width, static_cast<const S*>(t.data), t.stride,
-                      dim, t.count, largest, 0, in.exact, d_weight, d_bias, chunk.first > 0);
-  };
-  return with_element(t.element, [&](auto* element) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-    // In exact arithmetic bfloat16, whatever the bank: where its norms differ by far, so do the
-    // rows of dZ, and small ones count as much as large ones.
-    if constexpr (std::is_same<S, __half>::value) {
-      if (in.exact) return run(__nv_bfloat16(), element, std::false_type());
+// Room for dZ of a chunk, and how it gets into the projection's gradient: in exact arithmetic as
+// float32 numbers and their maximum, else as 16-bit ones and their scales.
+class WeightGradient {
+ public:
+  WeightGradient(const Inputs& in, const Plan& plan, bool wants_bias, Pieces& pieces)
+      : in_(in), plan_(plan) {
+    const std::int64_t rows = plan.chunk_rows, tiles = ceil_div(rows, TILE);
+    if (in.exact) {
+      largest_count_ = static_cast<int>(ceil_div(in.bank.count, rows));
+      largest_ = pieces.take<float>(largest_count_);
+      return;
     }
-    using T = std::conditional_t<std::is_same<S, __half>::value, __half, __nv_bfloat16>;
+    scaled_.is_bfloat16 = in.bank.element != Element::float16;
+    scaled_.rows = pieces.take<std::uint16_t>(rows * plan.ld);
+    scaled_.scales = pieces.take<float>(tiles);
+    if (wants_bias) scaled_.column_sums = pieces.take<float>(tiles * plan.ld);
+  }
+
+  // To be cleared by an earlier kernel.
+  Cleared cleared() const { return {reinterpret_cast<std::uint32_t*>(largest_), largest_count_}; }
+  const ScaledGradient& scaled() const { return scaled_; }
+
+  // From dN [rows, ld] of a chunk, which is overwritten; times a scale if there is one.
+  int take_through_norm(const Chunk& chunk, float* d_n, const float* scale, cudaStream_t stream) {
+    if (!in_.exact) {
+      return CKD_LAUNCH(through_norm_scaled, dim3(blocks(chunk.rows, TILE)), dim3(THREADS),
+                        carve_bytes<float>(THREADS / 32), stream, d_n, chunk.n, chunk.inverse,
+                        chunk.rows, plan_.piece, scale, scaled_);
+    }
+    d_z_ = d_n;
+    return CKD_LAUNCH(through_norm, dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0,
+                      stream, d_n, chunk.n, chunk.inverse, static_cast<std::int64_t>(chunk.rows),
+                      plan_.piece, plan_.pieces, scale, largest(chunk));
+  }
+
+  // (+)= into d_weight [parts, W, D] and d_bias [parts, W] (or null), t: the chunk's rows.
+  int add(const Chunk& chunk, const Rows& t, float* d_weight, float* d_bias, int parts,
+          cudaStream_t stream) const {
+    return with_element(t.element, [&](auto* element) {
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+      using T = std::conditional_t<std::is_same<S, __half>::value, __half, __nv_bfloat16>;
+      if (in_.exact) return add_exactly<S>(chunk, t, d_weight, d_bias, parts, stream);
+      if constexpr (std::is_same<S, T>::value) {
+        if (BankChunks::is_aligned(t)) {
+          return add_scaled<T, S, true>(chunk, t, d_weight, d_bias, parts, stream);
+        }
+      }
+      return add_scaled<T, S, false>(chunk, t, d_weight, d_bias, parts, stream);
+    });
+  }
+
+ private:
+  float* largest(const Chunk& chunk) const { return largest_ + chunk.first / plan_.chunk_rows; }
+
+  template <class T, class S, bool ALIGNED>
+  int add_scaled(const Chunk& chunk, const Rows& t, float* d_weight, float* d_bias, int parts,
+                 cudaStream_t stream) const {
+    const int width = static_cast<int>(in_.student.width), dim = static_cast<int>(t.width);
+    return CKD_LAUNCH(
+        (weight_gradient<T, S, ALIGNED>),
+        dim3(blocks(width, TILE), blocks(dim, GRADIENT_COLUMNS), static_cast<unsigned>(parts)),
+        dim3(THREADS), GRADIENT_BYTES, stream, scaled_, plan_.ld, width,
+        static_cast<const S*>(t.data), t.stride, dim, chunk.rows, d_weight, d_bias,
+        chunk.first > 0);
+  }
+
+  // In bfloat16 pieces, whatever the bank: where its norms differ by far, so do the rows of dZ, and
+  // small ones count as much as large ones.
+  template <class S>
+  int add_exactly(const Chunk& chunk, const Rows& t, float* d_weight, float* d_bias, int parts,
+                  cudaStream_t stream) const {
+    using T = __nv_bfloat16;
+    const int width = static_cast<int>(in_.student.width), dim = static_cast<int>(t.width);
+    const auto run = [&](auto aligned) {
+      return CKD_LAUNCH((sum_of_products<T, S, decltype(aligned)::value>),
+                        dim3(blocks(width, TILE), blocks(dim, TILE), static_cast<unsigned>(parts)),
+                        dim3(THREADS), PRODUCT_BYTES, stream, static_cast<const float*>(d_z_),
+                        static_cast<std::int64_t>(plan_.ld), static_cast<std::int64_t>(1), width,
+                        static_cast<const S*>(t.data), t.stride, dim, chunk.rows,
+                        static_cast<const float*>(largest(chunk)), 0, true, d_weight, d_bias,
+                        chunk.first > 0);
+    };
     if constexpr (std::is_same<S, T>::value) {
-      if (BankChunks::is_aligned(t)) return run(T(), element, std::true_type());
+      if (BankChunks::is_aligned(t)) return run(std::true_type());
     }
-    return run(T(), element, std::false_type());
-  });
-}
+    return run(std::false_type());
+  }
+
+  const Inputs& in_;
+  const Plan& plan_;
+  ScaledGradient scaled_ = {};
+  float* largest_ = nullptr;  // |dZ| of each chunk
+  int largest_count_ = 0;
+  float* d_z_ = nullptr;
+};
 
 }  // namespace ckd::cuda

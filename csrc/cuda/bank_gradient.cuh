@@ -5,59 +5,69 @@
 #pragma once
 
 #include "operands.cuh"
+#include "weight_gradient.cuh"
 
 namespace ckd::cuda {
 
-// What the bank's gradient needs of a student: G_ik = by_p p_ik - by_all, at the target at_target -
-// by_all; zeros where no gradient comes from, since such rows may hold NaN.
-struct Factors {
-  int column = -1;  // the target's row of the bank, -1 where there is none
-  float log2_sum = 0, by_p = 0, at_target = 0, by_all = 0;
-  float size = 0;  // |g| p_other + |h|: what |G| is at most but at the target
-};
-
-CKD_DEVICE Factors factors_of(const ContrastiveCeBackward& op, std::int64_t i) {
-  const std::int64_t y = load_target(op.targets, i, op.in.bank.count);
-  const float g = by_nll(op, i, y >= 0), h = by_lse(op, i);
-  const float smoothing = op.targets.label_smoothing;
-  Factors f;
-  f.column = static_cast<int>(y);
-  if (g == 0 && h == 0) return f;
-  const float other = op.p_other[i];
-  f.log2_sum = op.lse[i] * LOG2E;
-  f.by_p = g + h;
-  f.at_target = h * (1 - other) - g * (other - smoothing);
-  f.by_all = g * (smoothing / static_cast<float>(op.in.bank.count));
-  f.size = fabsf(g) * fmaxf(other, smoothing) + fabsf(h);
-  return f;
-}
-
-// Large where every row is confident: then it meets probabilities of 0, and 0 inf would be NaN.
+// Without infinity, which times a probability of 0 would be NaN.
 CKD_DEVICE float finite_product(float a, float b) {
-  const float product = a * b;
   constexpr float MAX_FLOAT32 = 3.402823466e38f;
+  const float product = a * b;
   return fabsf(product) > MAX_FLOAT32 ? copysignf(MAX_FLOAT32, product) : product;
 }
 
+// The factors of the students of a tile in shared memory, in two buffers; they arrive with the
+// tile, those of no student as zeros.
+template <int ROWS>
+struct TileFactors {
+  static constexpr int ARRAYS = Factors::size, PIECE = 4;  // numbers in 16 bytes
+  static constexpr int SIZE = 2 * ARRAYS * ROWS;
+  float* data;
+
+  CKD_DEVICE const float* array(int step, int index) const {
+    return data + (step % 2 * ARRAYS + index) * ROWS;
+  }
+  CKD_DEVICE const int* columns(int step) const {
+    return reinterpret_cast<const int*>(array(step, Factors::column));
+  }
+  CKD_DEVICE void copy(const Factors& from, int first, int batch, int step) const {
+    static_assert(ARRAYS * ROWS / PIECE <= THREADS, "one piece for each thread at most");
+    const int thread = static_cast<int>(threadIdx.x);
+    const int index = thread / (ROWS / PIECE), at = thread % (ROWS / PIECE) * PIECE;
+    if (index >= ARRAYS) return;
+    const int count = max(min(batch - first - at, PIECE), 0);
+    const float* source = from.array(index) + (count > 0 ? first + at : 0);
+    copy_async(shared_address(array(step, index) + at), source, count * 4);
+  }
+};
+
+// Of dN as float32 in shared memory, 8 more than numbers: rows then begin in different banks.
+template <int WIDTH>
+constexpr int GRADIENT_STRIDE = WIDTH + 8;
+
+template <int WIDTH, bool EXACT>
+constexpr int bank_gradient_bytes() {
+  constexpr int FACTORS = carve_bytes<float>(TileFactors<Operands<WIDTH, EXACT>::ROWS>::SIZE);
+  constexpr int PRODUCTS = operands_bytes<WIDTH, EXACT>() + FACTORS;
+  constexpr int GRADIENT = EXACT ? 0 : carve_bytes<float>(TILE * GRADIENT_STRIDE<WIDTH>);
+  return (PRODUCTS > GRADIENT ? PRODUCTS : GRADIENT) + carve_bytes<float>(THREADS / 32);
+}
+
 // Bank rows stand still, 64 to a block, and the students pass: dN = logit_scale sum_i G_i u_i for
-// one block of the width (axis y), and where that is the whole width dZ = (dN - (dN . n) n) / |z|,
-// whose maximum goes to `largest`. Every row is owned by one block.
+// one block of the width (axis y), as float32 into gradient [rows, ld]; or, where that is the whole
+// width and one piece, dZ = (dN - (dN . n) n) / |z| into `scaled`. Every row is owned by one block.
 template <int WIDTH, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
-    bank_gradient(ContrastiveCeBackward op, Students students, Chunk chunk, float* gradient,
-                  float* largest) {
+    bank_gradient(ContrastiveCeBackward op, Students students, Factors factors, Chunk chunk,
+                  float* gradient, ScaledGradient scaled) {
   constexpr float SMALLEST = 1e-30f;
   constexpr int ROWS = Operands<WIDTH, EXACT>::ROWS;
   CKD_SHARED(memory);
   Carve carve(memory);
   Operands<WIDTH, EXACT> operands = take_operands<WIDTH, EXACT>(carve);
-  int* columns = carve.take<int>(2 * ROWS);
-  float* log2_sums = carve.take<float>(2 * ROWS);
-  float* by_p = carve.take<float>(2 * ROWS);
-  float* at_target = carve.take<float>(2 * ROWS);
-  float* by_all = carve.take<float>(2 * ROWS);
+  const TileFactors<ROWS> of_tile = {carve.take<float>(TileFactors<ROWS>::SIZE)};
   float* sizes = carve.take<float>(THREADS / 32);
-  const std::int64_t k0 = static_cast<std::int64_t>(blockIdx.x) * TILE, batch = students.batch;
+  const int k0 = static_cast<int>(blockIdx.x) * TILE, batch = students.batch;
   operands.stay_rows = chunk.n;
   operands.first_stay = k0;
   operands.stay_end = chunk.rows;
@@ -69,92 +79,106 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   const float to_base_2 = tau * LOG2E * product_factor(students.pieces);
   const bool smooth = op.targets.label_smoothing > 0;
 
+  of_tile.copy(factors, 0, batch, 0);
   operands.begin(0);
   float size = SMALLEST;
-  for (std::int64_t i = threadIdx.x; i < batch; i += THREADS) {
-    size = fmaxf(size, factors_of(op, i).size);
+  for (int i = static_cast<int>(threadIdx.x); i < batch; i += THREADS) {
+    size = fmaxf(size, factors.array(Factors::size)[i]);
   }
-  size = max_of_warp(size);
-  if (lane_index() == 0) sizes[warp_index()] = size;
-  sync_block();
-  for (int warp = 0; warp < THREADS / 32; ++warp) size = fmaxf(size, sizes[warp]);
-  const float lift = LIFT / size;
+  size = max_of_block(size, sizes);
+  // G is multiplied by a power of 2, at most 2^113: in the exponent of p, which is small enough for
+  // it wherever G is not that of a target; or, for the digits of a sum that may cancel, in by_p,
+  // which may be too large for it where every p is 0.
+  const float lift = LIFT / power_of_2_above(size), log2_lift = EXACT ? 0 : log2f(lift);
 
-  const auto load_factors = [&](std::int64_t i0, int to) {
-    const int j = static_cast<int>(threadIdx.x);
-    if (j >= ROWS) return;
-    const Factors f = i0 + j < batch ? factors_of(op, i0 + j) : Factors();
-    columns[to * ROWS + j] = f.column;
-    log2_sums[to * ROWS + j] = f.log2_sum;
-    by_p[to * ROWS + j] = finite_product(f.by_p, lift);
-    at_target[to * ROWS + j] = f.at_target * lift;
-    by_all[to * ROWS + j] = f.by_all * lift;
-  };
-
-  const int own = static_cast<int>(chunk.first + k0) + own_row();
+  const int first = static_cast<int>(chunk.first) + k0;  // of the block's rows
   Sums<WIDTH / 8> total;
   total.clear();
-  load_factors(0, 0);
   int step = 0;
-  for (std::int64_t i0 = 0; i0 < batch; i0 += ROWS, ++step) {
+  for (int i0 = 0; i0 < batch; i0 += ROWS, ++step) {
     Sums<ROWS / 8> g;
     g.clear();
-    const auto tile = operands.next(g, i0, step, [&] { load_factors(i0 + ROWS, (step + 1) % 2); });
+    const auto tile =
+        operands.next(g, i0, step, [&] { of_tile.copy(factors, i0 + ROWS, batch, step + 1); });
+    const float* log2_sums = of_tile.array(step, Factors::log2_sum);
+    const float* by_p = of_tile.array(step, Factors::by_p);
 #pragma unroll
     for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int j = step % 2 * ROWS + own_column(n) + e % 2;
-        const float p = exp2_fast(g.at[n][e] * to_base_2 - log2_sums[j]);
-        g.at[n][e] = columns[j] == own + e / 2 * 8 ? at_target[j] : by_p[j] * p;
-        if (smooth) g.at[n][e] -= by_all[j];
+        const int j = own_column(n) + e % 2;
+        const float p = exp2_fast(fmaf(g.at[n][e], to_base_2, log2_lift - log2_sums[j]));
+        g.at[n][e] = (EXACT ? finite_product(by_p[j], lift) : by_p[j]) * p;
       }
     }
-    add_product(total, g, tile);
+    const int* columns = of_tile.columns(step);
+    bool has_target = false;
+#pragma unroll
+    for (int j = 0; j < ROWS; j += 32) {
+      has_target |= in_tile(columns[j + lane_index()] - first, TILE);
+    }
+    if (any_of_warp(has_target)) {  // which is rare
+      const float* at_target = of_tile.array(step, Factors::at_target);
+#pragma unroll
+      for (int n = 0; n < ROWS / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int j = own_column(n) + e % 2;
+          if (columns[j] == first + own_row() + e / 2 * 8) g.at[n][e] = at_target[j] * lift;
+        }
+      }
+    }
+    if (smooth) {
+      const float* by_all = of_tile.array(step, Factors::by_all);
+#pragma unroll
+      for (int n = 0; n < ROWS / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) g.at[n][e] -= by_all[own_column(n) + e % 2] * lift;
+      }
+    }
+    add_product<EXACT>(total, g, tile);
     if constexpr (EXACT) {
       keep_rest(g);
-      add_product(total, g, tile);
+      add_product<EXACT>(total, g, tile);
     }
   }
 
   const float up = tau / lift;
-  const bool whole = operands.blocks() == 1 && !EXACT;
-  const int first_column = operands.own * WIDTH;
-  float top = 0;
+  const int ld = students.ld, first_column = operands.own * WIDTH;
+  if (EXACT || operands.blocks() > 1) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const std::int64_t row = k0 + own_row() + 8 * h;
-    float along = 0, factor = up;
-    if (whole) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = k0 + own_row() + 8 * h;
+      if (row >= chunk.rows) continue;
 #pragma unroll
       for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          along += total.at[n][2 * h + e] *
-                   widen(operands.stays.at(own_row() + 8 * h, own_column(n) + e));
+          const int w = first_column + own_column(n) + e;
+          if (w < ld)
+            gradient[static_cast<std::int64_t>(row) * ld + w] = total.at[n][2 * h + e] * up;
         }
       }
-      along = sum_of_row(along);
-      factor *= row < chunk.rows ? chunk.inverse[row] : 0;
     }
+    return;
+  }
+
+  // Through the norm row by row, in the memory that the products no longer need.
+  sync_block();
+  Carve again(memory);
+  float* d_n = again.take<float>(TILE * GRADIENT_STRIDE<WIDTH>);
+  float* tops = again.take<float>(THREADS / 32);
 #pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
+  for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int w = own_column(n) + e;
-        float d = total.at[n][2 * h + e];
-        if (whole) d -= along * widen(operands.stays.at(own_row() + 8 * h, w));
-        d *= factor;
-        if (row < chunk.rows && first_column + w < students.ld) {
-          gradient[row * students.ld + first_column + w] = d;
-          top = fmaxf(top, fabsf(d));
-        }
-      }
+    for (int h = 0; h < 2; ++h) {
+      float* at = d_n + (own_row() + 8 * h) * GRADIENT_STRIDE<WIDTH> + own_column(n);
+      *reinterpret_cast<float2*>(at) = {total.at[n][2 * h], total.at[n][2 * h + 1]};
     }
   }
-  if (!whole) return;
-  top = max_of_warp(top);
-  if (lane_index() == 0) atomic_max(largest, top);
+  sync_block();
+  through_norm_of_tile(d_n, GRADIENT_STRIDE<WIDTH>, chunk.n + static_cast<std::int64_t>(k0) * ld,
+                       chunk.inverse + k0, min(chunk.rows - k0, TILE), ld, up, tops, scaled);
 }
 
 }  // namespace ckd::cuda

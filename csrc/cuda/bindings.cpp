@@ -152,6 +152,8 @@ void bind(py::module_& m) {
   m.def("cuda_similarity_backward", &table_backward,
         "Starts the backward; with workspace 0 returns the bytes of workspace that it needs.");
   m.def("cuda_error", &error_text, "What a cudaError means.");
+  m.def("cuda_error_is_of_earlier_work", &is_of_earlier_work,
+        "Whether a cudaError comes from work that was started before.");
 }
 
 }  // namespace ckd::cuda

@@ -70,7 +70,7 @@ class Forward {
   unsigned axis_z(bool keeps_values) const {
     return keeps_values ? static_cast<unsigned>(plan_.width_blocks) : 1u;
   }
-  Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
+  Students students() const { return {u_, static_cast<int>(batch_), plan_.ld, plan_.pieces}; }
 
   int add(const Chunk& chunk) const {
     if (!is_whole_) {
@@ -118,61 +118,53 @@ class Backward {
         pieces_(workspace),
         chunks_(op.in, plan_, op.cache, true, pieces_, stream),
         stream_(stream),
-        batch_(op.in.student.count) {
+        batch_(op.in.student.count),
+        weight_(op.in, plan_, op.d_bias != nullptr, pieces_) {
     u_ = pieces_.take<__half>(batch_ * plan_.ld);
-    gradient_ = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
-    count_ = static_cast<int>(ceil_div(op.in.bank.count, plan_.chunk_rows));
-    largest_ = pieces_.take<float>(count_);
+    in_parts_ = plan_.width_blocks > 1 || plan_.pieces > 1;
+    gradient_ = in_parts_ ? pieces_.take<float>(plan_.chunk_rows * plan_.ld) : nullptr;
+    factors_.stride = static_cast<int>(round_up(batch_, 4));
+    factors_.data =
+        pieces_.take<float>(static_cast<std::int64_t>(Factors::ARRAYS) * factors_.stride);
   }
 
   // The students' gradients need nothing.
   std::int64_t bytes() const { return op_.d_weight == nullptr ? 0 : pieces_.used(); }
 
-  int run() const {
+  int run() {
     if (batch_ == 0) return 0;
     const bool wants_weight = op_.d_weight != nullptr;
     if (int error = with_element(op_.in.student.element, [&](auto* element) {
           using S = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-          const Cleared cleared = {reinterpret_cast<std::uint32_t*>(largest_),
-                                   wants_weight ? count_ : 0};
+          const Cleared cleared = wants_weight ? weight_.cleared() : Cleared{nullptr, 0};
           return CKD_LAUNCH(student_rows<S>, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0,
                             stream_, op_, wants_weight ? u_ : nullptr, plan_.piece,
-                            plan_.student_layout(), cleared);
+                            plan_.student_layout(), factors_, cleared);
         })) {
       return error;
     }
     if (!wants_weight) return 0;
-    int index = 0;
-    return chunks_.each(
-        [&](const Chunk& chunk, const Rows& t) { return add(chunk, t, largest_ + index++); });
+    return chunks_.each([&](const Chunk& chunk, const Rows& t) { return add(chunk, t); });
   }
 
  private:
-  Students students() const { return {u_, batch_, plan_.ld, plan_.pieces}; }
+  Students students() const { return {u_, static_cast<int>(batch_), plan_.ld, plan_.pieces}; }
 
-  int add(const Chunk& chunk, const Rows& t, float* largest) const {
+  int add(const Chunk& chunk, const Rows& t) {
     const dim3 grid(blocks(chunk.rows, TILE), static_cast<unsigned>(plan_.width_blocks));
     if (int error = with_width(plan_, [&](auto width, auto exact) {
           constexpr int WIDTH = decltype(width)::value;
           constexpr bool EXACT = decltype(exact)::value;
-          constexpr int BYTES = operands_bytes<WIDTH, EXACT>() +
-                                5 * carve_bytes<float>(2 * Operands<WIDTH, EXACT>::ROWS) +
-                                carve_bytes<float>(THREADS / 32);
-          return CKD_LAUNCH((bank_gradient<WIDTH, EXACT>), grid, dim3(THREADS), BYTES, stream_, op_,
-                            students(), chunk, gradient_, largest);
+          return CKD_LAUNCH((bank_gradient<WIDTH, EXACT>), grid, dim3(THREADS),
+                            bank_gradient_bytes<WIDTH, EXACT>(), stream_, op_, students(), factors_,
+                            chunk, gradient_, weight_.scaled());
         })) {
       return error;
     }
-    if (plan_.width_blocks > 1 || plan_.pieces > 1) {
-      if (int error =
-              CKD_LAUNCH(through_norm, dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                         stream_, gradient_, chunk.n, chunk.inverse, chunk.rows, plan_.piece,
-                         plan_.pieces, static_cast<const float*>(nullptr), largest)) {
-        return error;
-      }
+    if (in_parts_) {
+      if (int error = weight_.take_through_norm(chunk, gradient_, nullptr, stream_)) return error;
     }
-    return add_weight_gradient(op_.in, plan_, chunk, t, gradient_, largest, op_.d_weight,
-                               op_.d_bias, op_.weight_parts, stream_);
+    return weight_.add(chunk, t, op_.d_weight, op_.d_bias, op_.weight_parts, stream_);
   }
 
   const ContrastiveCeBackward& op_;
@@ -181,10 +173,11 @@ class Backward {
   BankChunks chunks_;
   cudaStream_t stream_;
   std::int64_t batch_;
+  WeightGradient weight_;
   __half* u_;
+  bool in_parts_;  // dN, from several blocks of the width or with pieces, which are then joined
   float* gradient_;
-  float* largest_;  // |dZ| of each chunk
-  int count_;
+  Factors factors_;
 };
 
 }  // namespace

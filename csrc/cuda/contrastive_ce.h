@@ -25,4 +25,8 @@ int contrastive_ce_backward(const ContrastiveCeBackward& op, int processors,
 // What a cudaError means.
 const char* error_text(int error);
 
+// Whether work that was started before has failed, by whomever: the device reports it to each later
+// call, which then starts nothing.
+bool is_of_earlier_work(int error);
+
 }  // namespace ckd::cuda

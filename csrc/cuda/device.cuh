@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -21,7 +22,7 @@
 // Starts a kernel; an int, the cudaError or 0. A kernel's name with a comma goes in parentheses:
 // CKD_LAUNCH((name<A, B>), grid, block, shared_bytes, stream, arguments...).
 #define CKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::ckd::cuda::launch(kernel, grid, block, shared_bytes, stream, ##__VA_ARGS__)
+  ::ckd::cuda::Launch<kernel>::start(grid, block, shared_bytes, stream, ##__VA_ARGS__)
 
 // Declares `unsigned char* name`: the dynamic shared memory, 1024-byte aligned.
 #define CKD_SHARED(name)                                            \
@@ -30,21 +31,50 @@
 
 namespace ckd::cuda {
 
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
-           cudaStream_t stream, Arguments... arguments) {
-  constexpr int ALWAYS_ALLOWED = 48 << 10;
-  if (shared_bytes > ALWAYS_ALLOWED) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // it has been told; the next launch shall not report it again
-      return static_cast<int>(error);
-    }
+// A kernel always takes the same shared memory, which the device has to be told of once.
+template <auto KERNEL>
+struct Launch;
+template <class... Parameters, void (*KERNEL)(Parameters...)>
+struct Launch<KERNEL> {
+  static int start(dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                   Parameters... parameters) {
+    if (int error = prepare(shared_bytes)) return error;
+    void* pointers[] = {&parameters...};
+    const void* kernel = reinterpret_cast<const void*>(KERNEL);
+    // Its own status: cudaGetLastError would also tell of a call that failed elsewhere before.
+    return told(cudaLaunchKernel(kernel, grid, block, pointers,
+                                 static_cast<std::size_t>(shared_bytes), stream));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
-  return static_cast<int>(cudaGetLastError());
-}
+
+ private:
+  static int prepare(int shared_bytes) {
+    constexpr int LITTLE = 16 << 10;  // which the default division of the L1 cache leaves room for
+    constexpr int BITS = 64;
+    static std::atomic<std::uint64_t> prepared{0};  // a bit for each device
+    if (shared_bytes <= LITTLE) return 0;
+    int device = 0;
+    if (int error = told(cudaGetDevice(&device))) return error;
+    const std::uint64_t bit = device < BITS ? std::uint64_t{1} << device : 0;
+    if ((prepared.load(std::memory_order_relaxed) & bit) != 0) return 0;
+    const auto set = [](cudaFuncAttribute attribute, int value) {
+      return told(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), attribute, value));
+    };
+    if (int error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return error;
+    // Else the driver may leave room for one block on a processor.
+    if (int error =
+            set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {
+      return error;
+    }
+    prepared.fetch_or(bit, std::memory_order_relaxed);
+    return 0;
+  }
+
+  // It has been told then; no later call shall report it again.
+  static int told(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return static_cast<int>(error);
+  }
+};
 
 // What Carve takes for `count` elements: pieces are multiples of 16 bytes.
 template <class T>
@@ -77,24 +107,28 @@ CKD_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-CKD_DEVICE std::uint32_t shared_address(const void* pointer) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+CKD_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffffu, value) != 0; }
+
+// Bytes may be added to it.
+using SharedAddress = std::uint32_t;
+CKD_DEVICE SharedAddress shared_address(const void* pointer) {
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
 // Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j names row j of matrix i, 16 bytes;
 // lane l gets into r[i] elements 2 (l % 4) and the next one of row l / 4.
-CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], const void* row) {
+CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same with each matrix transposed: lane l gets elements of column l / 4.
-CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], const void* row) {
+CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
@@ -122,9 +156,9 @@ CKD_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::ui
 
 // Starts a copy of `bytes` (0 to 16) from global to 16 bytes of shared memory, the rest zeros. Both
 // addresses are multiples of 16. The copy belongs to the group that commit_copies closes.
-CKD_DEVICE void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(bytes)
+CKD_DEVICE void copy_async(SharedAddress shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 

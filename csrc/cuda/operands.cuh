@@ -7,19 +7,20 @@
 namespace ckd::cuda {
 
 // Exponentials are multiplied by 2^13 before they become float16: the largest stays in its range,
-// and what is lost below is 2^-37 of it. The same for G.
-constexpr float HEADROOM = 13, LIFT = 8192;
+// and what is lost below is 2^-37 of it. The same for G. A running maximum may lag behind by SLACK.
+constexpr float HEADROOM = 13, LIFT = 8192, SLACK = 2;
 
 // Of a chunk of the bank.
 struct Chunk {
   const __half* n;       // [rows, ld]
   const float* inverse;  // [rows] 1 / |z|
-  std::int64_t rows, first, bank_rows;
+  int rows;
+  std::int64_t first, bank_rows;
 };
 
 struct Students {
   const __half* u;  // [batch, ld]
-  std::int64_t batch;
+  int batch;
   int ld;      // of all pieces
   int pieces;  // 1, or 3 with exact arithmetic
 };
@@ -36,32 +37,34 @@ struct Operands {
   Tile<__half, WIDTH> stays;
   Buffers<__half, WIDTH, ROWS> streams;
   const __half *stay_rows, *stream_rows;
-  std::int64_t first_stay, stay_end, stream_end;
+  int first_stay, stay_end, stream_end;
   int ld, own;
 
   CKD_DEVICE int blocks() const { return (ld + WIDTH - 1) / WIDTH; }
 
-  CKD_DEVICE void begin(std::int64_t first_stream) const {
+  // Copies that were started before arrive with the first tile.
+  CKD_DEVICE void begin(int first_stream) const {
     if (blocks() > 1) return;
     stays.copy(stay_rows, ld, first_stay, stay_end, 0, ld);
     streams.tile(0).copy(stream_rows, ld, first_stream, stream_end, 0, ld);
     commit_copies();
   }
 
-  // Adds the products of tile `step`, rows from `row` on, and returns the tile; `prefetched()` is
-  // called after the barrier, when the other buffer is free.
-  template <class Prefetched>
-  CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, std::int64_t row, int step,
-                            const Prefetched& prefetched) const {
+  // Adds the products of tile `step`, rows from `row` on, and returns the tile. Where there is a
+  // tile after it, `prefetch()` is called behind the barrier, when the other buffer is free, to
+  // start copies that arrive with that tile.
+  template <class Prefetch>
+  CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, int row, int step,
+                            const Prefetch& prefetch) const {
     if (blocks() == 1) {
       const Streaming tile = streams.tile(step);
       wait_copies<0>();
       sync_block();  // this tile has arrived, and the other buffer is free
       if (row + ROWS < stream_end) {
         streams.tile(step + 1).copy(stream_rows, ld, row + ROWS, stream_end, 0, ld);
+        prefetch();
         commit_copies();
       }
-      prefetched();
       add_product_of_rows(sums, stays, tile);
       return tile;
     }
@@ -71,11 +74,15 @@ struct Operands {
       sync_block();                                // nobody reads what is overwritten
       stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
       tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
+      if (i == 0 && row + ROWS < stream_end) prefetch();
       commit_copies();
       wait_copies<0>();
       sync_block();  // both have arrived
-      if (i == 0) prefetched();
-      add_product_of_rows(sums, stays, tile);
+      if constexpr (EXACT) {
+        add_rounded_product_of_rows(sums, stays, tile);
+      } else {
+        add_product_of_rows(sums, stays, tile);
+      }
     }
     return tile;
   }

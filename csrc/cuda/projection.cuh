@@ -6,18 +6,20 @@
 
 namespace ckd::cuda {
 
-CKD_DEVICE void store_projection(const Sums<8>& sums, std::int64_t first, std::int64_t rows,
-                                 int column, int width, float factor, const float* bias, float* z,
-                                 std::int64_t ld) {
+CKD_DEVICE void store_projection(const Sums<8>& sums, int first, int rows, int column, int width,
+                                 float factor, const float* bias, float* z, std::int64_t ld) {
+  const bool aligned = has_aligned_pairs(z, ld);
 #pragma unroll
-  for (int n = 0; n < 8; ++n) {
+  for (int h = 0; h < 2; ++h) {
+    const int row = first + own_row() + 8 * h;
+    if (row >= rows) continue;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const std::int64_t row = first + own_row() + e / 2 * 8;
-      const int w = column + own_column(n) + e % 2;
-      if (row < rows && w < width) {
-        z[row * ld + w] = sums.at[n][e] * factor + (bias != nullptr ? bias[w] : 0.0f);
-      }
+    for (int n = 0; n < 8; ++n) {
+      const int w = column + own_column(n);
+      const float low = bias != nullptr && w < width ? bias[w] : 0;
+      const float high = bias != nullptr && w + 1 < width ? bias[w + 1] : 0;
+      store_columns(z + row * ld, w, width, aligned, false,
+                    {sums.at[n][2 * h] * factor + low, sums.at[n][2 * h + 1] * factor + high});
     }
   }
 }
@@ -28,17 +30,17 @@ CKD_DEVICE void store_projection(const Sums<8>& sums, std::int64_t first, std::i
 // A block owns 64 rows and 64 columns, and reads t and P in steps of 64 of D, the next step while
 // it multiplies. Where S is T and rows are aligned, cp.async brings them; else each number is
 // converted. Traffic: t ceil(W / 64) times (from L2), P ceil(rows / 64) times, z once. Sums in
-// float32.
-template <class T, class S, bool ALIGNED>
+// float32, those of tiles added rounded with EXACT.
+template <class T, class S, bool ALIGNED, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS)
-    project(const S* t, std::int64_t stride, std::int64_t rows, int dim, const T* weight,
+    project(const S* t, std::int64_t stride, int rows, int dim, const T* weight,
             std::int64_t weight_stride, const float* bias, int width, const float* scale,
             float scale_factor, float* z, std::int64_t ld) {
   CKD_SHARED(memory);
   Carve carve(memory);
   const Buffers<T, TILE> left = {carve.take<T>(2 * TILE * TILE)};
   const Buffers<T, TILE> right = {carve.take<T>(2 * TILE * TILE)};
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
+  const int first = static_cast<int>(blockIdx.x) * TILE;
   const int column = static_cast<int>(blockIdx.y) * TILE;
   const auto load = [&](int step) {
     const int d = step * TILE, to = step;
@@ -57,7 +59,11 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     wait_copies<0>();
     sync_block();  // this step has arrived, and the other buffers are free
     if ((step + 1) * TILE < dim) load(step + 1);
-    add_product_of_rows(sums, left.tile(step), right.tile(step));
+    if constexpr (EXACT) {
+      add_rounded_product_of_rows(sums, left.tile(step), right.tile(step));
+    } else {
+      add_product_of_rows(sums, left.tile(step), right.tile(step));
+    }
   }
   const float factor = scale == nullptr ? 1 : positive(scale) * scale_factor;
   store_projection(sums, first, rows, column, width, factor, bias, z, ld);
@@ -72,15 +78,15 @@ constexpr int PIECES = std::is_same<S, __nv_bfloat16>::value ? 1
 // The same as `project` in exact arithmetic; P is float32.
 template <class S>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
-    project_exactly(const S* t, std::int64_t stride, std::int64_t rows, int dim,
-                    const float* weight, std::int64_t weight_stride, const float* bias, int width,
-                    float* z, std::int64_t ld) {
+    project_exactly(const S* t, std::int64_t stride, int rows, int dim, const float* weight,
+                    std::int64_t weight_stride, const float* bias, int width, float* z,
+                    std::int64_t ld) {
   using T = __nv_bfloat16;
   CKD_SHARED(memory);
   Carve carve(memory);
   const Tile<T, TILE> left = {carve.take<T>(TILE * TILE)};
   const Tile<T, TILE> right = {carve.take<T>(TILE * TILE)};
-  const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
+  const int first = static_cast<int>(blockIdx.x) * TILE;
   const int column = static_cast<int>(blockIdx.y) * TILE;
   Sums<8> sums;
   sums.clear();
@@ -91,18 +97,11 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
         if (j == 0) left.convert(t, stride, first, rows, d, dim, i, AsItIs());
         right.convert(weight, weight_stride, column, width, d, dim, j, AsItIs());
         sync_block();
-        add_product_of_rows(sums, left, right);
+        add_rounded_product_of_rows(sums, left, right);
       }
     }
   }
   store_projection(sums, first, rows, column, width, 1, bias, z, ld);
-}
-
-// By which one can multiply and divide without rounding.
-CKD_DEVICE float power_of_2_above(float x) {
-  int exponent;
-  frexpf(x, &exponent);
-  return ldexpf(1, exponent);
 }
 
 constexpr int PRODUCT_BYTES = 4 * carve_bytes<__half>(TILE * TILE) + carve_bytes<float>(TILE);
@@ -117,9 +116,8 @@ template <class T, class S, bool ALIGNED>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
     sum_of_products(const float* left_rows, std::int64_t left_stride,
                     std::int64_t left_column_stride, int left_columns, const S* right_rows,
-                    std::int64_t right_stride, int right_columns, std::int64_t rows,
-                    const float* largest, int largest_stride, bool exact, float* parts,
-                    float* column_parts, bool add) {
+                    std::int64_t right_stride, int right_columns, int rows, const float* largest,
+                    int largest_stride, bool exact, float* parts, float* column_parts, bool add) {
   constexpr float TOP = 2048, SMALLEST = 1e-30f;
   CKD_SHARED(memory);
   Carve carve(memory);
@@ -133,13 +131,13 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
                   : 1;
   }
   sync_block();
-  const std::int64_t split = blockIdx.z, splits = gridDim.z;
-  const std::int64_t each = ((rows + splits - 1) / splits + TILE - 1) / TILE * TILE;
-  const std::int64_t begin = split * each, end = smaller(begin + each, rows);
+  const int split = static_cast<int>(blockIdx.z), splits = static_cast<int>(gridDim.z);
+  const int each = ((rows + splits - 1) / splits + TILE - 1) / TILE * TILE;
+  const int begin = split * each, end = min(begin + each, rows);
   // In exact arithmetic every 64 rows are multiplied several times, by pieces.
   constexpr int RIGHT_PIECES = std::is_same<S, T>::value ? 1 : PIECES<S>;
   constexpr int LEFT_PIECES = std::is_same<T, __half>::value ? 2 : 3;
-  const auto load = [&](std::int64_t k, int to, int i, int j) {
+  const auto load = [&](int k, int to, int i, int j) {
     left.tile(to).convert(
         left_rows, left_stride, k, end, a0, left_columns, i,
         [&](int column) { return TOP / tops[column]; }, left_column_stride);
@@ -157,12 +155,12 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   const bool sums_columns = column_parts != nullptr && blockIdx.y == 0 && threadIdx.x < TILE &&
                             own_column_of_left < left_columns;
   float of_column = 0;
-  std::int64_t k = begin;
+  int k = begin;
   int i = 0, j = 0, step = 0;
   if (k < end) load(k, 0, 0, 0);
   while (k < end) {
     const bool is_first = i == 0 && j == 0;
-    std::int64_t next = k;
+    int next = k;
     if (exact && i + j + 1 < LEFT_PIECES && j + 1 < RIGHT_PIECES) {
       ++j;
     } else if (exact && i + 1 < LEFT_PIECES) {
@@ -173,11 +171,11 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     wait_copies<0>();
     sync_block();  // this step has arrived, and the other buffers are free
     if (next < end) load(next, step + 1, i, j);
-    add_product_of_columns(sums, left.tile(step), right.tile(step));
+    add_rounded_product_of_columns(sums, left.tile(step), right.tile(step));
     if (sums_columns && is_first) {
       const float* at = left_rows + own_column_of_left * left_column_stride;
       float of_tile = 0;  // on its own first: the errors of long sums grow with their length
-      for (std::int64_t row = k; row < smaller(k + TILE, end); ++row) {
+      for (std::int64_t row = k; row < min(k + TILE, end); ++row) {
         of_tile += at[row * left_stride];
       }
       of_column += of_tile;
@@ -191,12 +189,12 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     for (int e = 0; e < 4; ++e) {
       const std::int64_t a = a0 + own_row() + e / 2 * 8, b = b0 + own_column(n) + e % 2;
       if (a >= left_columns || b >= right_columns) continue;
-      float& out = parts[(split * left_columns + a) * right_columns + b];
+      float& out = parts[(static_cast<std::int64_t>(split) * left_columns + a) * right_columns + b];
       out = sums.at[n][e] * (tops[a - a0] / TOP) + (add ? out : 0.0f);
     }
   }
   if (sums_columns) {
-    float& out = column_parts[split * left_columns + own_column_of_left];
+    float& out = column_parts[static_cast<std::int64_t>(split) * left_columns + own_column_of_left];
     out = of_column + (add ? out : 0.0f);
   }
 }

@@ -158,12 +158,46 @@ CKD_DEVICE float by_lse(const ContrastiveCeBackward& op, std::int64_t i) {
   return op.d_lse == nullptr ? 0 : op.d_lse[i * op.d_lse_stride];
 }
 
+// What the bank's gradient needs of the students, in arrays of [batch]. With log2_sum = lse / log
+// 2, G_ik = by_p p_ik - by_all, at the target at_target - by_all; zeros where no gradient comes
+// from, since such rows may hold NaN.
+struct Factors {
+  enum Array { column, log2_sum, by_p, at_target, by_all, size, ARRAYS };
+  float* data;  // null: not asked for
+  int stride;   // a multiple of 4, so that each array is aligned to 16 bytes
+
+  CKD_DEVICE float* array(int index) const {
+    return data + static_cast<std::int64_t>(index) * stride;
+  }
+  CKD_DEVICE void write(const ContrastiveCeBackward& op, std::int64_t i, float g, float h) const {
+    const float smoothing = op.targets.label_smoothing;
+    const bool busy = g != 0 || h != 0;
+    const float other = busy ? op.p_other[i] : 0;
+    // The target's row of the bank, -1 where there is none.
+    const std::int64_t y = load_target(op.targets, i, op.in.bank.count);
+    reinterpret_cast<int*>(array(column))[i] = static_cast<int>(y);
+    array(log2_sum)[i] = busy ? op.lse[i] * LOG2E : 0;
+    array(by_p)[i] = g + h;
+    array(at_target)[i] = h * (1 - other) - g * (other - smoothing);
+    array(by_all)[i] = g * (smoothing / static_cast<float>(op.in.bank.count));
+    // What |G| is at most, but at the target.
+    array(size)[i] = fabsf(g) * fmaxf(other, smoothing) + fabsf(h);
+  }
+  // The numbers behind the last student: copies of 16 bytes touch them.
+  CKD_DEVICE void clear_padding(std::int64_t students) const {
+    for (int index = 0; index < ARRAYS; ++index) {
+      for (std::int64_t i = students; i < stride; ++i) array(index)[i] = 0;
+    }
+  }
+};
+
 // d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention; and u
-// [rows, ld], or null, of those that some gradient reaches. The others get zeros, whatever they
-// hold.
+// [rows, ld], or null, of those that some gradient reaches, with their factors. The others get
+// zeros, whatever they hold.
 template <class T>
 CKD_KERNEL void __launch_bounds__(THREADS)
-    student_rows(ContrastiveCeBackward op, __half* u, int ld, Layout layout, Cleared cleared) {
+    student_rows(ContrastiveCeBackward op, __half* u, int ld, Layout layout, Factors factors,
+                 Cleared cleared) {
   cleared.clear();
   const std::int64_t row = warp_row(), rows = op.in.student.count;
   if (row >= rows) return;
@@ -189,6 +223,8 @@ CKD_KERNEL void __launch_bounds__(THREADS)
   if (u != nullptr) {
     const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
     write_unit_row(student, width, inverse, busy, u + row * length, ld, layout);
+    if (lane == 0) factors.write(op, row, g, h);
+    if (lane == 0 && row == rows - 1) factors.clear_padding(rows);
   }
   if (lane == 0 && op.along != nullptr) op.along[row] = along;
   if (op.d_student == nullptr) return;

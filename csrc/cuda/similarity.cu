@@ -22,14 +22,17 @@ class Forward {
   int run() const {
     const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
     if (batch == 0) return 0;
+    const auto multiply = [&](const Chunk& chunk, auto exact) {
+      return CKD_LAUNCH((project<__half, __half, true, decltype(exact)::value>),
+                        dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)), dim3(THREADS),
+                        4 * carve_bytes<__half>(TILE * TILE), stream_,
+                        static_cast<const __half*>(u_), ld, batch, plan_.ld, chunk.n, ld,
+                        static_cast<const float*>(nullptr), static_cast<int>(chunk.rows),
+                        op_.in.logit_scale, exact ? 1 / (PIECE_SCALE * PIECE_SCALE) : 1.0f,
+                        op_.logits + chunk.first, op_.in.bank.count);
+    };
     return chunks_.each([&](const Chunk& chunk, const Rows&) {
-      return CKD_LAUNCH(
-          (project<__half, __half, true>), dim3(blocks(batch, TILE), blocks(chunk.rows, TILE)),
-          dim3(THREADS), 4 * carve_bytes<__half>(TILE * TILE), stream_,
-          static_cast<const __half*>(u_), ld, batch, plan_.ld, chunk.n, ld,
-          static_cast<const float*>(nullptr), static_cast<int>(chunk.rows), op_.in.logit_scale,
-          plan_.pieces == 1 ? 1.0f : 1 / (PIECE_SCALE * PIECE_SCALE), op_.logits + chunk.first,
-          op_.in.bank.count);
+      return op_.in.exact ? multiply(chunk, std::true_type()) : multiply(chunk, std::false_type());
     });
   }
 
@@ -50,23 +53,20 @@ class Backward {
         plan_(op.in, processors, most_chunk_rows),
         pieces_(workspace),
         chunks_(op.in, plan_, nullptr, false, pieces_, stream),
-        stream_(stream) {
+        stream_(stream),
+        weight_(op.in, plan_, op.d_bias != nullptr, pieces_) {
     u_ = pieces_.take<__half>(op.in.student.count * plan_.ld);
     gradient_ = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
-    count_ = static_cast<int>(ceil_div(op.in.bank.count, plan_.chunk_rows));
-    largest_ = pieces_.take<float>(count_);
-    chunks_.normalise_students(u_, {reinterpret_cast<std::uint32_t*>(largest_), count_});
+    chunks_.normalise_students(u_, weight_.cleared());
   }
 
   std::int64_t bytes() const { return pieces_.used(); }
 
-  int run() const {
+  int run() {
     if (op_.in.student.count == 0) return 0;
-    int index = 0;
     return chunks_.each([&](const Chunk& chunk, const Rows& t) {
       if (int error = op_.slope != nullptr ? add_slope(chunk) : 0) return error;
-      float* largest = largest_ + index++;
-      return op_.d_weight != nullptr ? add_weight(chunk, t, largest) : 0;
+      return op_.d_weight != nullptr ? add_weight(chunk, t) : 0;
     });
   }
 
@@ -85,7 +85,7 @@ class Backward {
   }
 
   // dN_k = logit_scale sum_i d_logits_ik u_i, then dZ, then the projection's gradient.
-  int add_weight(const Chunk& chunk, const Rows& t, float* largest) const {
+  int add_weight(const Chunk& chunk, const Rows& t) {
     const std::int64_t batch = op_.in.student.count, ld = plan_.ld;
     if (int error = CKD_LAUNCH((sum_of_products<__half, __half, true>),
                                dim3(blocks(chunk.rows, TILE), blocks(ld, TILE)), dim3(THREADS),
@@ -96,14 +96,10 @@ class Backward {
                                gradient_, static_cast<float*>(nullptr), false)) {
       return error;
     }
-    if (int error =
-            CKD_LAUNCH(through_norm, dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0,
-                       stream_, gradient_, chunk.n, chunk.inverse, chunk.rows, plan_.piece,
-                       plan_.pieces, op_.in.logit_scale, largest)) {
+    if (int error = weight_.take_through_norm(chunk, gradient_, op_.in.logit_scale, stream_)) {
       return error;
     }
-    return add_weight_gradient(op_.in, plan_, chunk, t, gradient_, largest, op_.d_weight,
-                               op_.d_bias, op_.weight_parts, stream_);
+    return weight_.add(chunk, t, op_.d_weight, op_.d_bias, op_.weight_parts, stream_);
   }
 
   const SimilarityBackward& op_;
@@ -111,10 +107,9 @@ class Backward {
   Pieces pieces_;
   BankChunks chunks_;
   cudaStream_t stream_;
+  WeightGradient weight_;
   __half* u_;
   float* gradient_;
-  float* largest_;  // |dZ| of each chunk
-  int count_;
 };
 
 }  // namespace

@@ -19,20 +19,21 @@ struct PartSums {
   float* values;  // [parts, batch, ld] the same, times n; null: not kept
 };
 
+// -1 where the row of the bank is in another chunk, or -1 itself.
+CKD_DEVICE int row_of_chunk(std::int64_t y, const Chunk& chunk) {
+  return y >= chunk.first && y < chunk.first + chunk.rows ? static_cast<int>(y - chunk.first) : -1;
+}
+
 // n_target [batch, ld] gets n_y of the students whose target is in the chunk; a warp for each.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     keep_targets(Students students, Chunk chunk, Targets targets, __half* n_target) {
   const std::int64_t i = warp_row();
   if (i >= students.batch) return;
-  const std::int64_t y = load_target(targets, i, chunk.bank_rows) - chunk.first;
-  if (y < 0 || y >= chunk.rows) return;
+  const std::int64_t y = row_of_chunk(load_target(targets, i, chunk.bank_rows), chunk);
+  if (y < 0) return;
   for (int w = lane_index(); w < students.ld; w += 32) {
     n_target[i * students.ld + w] = chunk.n[y * students.ld + w];
   }
-}
-
-CKD_DEVICE int column_of(std::int64_t k, int columns) {
-  return k >= 0 && k < columns ? static_cast<int>(k) : -1;
 }
 
 // Students stand still, 64 to a block, and the bank passes: sums over the rows of one part of a
@@ -49,10 +50,10 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   CKD_SHARED(memory);
   Carve carve(memory);
   Operands<WIDTH, EXACT> operands = take_operands<WIDTH, EXACT>(carve);
-  const std::int64_t i0 = static_cast<std::int64_t>(blockIdx.x) * TILE;
-  const std::int64_t part = blockIdx.y, parts = gridDim.y, batch = students.batch;
-  const std::int64_t each = ((chunk.rows + parts - 1) / parts + TILE - 1) / TILE * TILE;
-  const std::int64_t begin = part * each, end = smaller(begin + each, chunk.rows);
+  const int i0 = static_cast<int>(blockIdx.x) * TILE, batch = students.batch;
+  const int part = static_cast<int>(blockIdx.y), parts = static_cast<int>(gridDim.y);
+  const int each = ((chunk.rows + parts - 1) / parts + TILE - 1) / TILE * TILE;
+  const int begin = part * each, end = min(begin + each, chunk.rows);
   operands.stay_rows = students.u;
   operands.first_stay = i0;
   operands.stay_end = batch;
@@ -61,103 +62,117 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   operands.ld = students.ld;
   operands.own = static_cast<int>(blockIdx.z);
   const float tau = positive(scale), to_base_2 = tau * LOG2E * product_factor(students.pieces);
-  float* shifts = out.shift + (blockIdx.z * parts + part) * batch;
+  float* shifts = out.shift + static_cast<std::int64_t>(operands.own * parts + part) * batch;
   const int columns = students.ld - operands.own * WIDTH;
 
-  std::int64_t y[2];
+  int y[2];  // rows of the chunk, negative where there is no target in it
   float top[2], total[2];
   Sums<WIDTH / 8> values;
   values.clear();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const std::int64_t i = i0 + own_row() + 8 * h;
-    y[h] = i < batch ? load_target(targets, i, chunk.bank_rows) - chunk.first : -1;
-    top[h] = -tau * LOG2E;  // l >= -logit_scale
+    const int i = i0 + own_row() + 8 * h;
+    y[h] = i < batch ? row_of_chunk(load_target(targets, i, chunk.bank_rows), chunk) : -1;
+    // l >= -logit_scale, and the sums of the chunks before may not be scaled up.
+    top[h] = chunk.first == 0 || i >= batch ? -tau * LOG2E : shifts[i] + HEADROOM;
     total[h] = 0;
-    if (chunk.first == 0 || i >= batch) continue;
-    top[h] = shifts[i] + HEADROOM;
-    // What was there before, in one of the four lanes of a row; the blocks of axis z but the first
-    // must not look while that one writes.
-    if (blockIdx.z == 0 && lane_index() % 4 == 0) total[h] = out.total[part * batch + i];
-    if (out.values == nullptr) continue;
-    const float* before = out.values + (part * batch + i) * students.ld + operands.own * WIDTH;
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int w = own_column(n) + e;
-        if (w < columns) values.at[n][2 * h + e] = before[w];
-      }
-    }
   }
 
   if (begin < end) operands.begin(begin);
   int step = 0;
-  for (std::int64_t k0 = begin; k0 < end; k0 += ROWS, ++step) {
+  for (int k0 = begin; k0 < end; k0 += ROWS, ++step) {
     Sums<ROWS / 8> p;
     p.clear();
     const auto tile = operands.next(p, k0, step, [] {});
-    float new_top[2] = {top[0], top[1]};
-    // Columns of this tile: how many there are, and which are targets.
-    const int rest = static_cast<int>(smaller(end - k0, ROWS));
-    const int own[2] = {column_of(y[0] - k0, ROWS), column_of(y[1] - k0, ROWS)};
+    // Few tiles have columns that do not count: those past the end, and a row's target.
+    const int rest = end - k0, own[2] = {y[0] - k0, y[1] - k0};
+    if (rest < ROWS || in_tile(own[0], ROWS) || in_tile(own[1], ROWS)) {
 #pragma unroll
-    for (int n = 0; n < ROWS / 8; ++n) {
+      for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int column = own_column(n) + e % 2;
-        float& l = p.at[n][e];
-        l = column < rest && column != own[e / 2] ? l * to_base_2 : -INFINITY;
-        new_top[e / 2] = fmaxf(new_top[e / 2], l);
+        for (int e = 0; e < 4; ++e) {
+          const int column = own_column(n) + e % 2;
+          if (column >= rest || column == own[e / 2]) p.at[n][e] = -INFINITY;
+        }
       }
     }
-    float rescale[2];
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      new_top[h] = max_of_row(new_top[h]);
-      rescale[h] = exp2_fast(top[h] - new_top[h]);
-      top[h] = new_top[h];
-      total[h] *= rescale[h];
+    for (int n = 0; n < ROWS / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], p.at[n][e]);
     }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) largest[h] = max_of_row(largest[h]) * to_base_2;
+    // Scaling the sums down is put off until an exponential would be above 2^SLACK times
+    // 2^HEADROOM.
+    if (any_of_warp(largest[0] > top[0] + SLACK || largest[1] > top[1] + SLACK)) {
+      float rescale[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float new_top = fmaxf(top[h], largest[h]);
+        rescale[h] = exp2_fast(top[h] - new_top);
+        top[h] = new_top;
+        total[h] *= rescale[h];
+      }
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) values.at[n][e] *= rescale[e / 2];
+      }
+    }
+    const float shift[2] = {top[0] - HEADROOM, top[1] - HEADROOM};
 #pragma unroll
     for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        p.at[n][e] = exp2_fast(p.at[n][e] - (top[e / 2] - HEADROOM));
+        p.at[n][e] = exp2_fast(fmaf(p.at[n][e], to_base_2, -shift[e / 2]));
         total[e / 2] += p.at[n][e];
       }
     }
     if (out.values == nullptr) continue;
-#pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) values.at[n][e] *= rescale[e / 2];
-    }
-    add_product(values, p, tile);
+    add_product<EXACT>(values, p, tile);
     if constexpr (EXACT) {
       keep_rest(p);
-      add_product(values, p, tile);
+      add_product<EXACT>(values, p, tile);
     }
   }
 
+  // The chunk's sums began at zero, so that the matrix unit adds up no more than one part of it:
+  // those of the chunks before are added here.
+  float of_before[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int i = i0 + own_row() + 8 * h;
+    const bool is_first = chunk.first == 0 || i >= batch;
+    of_before[h] = is_first ? 0 : exp2_fast(shifts[i] - (top[h] - HEADROOM));
+  }
+  sync_warp();  // the four lanes of a row have read its shift, which one of them overwrites
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     total[h] = sum_of_row(total[h]);
-    const std::int64_t i = i0 + own_row() + 8 * h;
+    const int i = i0 + own_row() + 8 * h;
     if (i >= batch) continue;
     if (lane_index() % 4 == 0) {
       shifts[i] = top[h] - HEADROOM;
-      if (blockIdx.z == 0) out.total[part * batch + i] = total[h];
+      if (blockIdx.z == 0) {
+        float& out_total = out.total[static_cast<std::int64_t>(part) * batch + i];
+        out_total = total[h] + (chunk.first == 0 ? 0 : out_total * of_before[h]);
+      }
     }
     if (out.values == nullptr) continue;
-    float* after = out.values + (part * batch + i) * students.ld + operands.own * WIDTH;
+    float* row = out.values + (static_cast<std::int64_t>(part) * batch + i) * students.ld +
+                 operands.own * WIDTH;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int w = own_column(n) + e;
-        if (w < columns) after[w] = values.at[n][2 * h + e];
+      if (8 * n >= columns) break;  // of which there are a multiple of 16
+      float2* pair = reinterpret_cast<float2*>(row + own_column(n));
+      float2 sum = {values.at[n][2 * h], values.at[n][2 * h + 1]};
+      if (chunk.first > 0) {
+        sum.x += pair->x * of_before[h];
+        sum.y += pair->y * of_before[h];
       }
+      *pair = sum;
     }
   }
 }

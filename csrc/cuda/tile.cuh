@@ -4,6 +4,10 @@
 // most 1 (x = high + low keeps 22 bits, and misses at most 2^-25), bfloat16 ones, with float32's
 // range, in products with the bank. Products of two small pieces are left out.
 //
+// The matrix unit cuts sums off towards zero (csrc/emulation/matrix.cpp): a sum to which it adds n
+// products of 16 terms loses some n 2^-23 of itself, always towards zero. So exact arithmetic sums
+// no more than a tile there, and adds the tiles' products as float32 numbers are, rounded.
+//
 // A block is four warps. A product has 64 rows, of which each warp owns 16; its sums are float32
 // and lie in registers as m16n8k16 leaves them: sums[n][e] of a lane is at row 16 warp + lane / 4 +
 // 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2.
@@ -26,6 +30,8 @@ CKD_DEVICE int own_row() { return 16 * warp_index() + lane_index() / 4; }
 CKD_DEVICE int own_column(int n) { return 8 * n + 2 * (lane_index() % 4); }
 
 CKD_DEVICE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+CKD_DEVICE bool in_tile(int row, int rows) { return row >= 0 && row < rows; }
 
 // The four lanes that hold a row.
 CKD_DEVICE float sum_of_row(float x) {
@@ -69,6 +75,21 @@ CKD_DEVICE std::uint32_t half_pair(float low, float high) {
   return bits;
 }
 
+constexpr int ROW_BYTES = TILE * 2;  // of a panel
+
+// A lane's 16 bytes of matrices of a tile of ROWS rows: what depends on the lane is kept, the rest
+// is constant where loops are unrolled.
+template <int ROWS>
+struct LanePiece {
+  SharedAddress row;
+  int offset;  // in the row, in bytes
+
+  // So many rows below, a multiple of 8, and columns behind, a multiple of 16.
+  CKD_DEVICE SharedAddress at(int rows, int columns) const {
+    return row + (offset ^ (columns % TILE * 2)) + (rows + columns / TILE * ROWS) * ROW_BYTES;
+  }
+};
+
 // ROWS rows of COLUMNS numbers, in panels of 64 columns. A row of a panel is 8 pieces of 16 bytes,
 // and piece p of row r stands at p ^ (r % 8): the eight rows of a matrix, at one column, then lie
 // in different banks.
@@ -82,27 +103,39 @@ struct Tile {
     return data + column / TILE * (ROWS * TILE) + row * TILE + ((column / 8 % 8) ^ (row % 8)) * 8;
   }
   CKD_DEVICE T& at(int row, int column) const { return piece(row, column)[column % 8]; }
+  // The same piece as a lane's.
+  CKD_DEVICE LanePiece<ROWS> lane_piece(int row, int column) const {
+    return {shared_address(data) + (column / TILE * ROWS + row) * ROW_BYTES,
+            ((column / 8 % 8) ^ (row % 8)) * 16};
+  }
 
   // Rows first_row.. and columns first_column.. of a matrix [rows, columns] whose rows are `stride`
   // apart and aligned to 16 bytes; zeros beyond its edges. In flight until waited for.
-  CKD_DEVICE void copy(const T* matrix, std::int64_t stride, std::int64_t first_row,
-                       std::int64_t rows, int first_column, int columns) const {
-#pragma unroll 1
-    for (int p = static_cast<int>(threadIdx.x); p < SIZE / 8; p += THREADS) {
-      const int row = p / (COLUMNS / 8), column = p % (COLUMNS / 8) * 8;
-      const int left = columns - first_column - column;
-      const bool inside = first_row + row < rows && left > 0;
-      const T* from = matrix + (first_row + row) * stride + first_column + column;
-      copy_async(piece(row, column), inside ? from : matrix, inside ? min(left, 8) * 2 : 0);
+  CKD_DEVICE void copy(const T* matrix, std::int64_t stride, int first_row, int rows,
+                       int first_column, int columns) const {
+    constexpr int PER_ROW = COLUMNS / 8, STEP = THREADS / PER_ROW;  // rows that go at once
+    static_assert(STEP % 8 == 0 || 8 % STEP == 0, "a thread's rows differ in few bits");
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row = thread / PER_ROW, column = thread % PER_ROW * 8;
+    const int bytes = max(min(columns - first_column - column, 8), 0) * 2;
+    const int rest = rows - first_row - row;
+    const LanePiece<ROWS> to = lane_piece(row, column);
+    const T* from = matrix + (first_row + row) * stride + first_column + column;
+#pragma unroll
+    for (int i = 0; i < ROWS / STEP; ++i) {
+      // Of no bytes, nothing is read: beyond the edge the address does not matter.
+      copy_async(to.row + i * STEP * ROW_BYTES + (to.offset ^ (i * STEP % 8 * 16)), from,
+                 i * STEP < rest ? bytes : 0);
+      from += STEP * stride;
     }
   }
 
   // Piece `index` of the same from any dtype and alignment, times factor(column of the tile);
   // arrives with the next barrier.
   template <class S, class Factor>
-  CKD_DEVICE void convert(const S* matrix, std::int64_t stride, std::int64_t first_row,
-                          std::int64_t rows, int first_column, int columns, int index,
-                          const Factor& factor, std::int64_t column_stride = 1) const {
+  CKD_DEVICE void convert(const S* matrix, std::int64_t stride, int first_row, int rows,
+                          int first_column, int columns, int index, const Factor& factor,
+                          std::int64_t column_stride = 1) const {
     for (int p = static_cast<int>(threadIdx.x); p < SIZE; p += THREADS) {
       const int row = p / COLUMNS, column = p % COLUMNS;
       const bool inside = first_row + row < rows && first_column + column < columns;
@@ -132,25 +165,44 @@ struct Sums {
 #pragma unroll
     for (int n = 0; n < N; ++n) at[n][0] = at[n][1] = at[n][2] = at[n][3] = 0;
   }
+  CKD_DEVICE void add(const Sums& other) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) at[n][e] += other.at[n][e];
+    }
+  }
 };
 
-// sums [64, ROWS] += left right^T over the COLUMNS of both.
+// sums [64, ROWS] += left right^T over the COLUMNS of both, in the matrix unit.
 template <class T, int COLUMNS, int ROWS>
 CKD_DEVICE void add_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
                                     Tile<T, COLUMNS, ROWS> right) {
-  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
-#pragma unroll 1
+  const int lane = lane_index();
+  const LanePiece<TILE> of_left = left.lane_piece(16 * warp_index() + lane % 16, lane / 16 * 8);
+  const LanePiece<ROWS> of_right = right.lane_piece(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+#pragma unroll
   for (int k = 0; k < COLUMNS; k += 16) {
     std::uint32_t a[4];
-    load_matrix(a, left.piece(16 * warp_index() + row + 8 * low, k + 8 * high));
+    load_matrix(a, of_left.at(0, k));
 #pragma unroll
     for (int n = 0; n < ROWS / 16; ++n) {
       std::uint32_t b[4];
-      load_matrix(b, right.piece(16 * n + row + 8 * high, k + 8 * low));
+      load_matrix(b, of_right.at(16 * n, k));
       multiply_add<T>(sums.at[2 * n], a, b[0], b[1]);
       multiply_add<T>(sums.at[2 * n + 1], a, b[2], b[3]);
     }
   }
+}
+
+// The same with the product summed from zero, and added rounded.
+template <class T, int COLUMNS, int ROWS>
+CKD_DEVICE void add_rounded_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
+                                            Tile<T, COLUMNS, ROWS> right) {
+  Sums<ROWS / 8> part;
+  part.clear();
+  add_product_of_rows(part, left, right);
+  sums.add(part);
 }
 
 // What float16 misses of the numbers.
@@ -164,47 +216,95 @@ CKD_DEVICE void keep_rest(Sums<N>& x) {
 }
 
 // sums [64, COLUMNS] += left right, where left [64, ROWS] stands in registers as the sums of a
-// product do and becomes float16.
-template <int COLUMNS, int ROWS>
+// product do and becomes float16; the tile's product is summed from zero and added rounded, or
+// added in the matrix unit, which takes fewer registers.
+template <bool ROUNDED, int COLUMNS, int ROWS>
 CKD_DEVICE void add_product(Sums<COLUMNS / 8>& sums, const Sums<ROWS / 8>& left,
                             Tile<__half, COLUMNS, ROWS> right) {
-  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
+  const int lane = lane_index();
+  const LanePiece<ROWS> of_right = right.lane_piece(lane % 16, lane / 16 * 8);
+  std::uint32_t a[ROWS / 16][4];
 #pragma unroll
   for (int k = 0; k < ROWS / 16; ++k) {
     const auto &x = left.at[2 * k], &y = left.at[2 * k + 1];
-    const std::uint32_t a[4] = {half_pair(x[0], x[1]), half_pair(x[2], x[3]), half_pair(y[0], y[1]),
-                                half_pair(y[2], y[3])};
+    a[k][0] = half_pair(x[0], x[1]), a[k][1] = half_pair(x[2], x[3]);
+    a[k][2] = half_pair(y[0], y[1]), a[k][3] = half_pair(y[2], y[3]);
+  }
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 16; ++n) {
+  for (int n = 0; n < COLUMNS / 16; ++n) {
+    float part[2][4] = {};
+    float (&low_sums)[4] = ROUNDED ? part[0] : sums.at[2 * n];
+    float (&high_sums)[4] = ROUNDED ? part[1] : sums.at[2 * n + 1];
+#pragma unroll
+    for (int k = 0; k < ROWS / 16; ++k) {
       std::uint32_t b[4];
-      load_matrix_transposed(b, right.piece(16 * k + row + 8 * low, 16 * n + 8 * high));
-      multiply_add<__half>(sums.at[2 * n], a, b[0], b[1]);
-      multiply_add<__half>(sums.at[2 * n + 1], a, b[2], b[3]);
+      load_matrix_transposed(b, of_right.at(16 * k, 16 * n));
+      multiply_add<__half>(low_sums, a[k], b[0], b[1]);
+      multiply_add<__half>(high_sums, a[k], b[2], b[3]);
+    }
+    if constexpr (ROUNDED) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums.at[2 * n][e] += part[0][e];
+        sums.at[2 * n + 1][e] += part[1][e];
+      }
     }
   }
 }
 
-// sums [64, 64] += left^T right over the rows of both.
+// sums [64, 64] += left^T right over the rows of both: a product summed from zero, added rounded.
 template <class T>
-CKD_DEVICE void add_product_of_columns(Sums<8>& sums, Tile<T, TILE> left, Tile<T, TILE> right) {
-  const int lane = lane_index(), row = lane % 8, low = lane / 8 % 2, high = lane / 16;
+CKD_DEVICE void add_rounded_product_of_columns(Sums<8>& sums, Tile<T, TILE> left,
+                                               Tile<T, TILE> right) {
+  const int lane = lane_index();
+  const auto of_left =
+      left.lane_piece(lane % 8 + lane / 16 * 8, 16 * warp_index() + lane / 8 % 2 * 8);
+  const auto of_right = right.lane_piece(lane % 16, lane / 16 * 8);
+  Sums<8> part;
+  part.clear();
 #pragma unroll
   for (int k = 0; k < TILE; k += 16) {
     std::uint32_t a[4];
-    load_matrix_transposed(a, left.piece(k + row + 8 * high, 16 * warp_index() + 8 * low));
+    load_matrix_transposed(a, of_left.at(k, 0));
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       std::uint32_t b[4];
-      load_matrix_transposed(b, right.piece(k + row + 8 * low, 16 * n + 8 * high));
-      multiply_add<T>(sums.at[2 * n], a, b[0], b[1]);
-      multiply_add<T>(sums.at[2 * n + 1], a, b[2], b[3]);
+      load_matrix_transposed(b, of_right.at(k, 16 * n));
+      multiply_add<T>(part.at[2 * n], a, b[0], b[1]);
+      multiply_add<T>(part.at[2 * n + 1], a, b[2], b[3]);
     }
   }
+  sums.add(part);
+}
+
+// Whether numbers at even columns of a matrix and those behind them can be stored together.
+CKD_DEVICE bool has_aligned_pairs(const float* matrix, std::int64_t stride) {
+  return stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(matrix) % sizeof(float2) == 0;
+}
+
+// The numbers at an even column and the one behind it, those below `width`, (+)= values.
+CKD_DEVICE void store_columns(float* row, int column, int width, bool aligned, bool add,
+                              float2 values) {
+  if (aligned && column + 1 < width) {
+    float2& at = *reinterpret_cast<float2*>(row + column);
+    if (add) values.x += at.x, values.y += at.y;
+    at = values;
+    return;
+  }
+  if (column < width) row[column] = values.x + (add ? row[column] : 0.0f);
+  if (column + 1 < width) row[column + 1] = values.y + (add ? row[column + 1] : 0.0f);
 }
 
 // NaN in place of a scale that the op refuses: the GPU says so without a synchronisation.
 CKD_DEVICE float positive(const float* scale) {
   return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");
+}
+
+// By which one can multiply and divide without rounding.
+CKD_DEVICE float power_of_2_above(float x) {
+  int exponent;
+  frexpf(x, &exponent);
+  return ldexpf(1, exponent);
 }
 
 // The target's row of the bank; -1 where it is ignored or out of range.

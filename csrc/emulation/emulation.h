@@ -116,6 +116,7 @@ void wait_for_warp(const Collective& collective, const void* in, std::size_t in_
 
 void compute_nothing(Exchange& warp, int);
 void compute_shuffle_xor(Exchange& warp, int mask);
+void compute_any(Exchange& warp, int);
 void compute_load_matrix(Exchange& warp, int transposed);
 void compute_multiply_add_half(Exchange& warp, int);
 void compute_multiply_add_bfloat16(Exchange& warp, int);
@@ -178,7 +179,19 @@ T shuffle_xor(T value, int mask, CKD_SITE) {
   return other;
 }
 
-inline void load_matrix(std::uint32_t (&r)[4], const void* row, CKD_SITE) {
+inline bool any_of_warp(bool value, CKD_SITE) {
+  bool any;
+  emulation::wait_for_warp({"any_of_warp", emulation::compute_any, 0, emulation::Order::none},
+                           &value, sizeof value, &any, sizeof any, site);
+  return any;
+}
+
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(const void* pointer) {
+  return static_cast<unsigned char*>(const_cast<void*>(pointer));
+}
+
+inline void load_matrix(std::uint32_t (&r)[4], SharedAddress row, CKD_SITE) {
   unsigned char elements[16];
   emulation::read_shared_row(elements, row, site);
   emulation::wait_for_warp(
@@ -186,7 +199,7 @@ inline void load_matrix(std::uint32_t (&r)[4], const void* row, CKD_SITE) {
       sizeof elements, r, sizeof r, site);
 }
 
-inline void load_matrix_transposed(std::uint32_t (&r)[4], const void* row, CKD_SITE) {
+inline void load_matrix_transposed(std::uint32_t (&r)[4], SharedAddress row, CKD_SITE) {
   unsigned char elements[16];
   emulation::read_shared_row(elements, row, site);
   emulation::wait_for_warp(
@@ -208,7 +221,7 @@ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
       &in, sizeof in, c, sizeof c, site);
 }
 
-inline void copy_async(void* shared, const void* global, int bytes, CKD_SITE) {
+inline void copy_async(SharedAddress shared, const void* global, int bytes, CKD_SITE) {
   emulation::start_copy(shared, global, bytes, site);
 }
 inline void commit_copies() { emulation::commit_copies(); }

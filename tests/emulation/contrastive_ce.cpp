@@ -149,6 +149,7 @@ struct Case {
   int weight_parts = 1;
   bool in_pieces = false;  // also backwards for some of the gradients
   bool odd_rows = false;   // zero and NaN students that nothing is asked of
+  bool climbing = false;   // logits rise from -scale to scale along the bank, for every student
 };
 
 struct Problem {
@@ -183,6 +184,13 @@ struct Problem {
     }
     // The first and the last row of the bank are targets.
     if (c.batch > 2) target(0) = 0, target(2) = c.bank_rows - 1;
+    for (Int k = 0; c.climbing && k < c.bank_rows; ++k) {
+      const double cosine = 2 * static_cast<double>(k) / static_cast<double>(c.bank_rows) - 1;
+      bank.set(k, 0, cosine);
+      for (Int d = 1; d < c.dim; ++d) bank.set(k, d, 0);
+      bank.set(k, 1 + k % (c.dim - 1), std::sqrt(1 - cosine * cosine));
+    }
+    for (Int i = 0; c.climbing && i < c.batch; ++i) student.set(i, 0, 40);
     if (!c.odd_rows) return;
     fill_row(0, 0);  // has a target and a gradient, and the loss log K
     fill_row(1, std::nan(""));
@@ -615,6 +623,10 @@ std::vector<Case> all_cases() {
       with({4, 1100, 5, 20}, [](Case& c) { c.most_chunk_rows = 1024, c.weight_parts = 5; }),
       // A sharp softmax: partial sums with maxima that differ, losses near 0.
       with({12, 140, 17, 40}, [](Case& c) { c.scale = 100, c.most_chunk_rows = 64; }),
+      // The running maximum lags behind, by less than 2 a tile and by more.
+      with({9, 400, 24, 24}, [](Case& c) { c.projection = false, c.climbing = true, c.scale = 4; }),
+      with({9, 400, 24, 24},
+           [](Case& c) { c.projection = c.cache = false, c.climbing = true, c.scale = 40; }),
       // Exact arithmetic: one block of 64, one of 128, and two; every dtype of the bank.
       with({70, 70, 70, 16}, [](Case& c) { c.exact = true, c.smoothing = 0.1; }),
       with({35, 100, 20, 42},

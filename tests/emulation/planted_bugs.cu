@@ -40,7 +40,8 @@ CKD_DEVICE void copy_tile(T* tile, const T* matrix, int first_row, int rows, int
   const T* from =
       count > 0 ? matrix + static_cast<long long>(from_row) * stride + from_column : matrix;
   const int to_row = BUG == 6 && row == TILE - 1 ? row + TILE : row;
-  copy_async(tile + to_row * STRIDE + column, from, count * static_cast<int>(sizeof(T)));
+  copy_async(shared_address(tile + to_row * STRIDE + column), from,
+             count * static_cast<int>(sizeof(T)));
 }
 
 template <class T>
@@ -91,12 +92,12 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     for (int k = 0; k < INNER; k += 16) {
       std::uint32_t a_part[4], b_part[4];
       const int half = lane / 16 * 8 + (BUG == 16 ? 4 : 0);
-      load_matrix(a_part, a_tile + (warp_row + lane % 16) * STRIDE + k + half);
+      load_matrix(a_part, shared_address(a_tile + (warp_row + lane % 16) * STRIDE + k + half));
       const T* b_row = b_tile + (k + lane % 16) * STRIDE + warp_column + lane / 16 * 8;
       if (BUG == 5) {
-        load_matrix(b_part, b_row);
+        load_matrix(b_part, shared_address(b_row));
       } else {
-        load_matrix_transposed(b_part, b_row);
+        load_matrix_transposed(b_part, shared_address(b_row));
       }
       if (BUG == 4) {
         const std::uint32_t other = a_part[1];

@@ -1,0 +1,105 @@
+"""Who is timed in rung `fast`: ours, eager torch, peers and rivals.
+
+Peers (benchmarks/peers.py) compute the same loss. Rivals compute another one, over two towers of a
+batch whose rows are pairs: their rows say what such a step costs, on the case of pairs alone. They
+get the unit rows in half precision, as their documentation shows, from plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peers
+import torch
+from problem import LOGIT_SCALE, Inputs, unit_rows
+from torch import Tensor
+
+from gpu.device import BACKENDS, Device
+from gpu.job import Job
+
+Loss = Callable[[Inputs], Tensor]
+CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0
+EAGER = "eager-fp16"
+OWN = tuple(f"{backend}-half" for backend in BACKENDS)
+# Their packages, and what they compute in; all hold the bank's unit rows and a gradient for them.
+PEERS = {
+    "torch-linear": ("torch", "float32"),
+    "liger": ("liger_kernel", "float32"),
+    "cut-cross-entropy": ("cut_cross_entropy", "bfloat16"),
+    "inf-cl": ("inf_cl", "float32"),
+}
+
+
+@dataclass(frozen=True)
+class Rival:
+    package: str
+    note: str  # in what its loss differs
+    make: Callable[[], Loss]
+
+
+def memeff_lit() -> Loss:
+    module = importlib.import_module("memeff")
+    fused = module.MemoryEfficientLiTLoss(temperature=1 / LOGIT_SCALE, normalized_inputs=True)
+
+    def loss(inputs: Inputs) -> Tensor:
+        u, n = unit_rows(inputs)
+        result: Tensor = fused(u.half(), n.half())
+        return result
+
+    return loss
+
+
+def siglip() -> Loss:
+    fused = importlib.import_module("siglip_kernel").fused_siglip_loss
+
+    def loss(inputs: Inputs) -> Tensor:
+        u, n = unit_rows(inputs)
+        bias = torch.tensor(peers.SIGLIP_BIAS, device=u.device, requires_grad=True)
+        scale = torch.tensor(math.log(LOGIT_SCALE), device=u.device, requires_grad=True)
+        result: Tensor = fused(u.bfloat16(), n.bfloat16(), scale, bias)
+        return result
+
+    return loss
+
+
+RIVALS = {
+    "memeff": Rival("memeff", "LiT: both directions, one tower's gradient", memeff_lit),
+    "siglip-kernel": Rival("siglip_kernel", "a sigmoid for each pair", siglip),
+}
+NOTES = {name: note for name, (_, note) in PEERS.items()}
+NOTES |= {name: rival.note for name, rival in RIVALS.items()}
+
+
+def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
+    """The providers that can run here, and why peers cannot."""
+    able, absent = [CUBLAS], {}
+    for name in OWN:
+        reason = device.missing(name.removesuffix("-half"))
+        if reason is None:
+            able.append(name)
+        else:
+            job.wrong(f"backend {name} cannot run: {reason}")
+    able.append(EAGER)
+    packages = {name: package for name, (package, _) in PEERS.items()}
+    packages |= {name: rival.package for name, rival in RIVALS.items()}
+    for name, package in packages.items():
+        # Only its own worker imports it, which takes long and may fail.
+        reason = None if importlib.util.find_spec(package) else "not installed"
+        if name == "torch-linear":
+            reason = peers.no_linear_cross_entropy()
+        if device.rehearse:
+            reason = reason or "not in a rehearsal"
+        if reason is None:
+            able.append(name)
+        else:
+            absent[name] = reason
+    return able, absent
+
+
+def absent_text(absent: dict[str, str]) -> str:
+    reasons = {why: [n for n, other in absent.items() if other == why] for why in absent.values()}
+    return "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())

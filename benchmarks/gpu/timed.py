@@ -1,0 +1,180 @@
+"""The worker's end of rung `fast`: one provider of the loss, timed on one problem after another."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import providers
+import torch
+import torch.nn.functional as F
+from problem import Inputs, Problem, make_inputs
+from torch import Tensor
+
+from gpu.contenders import CUBLAS, EAGER, RIVALS
+from gpu.device import Device
+
+FORWARD, STEP = "forward", "step"
+PRODUCT_ROWS = 160_000  # of the bank, that cuBLAS multiplies at once
+QUEUE_MS = 25.0  # in which a step of hundreds of launches is queued
+MIB = 1 << 20
+
+
+@dataclass
+class Bench:
+    """Holds the inputs of one problem; `load` comes first."""
+
+    device: Device
+    provider: str
+    _inputs: Inputs | None = None
+    _call: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    _loss: Callable[[Inputs], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.device.set_up()
+
+    def prepare(self) -> None:
+        """Imports what computes the loss."""
+        if self._loss is None and self.provider != CUBLAS:
+            self._loss = loss_of(self.provider)
+
+    def load(self, problem: Problem) -> dict[str, float]:
+        """Makes the inputs; the first step, then the first forward without gradients: seconds,
+        memory, the loss."""
+        self._inputs, self._call = None, {}
+        gc.collect()
+        on_gpu = not self.device.rehearse
+        if on_gpu:
+            torch.cuda.empty_cache()
+        self._inputs = inputs = make_inputs(problem, self.device.name)
+        if self.provider == CUBLAS:
+            self._call = {FORWARD: logits_product(inputs)}
+            return {"first_s": self._seconds(FORWARD)}
+        self.prepare()
+        loss: Any = self._loss
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return loss(inputs)
+
+        def step() -> tuple[Tensor, ...]:
+            # Not all rivals learn the scale.
+            return torch.autograd.grad(
+                loss(inputs), inputs.leaves, allow_unused=self.provider in RIVALS
+            )
+
+        self._call = {FORWARD: forward, STEP: step}
+        found = {"first_step_s": self._seconds(STEP), "first_forward_s": self._seconds(FORWARD)}
+        found["loss"] = float(forward())
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            step()
+            found["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / MIB
+        return found
+
+    def time(self, mode: str, calls: int) -> list[float]:
+        """Milliseconds of each call on the device, the queue being full."""
+        self._call[mode]()
+        return self.device.times_ms(self._call[mode], calls, QUEUE_MS)
+
+    def called(self, calls: int) -> dict[str, float]:
+        """Microseconds a step: as called in a loop, and until Python has it queued."""
+        step = self._call[STEP]
+        for _ in range(3):
+            step()
+        self.device.sync()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        self.device.sync()
+        eager = 1e6 * (time.perf_counter() - start) / calls
+        self.device.sleep(50)
+        times = []
+        for _ in range(10):  # fewer launches than the queue holds, which is 1,024
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        self.device.sync()
+        return {"eager_us": eager, "host_us": 1e6 * statistics.median(times)}
+
+    def graph(self, replays: int) -> float:
+        """Microseconds of a step that is replayed as a CUDA graph."""
+        step = self._call[STEP]
+        if self.device.rehearse:
+            return 1e3 * self.device.median_ms(step, 2)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        graph.replay()
+        return 1e3 * statistics.median(self.device.times_ms(graph.replay, replays))
+
+    def kernels(self) -> list[tuple[str, int, float]]:
+        """(name, launches, ms) of one step, the longest first."""
+        if self.device.rehearse:
+            return []
+        from torch.profiler import ProfilerActivity, profile
+
+        self._call[STEP]()
+        self.device.sync()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            self._call[STEP]()
+            self.device.sync()
+        table = [
+            (event.key, event.count, event.self_device_time_total / 1e3)
+            for event in found.key_averages()
+            if event.self_device_time_total > 0
+        ]
+        return sorted(table, key=lambda row: -row[2])
+
+    def _seconds(self, mode: str) -> float:
+        self.device.sync()
+        start = time.perf_counter()
+        self._call[mode]()
+        self.device.sync()
+        return time.perf_counter() - start
+
+
+def loss_of(provider: str) -> Callable[[Inputs], Tensor]:
+    if provider == EAGER:
+        return eager_fp16
+    return RIVALS[provider].make() if provider in RIVALS else providers.find(provider).make()
+
+
+def eager_fp16(inputs: Inputs) -> Tensor:
+    """Plain torch under autocast; on the CPU in bfloat16, which it has instructions for."""
+    kind = inputs.student.device.type
+    half = torch.float16 if kind == "cuda" else torch.bfloat16
+    with torch.autocast(kind, dtype=half):
+        bank = inputs.bank.to(half)
+        z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
+        cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
+    return F.cross_entropy(inputs.logit_scale * cosines.float(), inputs.target)
+
+
+def logits_product(inputs: Inputs) -> Callable[[], None]:
+    """[B, W] x [W, K] in float16, chunks of K into one place."""
+    batch, width = inputs.student.shape
+    rows = len(inputs.bank)
+    device = inputs.student.device
+    u = torch.randn(batch, width, device=device).half()
+    n = torch.randn(rows, width, device=device).half()
+    most = min(rows, PRODUCT_ROWS)
+    out = torch.empty(batch, most, dtype=torch.float16, device=device)
+
+    def product() -> None:
+        for part in n.split(most):
+            torch.mm(u, part.T, out=out[:, : len(part)] if len(part) < most else out)
+
+    return product

@@ -1,0 +1,262 @@
+"""Contrastive cross-entropy, backward of the projection: the second pass over the bank.
+
+With p_ik = exp(l_ik - lse_i), g = d loss / d nll and h = d loss / d lse,
+
+    G_ik = (g_i + h_i) p_ik - g_i [k = y_i]        dN_k = logit_scale sum_i G_ik u_i
+    dZ_k = (dN_k - (dN_k.n_k) n_k) / |z_k|
+
+At the target G is taken as h p - g p_other, where nothing cancels.
+G is divided by the largest value that it may have, |g| p_other + |h|, and multiplied by 2^13 before
+it becomes half precision: loss weights of any size survive, and losses of any. The magnitude of
+g + h stands in the exponent and its sign in u, so that an element of G costs one FMA and one exp2.
+Gradients of students and scale come from the forward (rows.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .contrastive_ce import HEADROOM, LOG2E, logits_tile
+from .rows import (
+    MAX_FLOAT32,
+    SMALLEST,
+    add_product,
+    half_scale,
+    inverse_norm,
+    load_scale,
+    load_targets,
+    load_weights,
+    to_operand,
+)
+
+# Students stand padded to a multiple of this, so that tiles of them need no masks.
+STUDENTS_MULTIPLE = tl.constexpr(128)
+
+
+@triton.jit
+def load_weights_of_rows(
+    target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows,
+    HAS_G: tl.constexpr, HAS_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The target's row, -1 where there is none; g, zero there; h."""
+    y = load_targets(target, i, here, ignore_index, bank_rows)
+    by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK)
+    by_h = load_weights(h, i * h_stride, here, HAS_H, BLOCK)
+    return y, by_g, by_h
+
+
+NUMBERS = ["batch", "g_stride", "h_stride", "ignore_index", "bank_rows"]
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def largest_gradient_kernel(
+    target,
+    g,  # [batch] float32 d loss / d nll, g_stride apart; None: zeros
+    h,  # [batch] float32 d loss / d lse, h_stride apart; None: zeros
+    p_other,
+    largest,  # [programs]
+    batch,
+    g_stride,
+    h_stride,
+    ignore_index,
+    bank_rows,
+    label_smoothing,
+    HAS_G: tl.constexpr,
+    HAS_H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The largest |G| but at the targets, of BLOCK students each."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = i < batch
+    _, by_g, by_h = load_weights_of_rows(
+        target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows, HAS_G, HAS_H, BLOCK
+    )
+    other = tl.load(p_other + i, mask=here, other=0.0)
+    bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
+    tl.store(largest + tl.program_id(0), tl.max(bound, 0))
+
+
+@triton.jit(do_not_specialize=[*NUMBERS, "parts"])
+def student_factors_kernel(
+    student,  # [batch, student_dim] any float, rows student_stride apart
+    scale,
+    target,
+    g,
+    h,
+    lse,  # [batch], without a reference
+    reference,  # [2, batch] as combine_kernel leaves it: a cosine, and what the lse is beyond it
+    p_other,
+    largest,  # [parts] as largest_gradient_kernel leaves it
+    u,  # [padded, width] operand: unit rows times the sign of g + h
+    column,  # [padded] int32 the target's row of the bank, -1 where there is none
+    rate,  # [padded] logit_scale log2(e), times the sign: with u, that of the cosine itself
+    cosine,  # [padded] from which those of the bank are counted, times the sign
+    above,  # [padded] (lse - logit_scale cosine) log2(e) - log2(|g + h| / size) - headroom
+    at_target,  # [padded] G / size at the target, times the sign
+    by_all,  # [padded] what label smoothing takes from every G / size, times the sign
+    size,  # [] the largest of `largest`
+    batch,
+    parts,
+    student_dim,
+    student_stride,
+    width,
+    g_stride,
+    h_stride,
+    ignore_index,
+    bank_rows,
+    label_smoothing,
+    HAS_G: tl.constexpr,
+    HAS_H: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """What the bank's gradient needs of each student. Rows without any gradient become zeros,
+    whatever they hold, as those of the padding do."""
+    part = tl.arange(0, BLOCK_PARTS)
+    tops = tl.zeros([BLOCK_PARTS], tl.float32)
+    for start in range(0, parts, BLOCK_PARTS):
+        there = start + part < parts
+        tops = tl.maximum(tops, tl.load(largest + start + part, mask=there, other=0.0))
+    top = tl.max(tops, 0)
+    top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
+    if tl.program_id(0) == 0:
+        tl.store(size, top)
+    down = tl.where(top > 0, 1.0 / top, 0.0)
+
+    i = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    here = i < batch
+    y, by_g, by_h = load_weights_of_rows(
+        target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows,
+        HAS_G, HAS_H, BLOCK_ROWS,
+    )  # fmt: skip
+    busy = (by_g != 0) | (by_h != 0)
+    other = tl.load(p_other + i, mask=here, other=0.0)
+    lift = 8192.0 if HALF else 1.0
+    headroom = HEADROOM if HALF else 0.0
+    both = (by_g + by_h) * down
+    sign = tl.where(both < 0, -1.0, 1.0)
+    # Infinite where every row is confident and weights are huge: p is 0 there, and G finite.
+    magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32)
+    if HAS_REFERENCE:
+        row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
+        beyond = tl.load(reference + batch + i, mask=here, other=0.0)
+    else:
+        row_cosine = tl.zeros([BLOCK_ROWS], tl.float32)
+        beyond = tl.load(lse + i, mask=here, other=0.0) * LOG2E
+    row_above = (beyond - headroom) - tl.log2(magnitude)
+    target_gradient = (by_h * (1.0 - other) - by_g * (other - label_smoothing)) * (down * lift)
+    tl.store(column + i, y.to(tl.int32))
+    tl.store(rate + i, sign * (load_scale(scale) * LOG2E))
+    tl.store(cosine + i, sign * row_cosine)
+    tl.store(above + i, tl.where(busy & (magnitude > 0), row_above, float("inf")))
+    tl.store(at_target + i, tl.where(busy, sign * target_gradient, 0.0))
+    smoothed = by_g * (label_smoothing / bank_rows) * (down * lift)
+    tl.store(by_all + i, tl.where(busy, sign * smoothed, 0.0))
+
+    here = here & busy
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, student_dim, BLOCK_WIDTH):
+        w = start + tl.arange(0, BLOCK_WIDTH)
+        inside = here[:, None] & (w < student_dim)[None, :]
+        s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
+        total += tl.sum(s.to(tl.float32) * s.to(tl.float32), 1)
+    inverse = inverse_norm(total) * sign
+    for start in range(0, width, BLOCK_WIDTH):
+        w = start + tl.arange(0, BLOCK_WIDTH)
+        inside = here[:, None] & (w < student_dim)[None, :]
+        s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
+        unit = to_operand(s.to(tl.float32) * inverse[:, None], u.dtype.element_ty, PRECISION)
+        tl.store(u + i[:, None] * width + w[None, :], unit, mask=(w < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "first"])
+def bank_gradient_kernel(
+    u,  # [padded, width] operand, and so on, as student_factors_kernel leaves them
+    column,
+    rate,
+    cosine,
+    above,
+    at_target,
+    by_all,
+    size,
+    n,  # [rows, width] operand: bank rows first, first + 1, ...
+    inverse,  # [rows] 1 / |z|
+    scale,
+    gradient,  # [rows, width] d z with WHOLE, in half precision times a scale; else d n in float32
+    scales,  # [programs] with WHOLE and HALF: what to multiply d z with
+    sums,  # [programs, width] float32: sums of d z over a program's rows, with HAS_SUMS
+    batch,
+    rows,
+    first,
+    width,
+    HAS_SUMS: tl.constexpr,
+    ADD: tl.constexpr,  # to sums of earlier rows of the bank
+    SMOOTH: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_BANK: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,  # as in the forward; else program axis 1 has the other columns
+    FULL: tl.constexpr,  # width == BLOCK_WIDTH
+    BLOCK_INNER: tl.constexpr,
+):
+    """Bank rows stand still and the students pass: each row of dN is owned by one program, and with
+    the whole of it at hand it becomes dZ."""
+    tl.assume(batch > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+    row = tl.program_id(0) * BLOCK_BANK + tl.arange(0, BLOCK_BANK)
+    k = row.to(tl.int64)
+    here = row < rows
+    own = row + first
+    w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    inside = (w < width)[None, :]
+    n_at = n + k[:, None] * width + w[None, :]
+    n_mask = here[:, None] if FULL else here[:, None] & inside
+    if WHOLE:
+        tile = tl.load(n_at, mask=n_mask, other=0.0)
+    total = tl.zeros([BLOCK_BANK, BLOCK_WIDTH], tl.float32)
+    for i0 in range(0, batch, BLOCK_BATCH):
+        i = i0 + tl.arange(0, BLOCK_BATCH)
+        i_long = i.to(tl.int64)
+        u_at = u + i_long[:, None] * width + w[None, :]
+        query = tl.load(u_at) if FULL else tl.load(u_at, mask=inside, other=0.0)
+        if WHOLE:
+            cosines = tl.dot(tile, tl.trans(query), input_precision=PRECISION)
+        else:
+            cosines = logits_tile(
+                n, u, k, i_long, rows, batch, width, PRECISION, BLOCK_BANK, BLOCK_BATCH, BLOCK_INNER
+            )
+        difference = cosines - tl.load(cosine + i)[None, :]
+        d = tl.exp2(tl.fma(difference, tl.load(rate + i)[None, :], -tl.load(above + i)[None, :]))
+        there = tl.load(at_target + i)
+        d = tl.where(own[:, None] == tl.load(column + i)[None, :], there[None, :], d)
+        if SMOOTH:
+            d -= tl.load(by_all + i)[None, :]
+        d = to_operand(d, query.dtype, PRECISION)
+        total = add_product(total, d, query, PRECISION)
+    up = load_scale(scale) * tl.load(size) / (8192.0 if HALF else 1.0)
+    at = k[:, None] * width + w[None, :]
+    if WHOLE:
+        # Read again: kept in registers all along, the tile would not leave enough for the sums.
+        tile = tl.load(n_at, mask=n_mask, other=0.0).to(tl.float32)
+        along = tl.sum(total * tile, 1)
+        scaled = up * tl.load(inverse + k, mask=here, other=0.0)
+        d_z = (total - along[:, None] * tile) * scaled[:, None]
+        if HAS_SUMS:
+            sums_at = sums + tl.program_id(0).to(tl.int64) * width + w
+            column_sums = tl.sum(d_z, 0)
+            if ADD:
+                column_sums += tl.load(sums_at, mask=w < width, other=0.0)
+            tl.store(sums_at, column_sums, mask=w < width)
+        if HALF:
+            down, back = half_scale(tl.max(tl.max(tl.abs(d_z), 1), 0))
+            tl.store(scales + tl.program_id(0), back)
+            d_z *= down
+        tl.store(gradient + at, d_z.to(gradient.dtype.element_ty), mask=n_mask)
+    else:
+        tl.store(gradient + at, total * up, mask=n_mask)
