@@ -242,7 +242,7 @@ class Resources:
     spilled: int  # bytes (NVIDIA) or registers (AMD)
     shared: int  # bytes
     matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
-    loops: list[Loop] = field(default_factory=list)  # that multiply (sm_90)
+    loops: list[Loop] = field(default_factory=list)  # that multiply (NVIDIA)
     serialised: bool = False  # ptxas waits after every wgmma (C7510 to C7519)
 
 
@@ -258,15 +258,14 @@ def resources(launch: Launch, target: str) -> Resources:
             matrix=set(re.findall(r"\bv_(mfma)_f32", code)),
         )
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    hopper = target == "sm_90"
-    code = _cuobjdump(compiled.asm["cubin"], "--dump-sass") if hopper else ""
+    code = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         shared=shared,
         matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
         loops=list(_loops(code, launch.warps)),
-        serialised=hopper and _serialised(compiled.asm["ptx"]),
+        serialised=target == "sm_90" and _serialised(compiled.asm["ptx"]),
     )
 
 
@@ -279,14 +278,18 @@ def _loops(code: str, warps: int) -> Iterator[Loop]:
         if jump is None or int(jump[1], 16) >= address:
             continue
         body = [t for a, t in instructions if int(jump[1], 16) <= a <= address]
-        # One HGMMA is of four warps, one HMMA of one.
-        products = sum(
-            math.prod(map(int, sizes)) * warps // 4
-            for t in body
-            for sizes in re.findall(r"HGMMA\.(\d+)x(\d+)x(\d+)", t)
-        )
+        products = sum(_products(t) * warps for t in body)
         if products:
             yield Loop(len(body), sum("LDL" in t or "STL" in t for t in body), products)
+
+
+def _products(instruction: str) -> int:
+    """Multiplications and additions of a matrix instruction, for each warp of its."""
+    if sizes := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # of four warps
+        return math.prod(map(int, sizes.groups())) // 4
+    if k := re.search(r"\bHMMA\.168(4|8|16)\b", instruction):  # m16n8k4 and so on
+        return 16 * 8 * int(k[1])
+    return 0
 
 
 def _serialised(ptx: str) -> bool:
