@@ -19,7 +19,8 @@ pytestmark = [
 ]
 
 # What a compiler may keep in memory for want of registers: bytes a thread (NVIDIA), or registers.
-# Outside of loops, where sums of 128 registers are loaded and stored once; within them next to none.
+# Outside of loops, where sums of 128 registers are loaded and stored once; within them next to
+# none.
 MAX_SPILLED = {"sm_80": 704, "sm_86": 48, "sm_90": 512, "gfx942": 0}
 MATRIX = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "mfma"}
 
