@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="of calls, for each provider and mode (default: 2; 0.6 if quick)",
+        help="of calls, for each provider and mode (default: 2; 0.3 if quick)",
     )
     parser.add_argument(
         "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
@@ -131,7 +131,7 @@ def check(options: argparse.Namespace) -> None:
         options.record = command.read_record(options.show, "loss")
         return
     if options.seconds is None:
-        options.seconds = 0.6 if options.quick else 2.0
+        options.seconds = 0.3 if options.quick else 2.0
     command.check_seconds(options.seconds)
     command.check_least(options, threads=1, competitors=0)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -171,14 +171,17 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                 if reason is not None:
                     continue
                 rows.append({"provider": provider, "half": found.half})
-                if found.truth not in truths:
-                    path = f"{folder}/{found.truth}.pt"
-                    truths[found.truth] = write_truth(problem, found.truth, path, options)
-                if truths[found.truth].failed is not None:
-                    rows[-1]["failed"] = f"no float64 to compare with: {truths[found.truth].failed}"
-                    continue
+                # All of them load torch at once, which takes longer than what is measured.
                 workers[provider] = Worker(provider, problem, options.threads, options.device)
-                examine(workers[provider], rows[-1], truths[found.truth].path)
+            for row in [row for row in rows if "failed" not in row]:
+                truth = providers.find(row["provider"]).truth
+                if truth not in truths:
+                    path = f"{folder}/{truth}.pt"
+                    truths[truth] = write_truth(problem, truth, path, options)
+                if truths[truth].failed is not None:
+                    row["failed"] = f"no float64 to compare with: {truths[truth].failed}"
+                    continue
+                examine(workers[row["provider"]], row, truths[truth].path)
         able = [row for row in rows if "failed" not in row and "wrong" not in row]
         with busy(options.competitors):
             for mode in (STEP, FORWARD):

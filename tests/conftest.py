@@ -1,6 +1,13 @@
 from __future__ import annotations
 
 import os
+
+# Read when torch is loaded: threads that wait for others sleep. On a busy machine they would spin
+# through the time in which the others could run.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +15,11 @@ import pytest
 import torch
 
 import ckd
-from ckd.backends import cuda, triton
+from ckd.backends import cpu, cuda, triton
 from ckd.train import loop
+from tests import margins
+
+OWN_MARGINS = pytest.StashKey[bool]()
 
 if triton.missing() is None and triton.interpreted():
     from tests import triton_interpreter
@@ -17,10 +27,61 @@ if triton.missing() is None and triton.interpreted():
     triton_interpreter.repair()
 
 
+if "CKD_TEST_TIERS" in os.environ:  # a processor that runs these tiers alone
+    cpu.TIERS = {tier: cpu.TIERS[tier] for tier in os.environ["CKD_TEST_TIERS"].split(",")}
+    cpu._tier = next(iter(cpu.TIERS))
+
 if "CKD_TEST_EMULATED" in os.environ:
     from tests import cuda_emulation
 
     cuda_emulation.use(Path(os.environ["CKD_TEST_EMULATED"]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption(
+        "--margins", action="store_true", help="show how near to their limits errors come"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--margins") and margins.FILE not in os.environ:
+        folder = tempfile.mkdtemp(prefix="ckd-margins-")
+        os.environ[margins.FILE] = str(Path(folder, "margins.jsonl"))
+        config.stash[OWN_MARGINS] = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without --slow, what is marked slow is left out."""
+    if seed := os.environ.get("CKD_TEST_ORDER"):  # files, and the tests of each, in a random order
+        shuffle(items, random.Random(seed))
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def shuffle(items: list[pytest.Item], generator: random.Random) -> None:
+    """Tests of one file stay together: so do the fixtures that are made once a file."""
+    files = list({item.path for item in items})
+    generator.shuffle(items)
+    files.sort()
+    generator.shuffle(files)
+    items.sort(key=lambda item: files.index(item.path))
+
+
+def pytest_sessionfinish() -> None:
+    margins.save()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if OWN_MARGINS in config.stash:
+        terminalreporter.section("largest error / limit")
+        for line in margins.table(Path(os.environ[margins.FILE])):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(params=ckd.backends.available())

@@ -15,7 +15,8 @@ TESTS = Path(__file__).parent
 class Runs:
     """pytest on some files of tests/, each with an expression for -k."""
 
-    def __init__(self, files: dict[str, str], environment: dict[str, str]) -> None:
+    def __init__(self, files: dict[str, str], environment: dict[str, str], *, slow: bool) -> None:
+        self._options = ["-q", "-W", "ignore", *(["--slow"] if slow else [])]
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(jobs)
@@ -23,7 +24,7 @@ class Runs:
 
     def _run(self, file: str, expression: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "pytest", str(TESTS / file), "-k", expression, "-W", "ignore"],
+            [sys.executable, "-m", "pytest", str(TESTS / file), "-k", expression, *self._options],
             env=self._environment,
             capture_output=True,
             text=True,

@@ -10,6 +10,7 @@ import pytest
 from ckd import models
 
 
+@pytest.mark.slow
 def test_trains_every_setting_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     teacher = tmp_path / "teacher.safetensors"
     spec = "vit:width=16,layers=1,heads=2"

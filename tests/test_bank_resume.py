@@ -39,6 +39,7 @@ with BankWriter(sys.argv[1], 8, rows_per_shard=4) as writer:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(SLOW_WRITER)

@@ -202,6 +202,7 @@ def answer_or_die(turn_over: Any, number: int) -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "number": number}
 
 
+@pytest.mark.slow
 def test_a_process_answers_after_its_turns_or_its_death_is_the_reason() -> None:
     process = Process(answer_or_die, 5, threads=2)
     assert process.proceed() is None

@@ -36,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_measures_and_shows_what_it_wrote(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = run("--case", TINY, "--providers", PROVIDERS, "--out", str(out))
@@ -56,6 +57,7 @@ def test_measures_and_shows_what_it_wrote(tmp_path: Path) -> None:
     assert shown.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_and_failing_providers_are_rows_and_never_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +225,7 @@ def test_what_clip_losses_are_compared_with() -> None:
     assert peers.siglip_truth(inputs).item() == pytest.approx(siglip / 5, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_peers_that_cannot_run_are_rows_only_where_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +265,7 @@ class NoWorker:
         pass
 
 
+@pytest.mark.slow
 def test_without_memory_for_the_truth_nothing_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +294,7 @@ def test_without_memory_for_the_truth_nothing_is_timed(
         bench_loss.main([*cases, *few])
 
 
+@pytest.mark.slow
 def test_csv_and_curves_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_loss, "Worker", NoWorker)
     table, picture = tmp_path / "rows.csv", tmp_path / "curves.png"
@@ -325,6 +330,7 @@ def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [{"backend": "cpu"}]
 
 
+@pytest.mark.slow
 def test_providers_of_another_device_are_refused_in_words() -> None:
     done = run("--device", "cpu", "--case", TINY, "--providers", "eager,triton-half")
     assert done.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ import ckd
 from ckd.backends import reference
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
+from tests.quick import slow
+from tests.tolerance import Expected, Results, check, expected, within
 
 # One row, one bank row, primes, powers of two and their neighbours, more rows than columns and
 # the reverse: each edge of a tile is met from either side, for the batch, the bank and both widths.
@@ -24,75 +27,65 @@ SHAPES = [
     (64, 10, 64, 32),
     (63, 65, 33, 31),
     (65, 127, 128, 64),
-    (128, 1000, 96, 48),
-    (13, 517, 7, 129),
     (5, 300, 24, None),
     (33, 31, 64, None),
 ]
+LARGE = [(128, 1000, 96, 48), (13, 517, 7, 129)]
 
 
 def run(case: Case, backend: str, **options: object) -> torch.Tensor:
     return ckd.contrastive_cross_entropy(*case.arguments, backend=backend, **options)
 
 
-def eager_error(case: Case, name: str, truth: torch.Tensor, **options: object) -> float:
-    """What eager torch itself reaches in the case's dtype."""
-    case = case.requiring(*GRADIENTS)
+def by_oracle(case: Case, dtype: torch.dtype, **options: object) -> Results:
+    case = case.cast(dtype).requiring(*GRADIENTS)
     loss, _ = oracle.loss_and_lse(case, **options)
-    value = loss if name == "loss" else oracle.gradients(case, loss)[name]
-    return relative_error(value, truth)
+    return {"loss": loss.detach(), **oracle.gradients(case, loss)}
 
 
-def check_against_float64(case: Case, backend: str, slack: float = 2.0, **options: object) -> None:
-    """Loss and all gradients are as close to float64 as eager's, times `slack`, plus rounding."""
-    exact = case.cast(torch.float64).requiring(*GRADIENTS)
-    true_loss, _ = oracle.loss_and_lse(exact, **options)
-    truth = {"loss": true_loss, **oracle.gradients(exact, true_loss)}
-
+def by_op(case: Case, backend: str, **options: object) -> Results:
     case = case.requiring(*GRADIENTS)
     loss = run(case, backend, **options)
-    result = {"loss": loss, **oracle.gradients(case, loss)}
-    assert result.keys() == truth.keys()
-    for name, true_value in truth.items():
-        error = relative_error(result[name], true_value)
-        size = torch.linalg.vector_norm(true_value).item()
-        if size < 1e-30:  # K = 1 and zero gradients: nothing to be relative to
-            assert torch.linalg.vector_norm(result[name].double()).item() < 1e-6, name
-            continue
-        limit = slack * eager_error(case, name, true_value, **options) + 1e-6
-        # A gradient orthogonal to its row carries the rounding of a sum that cancels: the loss's
-        # own rounding at this scale is the floor.
-        assert error <= limit or error <= 3e-6 * case.logit_scale.item(), (name, error, limit)
+    return {"loss": loss.detach(), **oracle.gradients(case, loss)}
 
 
-@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
-@pytest.mark.parametrize("learned", [0.0, 0.5, 100.0], ids=["uniform", "half", "peaked"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def check_against_float64(case: Case, backend: str, **options: object) -> None:
+    wanted = expected(lambda dtype: by_oracle(case, dtype, **options))
+    check(by_op(case, backend, **options), wanted, backend)
+
+
+@pytest.mark.parametrize("tau", [1.0, *slow([14.2857]), 100.0])
+@pytest.mark.parametrize("learned", [0.0, *slow([0.5]), 100.0])  # near uniform, mixed, peaked
+@pytest.mark.parametrize("shape", [*SHAPES, *slow(LARGE)], ids=str)
 def test_loss_and_gradients_match_float64(
     shape: tuple[int, ...], learned: float, tau: float, backend: str
 ) -> None:
     case = make_case(*shape, tau=tau, learned=learned)
+    device = str(torch.get_default_device())
+    check(by_op(case, backend), expected_of(shape, learned, tau, device), backend)
+
+
+@functools.cache  # the backends are held to the same
+def expected_of(
+    shape: tuple[int, ...], learned: float, tau: float, device: str
+) -> dict[str, Expected]:
+    case = make_case(*shape, tau=tau, learned=learned)
     if learned == 100.0 and shape[1] > 1:
-        check_peaked(case, backend)
-    else:
-        check_against_float64(case, backend)
+        return expected_if_peaked(case)
+    return expected(lambda dtype: by_oracle(case, dtype))
 
 
-def check_peaked(case: Case, backend: str) -> None:
-    """Near-zero losses: eager float32 has no digit left, so the bound is absolute here.
+def expected_if_peaked(case: Case) -> dict[str, Expected]:
+    """Near-zero losses, where eager float32 has no digit left: rounding of the log-odds alone."""
 
-    logits of size tau carry rounding of about 6e-8 tau times a small factor, which is the relative
-    error of exp(l_k - l_y), hence of the loss and of every gradient.
-    """
-    exact = case.cast(torch.float64).requiring(*GRADIENTS)
-    true_loss, _ = oracle.loss_and_lse(exact)
-    true_loss = (torch.logaddexp(torch.zeros(()), _log_odds(exact))).mean()
-    truth = {"loss": true_loss, **oracle.gradients(exact, true_loss)}
-    case = case.requiring(*GRADIENTS)
-    loss = run(case, backend)
-    for name, value in {"loss": loss, **oracle.gradients(case, loss)}.items():
-        limit = 2e-6 * max(case.logit_scale.item(), 5.0)
-        assert relative_error(value, truth[name]) < limit, name
+    def by_log_odds(dtype: torch.dtype) -> Results:
+        exact = case.cast(dtype).requiring(*GRADIENTS)
+        loss = torch.logaddexp(torch.zeros((), dtype=dtype), _log_odds(exact)).sum() / len(
+            case.student
+        )
+        return {"loss": loss.detach(), **oracle.gradients(exact, loss)}
+
+    return expected(by_log_odds, eager=False)
 
 
 def _log_odds(case: Case) -> torch.Tensor:
@@ -114,10 +107,11 @@ def test_gradients_hold_at_a_loss_of_1e_minus_10(backend: str) -> None:
         true_loss = torch.logaddexp(torch.zeros(()), _log_odds(exact)).mean()
         case = case.requiring("student", "logit_scale")
         loss = run(case, backend)
-        assert relative_error(loss, true_loss) < 2e-5
+        limit = max(2e-5, 3e-7 * tau)  # five roundings of the logits
+        within(relative_error(loss, true_loss), limit, "loss, loss of 1e-10", backend)
         truth = oracle.gradients(exact, true_loss)
         for name, value in oracle.gradients(case, loss).items():
-            assert relative_error(value, truth[name]) < 2e-5, (tau, name)
+            within(relative_error(value, truth[name]), limit, f"{name}, loss of 1e-10", backend)
 
 
 @pytest.mark.parametrize("tile_rows", [1, 2, 7, 64])
@@ -149,7 +143,7 @@ def test_options_match_float64(reduction: str, label_smoothing: float, backend: 
     true_gradients = oracle.gradients(exact, (truth * factor).sum())
     for name, value in oracle.gradients(case, (loss * factor).sum()).items():
         # 2e-5, since with factors of both signs the sum behind d_logit_scale cancels.
-        assert relative_error(value, true_gradients[name]) < 2e-5, name
+        within(relative_error(value, true_gradients[name]), 2e-5, f"{name}, options", backend)
 
 
 def test_ignore_index_inside_the_bank_ignores_that_row(backend: str) -> None:
@@ -172,7 +166,7 @@ def test_lse_has_a_gradient_and_covers_ignored_rows(backend: str) -> None:
         truth = oracle.gradients(exact, (factor * true_lse).sum() + mix * true_loss)
         result = oracle.gradients(case, (factor * lse).sum() + mix * loss)
         for name, value in result.items():
-            assert relative_error(value, truth[name]) < 5e-6, (mix, name)
+            within(relative_error(value, truth[name]), 5e-6, f"{name}, lse", backend)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -242,7 +236,7 @@ def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
     case = case.requiring(*GRADIENTS)
     loss = run(case, backend)
     assert loss.dtype == torch.float32
-    assert relative_error(loss, truth) < 1e-3
+    within(relative_error(loss, truth), 1e-3, "loss, half inputs", backend)
     # The cpu backend multiplies half-precision students as bfloat16, whichever half they are, and
     # GPU backends a bank that is not in float16.
     on_gpu = backend in ("triton", "cuda")
@@ -252,7 +246,8 @@ def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
     true_gradients = oracle.gradients(exact, truth)
     for name, value in oracle.gradients(case, loss).items():
         assert value.dtype == dtype
-        assert relative_error(value, true_gradients[name]) < max(2 * eps, 1e-5), name
+        error = relative_error(value, true_gradients[name])
+        within(error, max(2.5 * eps, 1e-5), f"{name}, half inputs", backend)
 
 
 def test_mixed_parameter_dtypes_keep_their_own(backend: str) -> None:
@@ -275,11 +270,12 @@ def test_autocast_keeps_loss_and_parameter_gradients_float32(backend: str) -> No
     assert loss.dtype == lse.dtype == torch.float32
     exact = case.cast(torch.float64).requiring(*GRADIENTS)
     truth, _ = oracle.loss_and_lse(exact)
-    assert relative_error(loss, truth) < 5e-3
+    within(relative_error(loss, truth), 5e-3, "loss, autocast", backend)
     true_gradients = oracle.gradients(exact, truth)
     for name, value in oracle.gradients(case, loss).items():
         assert value.dtype == torch.float32
-        assert relative_error(value, true_gradients[name]) < 2e-2, name
+        error = relative_error(value, true_gradients[name])
+        within(error, 2e-2, f"{name}, autocast", backend)
 
 
 def test_reference_is_exact_under_autocast() -> None:

@@ -6,6 +6,7 @@ stand the edges of its own blocks, and what only it promises.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,10 @@ import torch
 
 import ckd
 from ckd.backends import cpu
-from tests import oracle
+from tests import oracle, tolerance
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
+from tests.quick import slow
+from tests.rounding import Bfloat16Operands
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -85,64 +88,91 @@ def ours(
     return gradients_of(case, loss)
 
 
-def eager(case: Case, **options: object) -> dict[str, torch.Tensor]:
-    case = case.requiring(*GRADIENTS)
+def eager(
+    case: Case, dtype: torch.dtype = torch.float32, **options: object
+) -> dict[str, torch.Tensor]:
+    case = case.cast(dtype).requiring(*GRADIENTS)
     return gradients_of(case, oracle.loss_and_lse(case, **options)[0])
 
 
 def truth(case: Case, **options: object) -> dict[str, torch.Tensor]:
-    return eager(case.cast(torch.float64), **options)
+    return eager(case, torch.float64, **options)
 
 
-def check(case: Case, slack: float = 2.0, **options: object) -> None:
-    """As close to float64 as eager float32, times `slack`, or to the logits' own rounding."""
-    result, exact, plain = ours(case, **options), truth(case, **options), eager(case, **options)
-    floor = 1e-6 + 1e-6 * case.logit_scale.item()
-    for name, value in exact.items():
-        size = torch.linalg.vector_norm(value).item()
-        if size < 1e-6:  # one bank row, one dimension: nothing but rounding
-            assert torch.linalg.vector_norm(result[name]) < 1e-4, name
-            continue
-        error = relative_error(result[name], value)
-        assert error <= slack * relative_error(plain[name], value) + floor, (name, error)
+@functools.cache  # the tiers are held to the same
+def expected_of(shape: tuple[int, ...], tau: float) -> dict[str, tolerance.Expected]:
+    case = make_case(*shape, tau=tau, learned=0.3)
+    return tolerance.expected(functools.partial(eager, case))
 
 
-@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
+@pytest.mark.parametrize("tau", [1.0, *slow([14.2857]), 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float32_is_as_exact_as_eager(shape: tuple[int, ...], tau: float, tier: str) -> None:
-    check(make_case(*shape, tau=tau, learned=0.3))
+    case = make_case(*shape, tau=tau, learned=0.3)
+    tolerance.check(ours(case), expected_of(shape, tau), f"cpu: {tier}")
 
 
-@pytest.mark.parametrize("tau", [1.0, 14.2857, 100.0])
-def test_float32_is_as_exact_as_eager_over_many_problems(tau: float, tier: str) -> None:
-    """Medians over seeds of the errors against float64 leave no room for chance."""
-    errors: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(15):
-        case = make_case(24, 200, 48, 32, tau=tau, learned=0.3, seed=seed)
-        result, exact, plain = ours(case), truth(case), eager(case)
-        for name, value in exact.items():
-            pair = (relative_error(result[name], value), relative_error(plain[name], value))
-            errors.setdefault(name, []).append(pair)
-    for name, pairs in errors.items():
-        mine, theirs = torch.tensor(pairs).median(0).values.tolist()
-        # What eager's errors happen to be on so few numbers varies by itself by some tenths; and a
-        # single number (loss, logit_scale) has an error of about its last bit.
-        assert mine < 1.3 * theirs + 2**-23, (name, mine, theirs)
+@functools.cache
+def problems_and_model(
+    shape: tuple[int, ...], tau: float, seeds: int
+) -> tuple[list[tuple[Case, dict[str, torch.Tensor]]], dict[str, float]]:
+    """Cases with their exact results, and what a rounding model with sums of 128 terms is off by
+    in the root mean square over them."""
+    problems, errors = [], []
+    for seed in range(seeds):
+        case = make_case(*shape, tau=tau, learned=0.3, seed=seed)
+        problems.append((case, truth(case)))
+        compute = functools.partial(eager, case)
+        errors.append(tolerance.model_errors(compute, problems[-1][1], draws=2, chunk=128))
+    return problems, {name: rms([e[name] for e in errors]) for name in errors[0]}
 
 
-@pytest.mark.parametrize("tau", [1.0, 14.2857])
-def test_float32_is_as_exact_as_eager_over_long_sums(tau: float, tier: str) -> None:
-    """Sums of hundreds of terms, whose roundings would be most of the error of a plain one."""
-    errors: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(5):
-        case = make_case(300, 520, 400, 260, tau=tau, learned=0.3, seed=seed)
-        result, exact, plain = ours(case), truth(case), eager(case)
-        for name in ("student", "weight", "bias"):
-            pair = (relative_error(r[name], exact[name]) for r in (result, plain))
-            errors.setdefault(name, []).append(tuple(pair))
-    for name, pairs in errors.items():
-        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
-        assert mine < 1.1 * theirs, (name, mine, theirs)
+def rms(numbers: list[float]) -> float:
+    return torch.tensor(numbers, dtype=torch.float64).square().mean().sqrt().item()
+
+
+def check_over_seeds(
+    shape: tuple[int, ...],
+    tau: float,
+    seeds: int,
+    *,
+    slack: float,
+    tier: str,
+    about: str,
+    names: tuple[str, ...] = ("loss", *GRADIENTS),
+) -> None:
+    problems, model = problems_and_model(shape, tau, seeds)
+    errors: dict[str, list[float]] = {name: [] for name in model}
+    for case, exact in problems:
+        for name, value in ours(case).items():
+            errors[name].append(tolerance.distance(value, exact[name]))
+    for name in names:
+        mine = errors[name]
+        tolerance.within(rms(mine), slack * model[name], f"{name}, {about}", f"cpu: {tier}")
+
+
+@pytest.mark.parametrize("tau", [1.0, *slow([14.2857, 100.0])])
+def test_float32_is_as_exact_as_the_model_over_many_problems(tau: float, tier: str) -> None:
+    """In the mean over seeds chance has little room: eager's errors are half the model's here."""
+    check_over_seeds((24, 200, 48, 32), tau, 15, slack=1.0, tier=tier, about="many problems")
+
+
+@pytest.mark.parametrize("shape", [(256, 256, 256, 64), (300, 520, 400, 260)], ids=str)
+def test_sums_are_added_128_terms_at_a_time(shape: tuple[int, ...], tier: str) -> None:
+    """d_weight is off by 0.57 of what the model is, and would be by 0.75 to 0.80 with sums of 256
+    terms. A tier computes the same on every machine: chance has no part in it."""
+    options = {"slack": 0.67, "tier": tier, "about": "sums of 128", "names": ("weight",)}
+    check_over_seeds(shape, 1.0, 3, **options)
+
+
+# Thousands of terms along the teacher's dimension, the students and the bank.
+LONG = [(16, 48, 4096, 16), (2048, 32, 24, 16), (32, 2048, 24, 16)]
+
+
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_long_sums_are_partial_sums(shape: tuple[int, ...], tier: str) -> None:
+    """Plain sums would be off by several times the model, these are by 0.4 to 0.7 of it."""
+    check_over_seeds(shape, 1.0, 5, slack=1.2, tier=tier, about="long sums")
 
 
 def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> None:
@@ -155,7 +185,8 @@ def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> N
     exact, result, plain = truth(case), ours(case), eager(case)
     assert exact["loss"] < 1e-6
     for name, value in exact.items():
-        assert relative_error(result[name], value) < 2e-4, name
+        error = relative_error(result[name], value)
+        tolerance.within(error, 2e-4, f"{name}, loss of 1e-7", f"cpu: {tier}")
     assert relative_error(plain["loss"], exact["loss"]) > 1e-3  # eager has lost them
 
 
@@ -175,7 +206,9 @@ def test_shift_follows_the_largest_logit_wherever_it_stands(
     case = make_case(6, 1500, 8, None, tau=tau, learned=0.0)
     direction = torch.linspace(-4, 4, 1500)[:, None] * (1 if best == "last" else -1)
     bank = (torch.randn(1500, 8) + direction).half().float()
-    check(replace(case, bank=bank, student=torch.ones(6, 8) + 0.1 * case.student), slack=3)
+    case = replace(case, bank=bank, student=torch.ones(6, 8) + 0.1 * case.student)
+    wanted = tolerance.expected(functools.partial(eager, case))
+    tolerance.check(ours(case), wanted, f"cpu: {tier}")
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
@@ -214,23 +247,27 @@ def eager_autocast(case: Case) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tau", [14.2857, 100.0])
-def test_bfloat16_is_far_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
-    errors: dict[str, list[tuple[float, float]]] = {}
+def test_bfloat16_is_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
+    """And as exact as bfloat16 operands allow: the kernels round nothing else to it."""
+    errors: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(10):
         case = make_case(128, 1000, 128, 96, tau=tau, learned=0.25, seed=seed)
         exact, plain = truth(case), eager_autocast(case)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             result = ours(case)
+        with Bfloat16Operands():
+            best = eager(case, torch.float64)
         for name, value in exact.items():
-            pair = (relative_error(result[name], value), relative_error(plain[name], value))
-            errors.setdefault(name, []).append(pair)
-    for name, pairs in errors.items():
-        mine, theirs = torch.tensor(pairs).square().mean(0).sqrt().tolist()
-        # Eager rounds every result to bfloat16, which tau magnifies; the kernels round only what
-        # they multiply. At a small tau that is most of the error of these two: bank, weight, and
-        # for d_weight the gradient of z as well.
-        least = 1.4 if tau < 50 and name in ("student", "weight") else 2.0
-        assert mine < theirs / least, (name, mine, theirs)
+            three = (relative_error(r[name], value) for r in (result, plain, best))
+            errors.setdefault(name, []).append(tuple(three))
+    for name, rows in errors.items():
+        mine, theirs, best = torch.tensor(rows).square().mean(0).sqrt().tolist()
+        tolerance.within(mine, 1.6 * best, f"{name}, bfloat16 operands", f"cpu: {half_tier}")
+        # Eager rounds every result to bfloat16, which tau magnifies. At a small tau the rounding
+        # of bank and weight is most of the error of these two, and for d_weight of the gradient of
+        # z: it is 1.5 to 1.9 times smaller than eager's.
+        least = 1.0 if tau < 50 and name in ("student", "weight") else 1.3
+        tolerance.within(mine, theirs / least, f"{name}, bfloat16", f"cpu: {half_tier}")
 
 
 def test_the_three_ways_to_allow_bfloat16_are_one_arithmetic(tier: str) -> None:
@@ -261,7 +298,7 @@ def test_bfloat16_is_right_at_every_edge(shape: tuple[int, ...], half_tier: str)
     for name, value in exact.items():
         size = torch.linalg.vector_norm(value).item()
         difference = torch.linalg.vector_norm(result[name].double() - value).item()
-        assert difference <= 0.04 * size + 1e-2, (name, difference, size)
+        tolerance.within(difference, 0.04 * size + 1e-2, f"{name}, edges", f"cpu: {half_tier}")
 
 
 def test_bank_is_read_in_place_whatever_its_dtype_and_strides(tier: str) -> None:
@@ -354,7 +391,8 @@ def test_backward_in_another_tier_makes_no_use_of_the_cache(half_tier: str) -> N
         loss = ckd.contrastive_cross_entropy(*case.arguments, backend="cpu")
     with cpu.use_tier("portable"):
         for name, value in oracle.gradients(case, loss).items():
-            assert relative_error(value, exact[name]) < 0.03, name
+            error = relative_error(value, exact[name])
+            tolerance.within(error, 0.03, f"{name}, other tier", f"cpu: {half_tier}")
 
 
 def test_non_finite_bank_row_makes_every_loss_nan_as_in_the_reference(tier: str) -> None:
@@ -419,23 +457,24 @@ def test_float64_student_is_left_to_the_reference() -> None:
     assert ckd.backends.explain(case.student, case.bank, case.weight).chosen == "reference"
 
 
+def similarity_results(case: Case, table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`table` and the gradients of its product with random numbers, the same for a shape."""
+    factor = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
+    total = (table * factor.to(table.dtype)).sum()
+    return {"table": table.detach(), **oracle.gradients(case, total)}
+
+
+@functools.cache  # the tiers are held to the same
+def expected_similarity(shape: tuple[int, ...]) -> dict[str, tolerance.Expected]:
+    def by_oracle(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        case = make_case(*shape, learned=0.3).cast(dtype).requiring(*GRADIENTS)
+        return similarity_results(case, oracle.logits(case))
+
+    return tolerance.expected(by_oracle)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_similarity_and_its_gradients_match_float64(shape: tuple[int, ...], tier: str) -> None:
-    case = make_case(*shape, learned=0.3)
-    table = torch.randn(shape[0], shape[1])
-
-    def results(case: Case, cosines: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {
-            "logits": cosines.detach(),
-            **oracle.gradients(case, (cosines * table.to(cosines.dtype)).sum()),
-        }
-
-    double, single = (case.cast(d).requiring(*GRADIENTS) for d in (torch.float64, torch.float32))
-    exact, plain = results(double, oracle.logits(double)), results(single, oracle.logits(single))
-    single = case.requiring(*GRADIENTS)
-    logits = ckd.normalized_similarity(*similarity_arguments(single), backend="cpu")
-    for name, value in results(single, logits).items():
-        size = torch.linalg.vector_norm(exact[name]).item()
-        error = torch.linalg.vector_norm(value.double() - exact[name]).item()
-        allowed = 2 * torch.linalg.vector_norm(plain[name].double() - exact[name]).item()
-        assert error <= allowed + 3e-6 * size + 1e-4 * (size < 1e-3), (name, error, size)
+    case = make_case(*shape, learned=0.3).requiring(*GRADIENTS)
+    table = ckd.normalized_similarity(*similarity_arguments(case), backend="cpu")
+    tolerance.check(similarity_results(case, table), expected_similarity(shape), f"cpu: {tier}")

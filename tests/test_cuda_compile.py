@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import cuda_compile as tools
+from tests.quick import slow
 
 KERNELS = sorted((tools.ROOT / "csrc" / "cuda").glob("*.cu"))
 # Uses all of csrc/cuda/device.cuh.
@@ -22,6 +23,7 @@ def spilling(units: list[tools.Unit]) -> list[str]:
 
 @needs_nvcc
 @pytest.mark.skipif(not KERNELS, reason="csrc/cuda has no kernels")
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spills(arch: str) -> None:
     units = tools.compile_units(KERNELS, arch)
@@ -30,7 +32,7 @@ def test_kernels_compile_without_spills(arch: str) -> None:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [ARCHITECTURES[0], *slow(ARCHITECTURES[1:])])
 def test_the_whole_device_layer_compiles(arch: str) -> None:
     units = tools.compile_units([DEMONSTRATION], arch, ["-DBUG=0"])
     assert len(units) == 2, units

@@ -30,9 +30,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Runs]:
     module = cuda_emulation.build_module(tmp_path_factory.mktemp("emulated"))
-    runs = Runs(FILES, {"CKD_TEST_EMULATED": str(module)})
+    slow = pytestconfig.getoption("--slow")
+    runs = Runs(FILES, {"CKD_TEST_EMULATED": str(module)}, slow=slow)
     yield runs
     runs.stop()
 

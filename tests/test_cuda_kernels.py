@@ -30,8 +30,11 @@ pytestmark = pytest.mark.skipif(tools.missing() is not None, reason=str(tools.mi
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = [kind for kind in tools.KINDS if tools.links(kind)]
+def programs(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[str, Path]:
+    wanted = tools.KINDS if pytestconfig.getoption("--slow") else ["plain"]
+    kinds = [kind for kind in wanted if tools.links(kind)]
     # Compiling takes most of the time, less with -O1.
     kernels = [PROGRAM, SOURCES / "cuda" / "contrastive_ce.cu"]
     return tools.build(kernels, tmp_path_factory.mktemp("kernels"), kinds, ["-O1", f"-I{SOURCES}"])
@@ -55,6 +58,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_kernels_are_right_in_every_schedule(
     kind: str, programs: dict[str, Path], pool: ThreadPoolExecutor
@@ -76,9 +80,15 @@ def test_kernels_are_right_in_every_schedule(
     assert len(hashes) == 1, hashes
 
 
+@pytest.mark.slow
 def test_kernels_are_right_with_rounded_sums(programs: dict[str, Path]) -> None:
     """Earlier and later matrix units may round better; nothing hangs on how they cut sums off."""
     outcome = tools.run(programs["plain"], sums="rounded")
+    assert outcome.finding == "none", outcome.text
+
+
+def test_kernels_are_right_in_one_schedule(programs: dict[str, Path]) -> None:
+    outcome = tools.run(programs["plain"], "small", schedule="eager")
     assert outcome.finding == "none", outcome.text
 
 

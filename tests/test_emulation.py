@@ -110,6 +110,7 @@ def test_an_unknown_setting_is_an_error(programs: dict[str, Path]) -> None:
     assert "CKD_EMULATION_SUMS must be truncated or rounded, got exact" in text
 
 
+@pytest.mark.slow
 def test_kernels_run_from_a_shared_library(tmp_path: Path) -> None:
     """As a module of Python has them, where the emulation does not own the process."""
     library = tools.build([KERNEL], tmp_path, ["plain"], ["-shared"])["plain"]

@@ -56,6 +56,7 @@ def links(*sanitizer: str) -> bool:
     return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
     tmp_path: Path,
 ) -> None:
@@ -70,6 +71,7 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(
         assert done.returncode == 0, f"{tier}: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("avx512_bf16" not in cpu.TIERS, reason="no AVX-512 with bfloat16")
 def test_the_walk_over_amx_tiles_on_emulated_tiles(tmp_path: Path) -> None:
     header = ROOT / "tests" / "native" / "amx_emulated.h"
@@ -95,6 +97,7 @@ def run_under_thread_sanitizer(*command: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_kernels_have_no_data_race(tmp_path: Path) -> None:
     if not links(*RACES):
         pytest.skip("the compiler has no ThreadSanitizer")

@@ -84,6 +84,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, capsy
     assert outcome(config.folder) == outcome(whole.folder)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     # Checkpoints after every other step, so that many kills fall into the writing of one.
     config = tiny_config(tmp_path, epochs=12, checkpoint_steps=2, ema=0.9, accumulate=2, amp="bf16")

@@ -31,8 +31,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def runs() -> Iterator[Runs]:
-    runs = Runs(FILES, {"TRITON_INTERPRET": "1"})
+def runs(pytestconfig: pytest.Config) -> Iterator[Runs]:
+    runs = Runs(FILES, {"TRITON_INTERPRET": "1"}, slow=pytestconfig.getoption("--slow"))
     yield runs
     runs.stop()
 
