@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
 
 Results = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 # Against tiles of 32 (triton in the interpreter) and 64 students and bank rows, blocks of 32 and 64
 # of the width: several of each, one more and one less than whole, widths no multiple of 16.
@@ -315,6 +317,53 @@ def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks
     for name in ("weight", "bias"):
         error = relative_error(result[name], exact[name])
         tolerance.within(error, 2e-2, f"{name}, confident rows", gpu.name)
+
+
+@pytest.mark.parametrize(("half", "tau"), [(True, 14.3), (True, 100.0), (False, 100.0)])
+def test_rows_behind_the_bank_reach_no_gradient(gpu: Gpu, half: bool, tau: float) -> None:
+    """All cosines are near -1, and 0 where tiles reach beyond the bank: e^tau times as much."""
+    g = torch.Generator().manual_seed(0)
+    bank = torch.randn(24, generator=g) + 0.1 * torch.randn(20, 24, generator=g)
+    weight, bias = torch.randn(20, 24, generator=g) / 5, 0.1 * torch.randn(20, generator=g)
+    student = -(bank @ weight.T + bias)[:8] + 0.1 * torch.randn(8, 20, generator=g)
+    target, scale = torch.arange(8), torch.tensor(tau)
+    case = Case(student, bank.half(), target, weight, bias, scale)
+    exact, result = eager(case), ours(gpu, case, half=half)
+    for name in ("weight", "bias"):
+        assert relative_error(result[name], exact[name]) < (2e-2 if half else 2e-5), name
+
+
+def test_nan_in_the_gradient_of_lse_is_not_lost(gpu: Gpu) -> None:
+    """Of a row without a target, for which no logit stands alone."""
+    case = make_case(6, 40, 24, 20)
+    case.target[2] = -100
+    case = on_device(gpu, case).requiring("weight", "bias")
+    _, lse = ckd.contrastive_cross_entropy(*case.arguments, return_lse=True, backend=gpu.name)
+    slope = torch.ones_like(lse)
+    slope[2] = torch.nan
+    for name, value in oracle.gradients(case, (lse * slope).sum()).items():
+        assert value.isnan().all(), name
+
+
+def test_every_candidate_gives_the_same(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tf32: None
+) -> None:
+    """Where tuning takes the last of the tiles for a Hopper GPU, some of which hold whole rows."""
+    if gpu.name != "triton":
+        pytest.skip("has nothing to choose")
+    from ckd.backends import triton_launch
+
+    def last(key: object, candidates: Sequence[T], launch: Callable[[T], None]) -> T:
+        launch(candidates[-1])
+        return candidates[-1]
+
+    case = make_case(20, 70, 24, 144)
+    case = replace(case, bank=case.bank.half())
+    exact = eager(case)
+    monkeypatch.setattr(triton_launch, "family", lambda device: "hopper")
+    monkeypatch.setattr(triton_launch, "choose", last)
+    for name, value in ours(gpu, case).items():
+        assert relative_error(value, exact[name]) < 5e-3, name
 
 
 def test_huge_weights_of_solved_rows_give_no_nan(gpu: Gpu) -> None:

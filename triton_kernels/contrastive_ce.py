@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import add_product, load_scale, load_targets, to_operand
+from .rows import MAX_FLOAT32, add_product, load_scale, load_targets, to_operand
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -43,8 +43,8 @@ def softplus_of_minus(x):
 
 @triton.jit
 def load_scale_to_base_2(scale):
-    """logit_scale log2(e); never subnormal, so that its product with -inf is -inf and not NaN."""
-    to_base_2 = load_scale(scale) * LOG2E
+    """logit_scale log2(e), never subnormal nor infinite: times -inf or 0 it is not NaN."""
+    to_base_2 = tl.minimum(load_scale(scale) * LOG2E, MAX_FLOAT32, tl.PropagateNan.ALL)
     return tl.where(to_base_2 < MIN_NORMAL, MIN_NORMAL, to_base_2)
 
 

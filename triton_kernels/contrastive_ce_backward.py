@@ -6,9 +6,10 @@ With p_ik = exp(l_ik - lse_i), g = d loss / d nll and h = d loss / d lse,
     dZ_k = (dN_k - (dN_k.n_k) n_k) / |z_k|
 
 At the target G is taken as h p - g p_other, where nothing cancels.
-G is divided by the largest value that it may have, |g| p_other + |h|, and multiplied by 2^13 before
-it becomes half precision: loss weights of any size survive, and losses of any. The magnitude of
-g + h stands in the exponent and its sign in u, so that an element of G costs one FMA and one exp2.
+G is divided by the largest value that it may have, |g| max(p_other, label_smoothing) + |h|, and
+multiplied by 2^13 before it becomes half precision: loss weights of any size survive, and losses of
+any. The magnitude of g + h stands in the exponent and its sign in u, so that an element of G costs
+a subtraction, one FMA and one exp2.
 Gradients of students and scale come from the forward (rows.py).
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrastive_ce import HEADROOM, LOG2E, logits_tile
+from .contrastive_ce import HEADROOM, LOG2E, load_scale_to_base_2, logits_tile
 from .rows import (
     MAX_FLOAT32,
     SMALLEST,
@@ -30,7 +31,7 @@ from .rows import (
     to_operand,
 )
 
-# Students stand padded to a multiple of this, so that tiles of them need no masks.
+# Students stand padded to a multiple of this, so that tiles of whole rows of them need no masks.
 STUDENTS_MULTIPLE = tl.constexpr(128)
 
 
@@ -66,7 +67,7 @@ def largest_gradient_kernel(
     HAS_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The largest |G| but at the targets, of BLOCK students each."""
+    """A bound on |G|, of BLOCK students each."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = i < batch
     _, by_g, by_h = load_weights_of_rows(
@@ -141,7 +142,7 @@ def student_factors_kernel(
     both = (by_g + by_h) * down
     sign = tl.where(both < 0, -1.0, 1.0)
     # Infinite where every row is confident and weights are huge: p is 0 there, and G finite.
-    magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32)
+    magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32, propagate_nan=tl.PropagateNan.ALL)
     if HAS_REFERENCE:
         row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
         beyond = tl.load(reference + batch + i, mask=here, other=0.0)
@@ -151,9 +152,9 @@ def student_factors_kernel(
     row_above = (beyond - headroom) - tl.log2(magnitude)
     target_gradient = (by_h * (1.0 - other) - by_g * (other - label_smoothing)) * (down * lift)
     tl.store(column + i, y.to(tl.int32))
-    tl.store(rate + i, sign * (load_scale(scale) * LOG2E))
+    tl.store(rate + i, sign * load_scale_to_base_2(scale))
     tl.store(cosine + i, sign * row_cosine)
-    tl.store(above + i, tl.where(busy & (magnitude > 0), row_above, float("inf")))
+    tl.store(above + i, tl.where(busy & (magnitude != 0), row_above, float("inf")))
     tl.store(at_target + i, tl.where(busy, sign * target_gradient, 0.0))
     smoothed = by_g * (label_smoothing / bank_rows) * (down * lift)
     tl.store(by_all + i, tl.where(busy, sign * smoothed, 0.0))
@@ -247,6 +248,8 @@ def bank_gradient_kernel(
         along = tl.sum(total * tile, 1)
         scaled = up * tl.load(inverse + k, mask=here, other=0.0)
         d_z = (total - along[:, None] * tile) * scaled[:, None]
+        # Behind the bank cosines are 0: above all of a row's, perhaps, and p is then infinite.
+        d_z = tl.where(here[:, None], d_z, 0.0)
         if HAS_SUMS:
             sums_at = sums + tl.program_id(0).to(tl.int64) * width + w
             column_sums = tl.sum(d_z, 0)

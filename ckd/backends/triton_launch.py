@@ -424,6 +424,8 @@ class ProjectionGradient:
         sizes = (call.chunk_rows, call.processors)
         candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family, *sizes)
         whole = candidates[0].width >= call.width
+        # The kernel leaves d z where a program holds whole rows, else d n: all of one kind.
+        candidates = tuple(c for c in candidates if (c.width >= call.width) == whole)
         half = whole and call.half
         gradient = call.empty(count, call.width, dtype=call.bank_operand if half else torch.float32)
         most = -(-count // min(chosen.bank for chosen in candidates))
