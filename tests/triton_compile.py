@@ -244,7 +244,7 @@ class Resources:
     spilled: int  # bytes (NVIDIA) or registers (AMD)
     shared: int  # bytes
     matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
-    loops: list[Loop] = field(default_factory=list)  # that multiply (NVIDIA)
+    loops: list[Loop] = field(default_factory=list)  # that multiply (sm_90, or where it spills)
     serialised: bool = False  # ptxas waits after every wgmma (C7510 to C7519)
 
 
@@ -259,16 +259,19 @@ def resources(launch: Launch, target: str) -> Resources:
             shared=shared,
             matrix=set(re.findall(r"\bv_(mfma)_f32", code)),
         )
-    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    code = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
-    return Resources(
+    usage, ptx = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage"), compiled.asm["ptx"]
+    found = Resources(
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         shared=shared,
-        matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"])),
-        loops=list(_loops(code, launch.warps)),
-        serialised=target == "sm_90" and _serialised(compiled.asm["ptx"]),
+        matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", ptx)),
     )
+    # Disassembling takes as long as compiling: where something is to be seen.
+    if found.matrix and (target == "sm_90" or found.spilled > 0):
+        code = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
+        found.loops = list(_loops(code, launch.warps))
+    found.serialised = "wgmma" in ptx and _serialised(ptx)
+    return found
 
 
 def _loops(code: str, warps: int) -> Iterator[Loop]:
