@@ -51,7 +51,7 @@ class Task:
 
 
 def check(task: Task) -> Iterator[dict[str, Any]]:
-    """In a worker: an item for each shape, with its errors and what is wrong."""
+    """In a worker: one result for each shape: its errors, and the failed checks in words."""
     op, device = task.op, task.device
     device.set_up()
     # Memory that is handed out is filled with NaN, and tiles are not measured.
@@ -67,7 +67,7 @@ def check(task: Task) -> Iterator[dict[str, Any]]:
 
 
 def examine(op: str, name: str, backend: str, kind: str, device: Device) -> dict[str, Any]:
-    """The errors of a shape, or of a mode none; and what is wrong."""
+    """The errors of a shape (a mode has none), and the failed checks in words."""
     if op == MODE:
         return {"errors": {}, "wrong": check_mode(name, backend, device)}
     shape = next(shape for shape in SHAPES if shape.name == name)
@@ -139,7 +139,7 @@ def judge(
     kind: str,
     tau: float,
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """(error, eager's) of each result, and in words what is beyond what is allowed."""
+    """(error, eager's error) of each result, and in words each error above its limit."""
     errors, wrong = {}, []
     constant, slope, most = ALLOWED[kind]
     floor = constant + slope * max(tau, 1.0)

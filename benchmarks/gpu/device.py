@@ -72,7 +72,7 @@ class Device:
             torch.cuda.synchronize()
 
     def sleep(self, ms: float) -> None:
-        """Keeps the GPU waiting, so that what is timed is queued before it begins."""
+        """Delays the GPU, so that all timed launches are queued before the first one runs."""
         if not self.rehearse:
             torch.cuda._sleep(int(ms * 1.8e6))  # cycles, at some 1.8 GHz
 

@@ -158,7 +158,7 @@ def check_losses(job: Job, name: str, rows: dict[str, Record]) -> None:
 
 
 def is_large(problem: Problem) -> bool:
-    """Whether eager's logits and what is made of them have no room beside other processes."""
+    """Whether eager's logits and their gradient need more memory than other processes leave."""
     return problem.batch * problem.bank_rows > 1 << 30
 
 

@@ -1,4 +1,4 @@
-"""What a rung is given, and what it leaves: a record that is on disk as soon as it is known.
+"""A rung's inputs, and its record, which is written to disk at every new result.
 
 A file holds the records of several rungs by name. Only the standard library is imported here: a
 torch that cannot be imported is a finding of the rung.

@@ -1,4 +1,4 @@
-"""Rung 1: what the machine is, and what it can do: copies, half-precision products, launches."""
+"""Rung 1: names and versions; measured rates of copies, half-precision products, launches."""
 
 from __future__ import annotations
 
