@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -128,18 +129,34 @@ class Launch:
 
 
 @contextmanager
-def recorded() -> Iterator[dict[Launch, None]]:
-    """The launches made inside, none of which runs."""
-    launches: dict[Launch, None] = {}
+def recorded() -> Iterator[list[Launch]]:
+    """The launches made inside, in their order, none of which runs."""
+    launches: list[Launch] = []
 
     def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches[_launch(self, arguments, options)] = None
+        launches.append(_launch(self, arguments, options))
 
     before, JITFunction.run = JITFunction.run, run
     try:
         yield launches
     finally:
         JITFunction.run = before
+
+
+class TorchKernels(TorchDispatchMode):
+    """Names the operators of torch that are called inside, but for those that launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
 
 
 def _launch(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -166,6 +183,60 @@ def _launch(kernel: JITFunction, arguments: tuple[Any, ...], options: dict[str, 
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), chosen)
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+Inputs = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
+]
+
+
+def inputs_of(
+    batch: int, bank_rows: int, teacher_dim: int, student_dim: int, half: bool, learned: bool
+) -> tuple[Inputs, int]:
+    """Tensors that hold nothing, and the size of the cache between forward and backward."""
+    student = empty(batch, student_dim, dtype=torch.float16 if half else torch.float32)
+    bank = empty(bank_rows, teacher_dim, dtype=torch.float16)
+    weight = empty(student_dim, teacher_dim) if learned else None
+    bias = empty(student_dim) if learned else None
+    problem = Problem(
+        "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
+        student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,
+        None,
+    )  # fmt: skip
+    cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
+    target = empty(batch, dtype=torch.int64)
+    return (student, bank, target, weight, bias, empty()), cache_bytes
+
+
+def on_a_gpu(
+    patch: pytest.MonkeyPatch, family: str, choose: Callable[..., Any], precision: str
+) -> None:
+    """Let the launch code believe that tensors that hold nothing are on one."""
+    patch.setattr(triton_launch, "family", lambda device: family)
+    patch.setattr(triton_launch, "processors", lambda device: PROCESSORS[family])
+    patch.setattr(triton_launch, "choose", choose)
+    patch.setattr(triton_launch, "float32_products", lambda device: precision)
+
+
+def kernels_of_a_step(
+    batch: int, bank_rows: int, teacher_dim: int, student_dim: int
+) -> tuple[list[str], list[str]]:
+    """What the mean loss and all its gradients launch in half precision, on Hopper: the names of
+    Triton's kernels, and of torch's."""
+    inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
+    options, needs = Options(0.0, -100, True, "mean"), Needs(True, True, True, True)
+    d_loss = empty()
+    with pytest.MonkeyPatch.context() as patch, recorded() as launches, TorchKernels() as others:
+        on_a_gpu(patch, "hopper", lambda key, candidates, launch: candidates[0], "ieee")
+        saved = backend.contrastive_ce_forward(
+            *inputs, options, save_residual=True, save_attention=False, cache_bytes=cache_bytes
+        )
+        backend.contrastive_ce_backward(d_loss, None, *inputs, Saved(*saved[1:]), needs, options)
+    return [launch.name for launch in launches], others.names
+
+
 def launches_of(
     batch: int,
     bank_rows: int,
@@ -179,45 +250,30 @@ def launches_of(
     family: str,
 ) -> dict[Launch, None]:
     """Every launch of both ops, forward and backward, for tensors that hold nothing."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    student = empty(batch, student_dim, dtype=torch.float16 if half else torch.float32)
-    bank = empty(bank_rows, teacher_dim, dtype=torch.float16)
-    weight = empty(student_dim, teacher_dim) if learned else None
-    bias = empty(student_dim) if learned else None
-    target, scale, row = empty(batch, dtype=torch.int64), empty(), empty(batch)
+    inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, half, learned)
+    student, bank, _, weight, bias, scale = inputs
+    row = empty(batch)
     options, needs = Options(smoothing, -100, half, "none"), Needs(True, learned, learned, True)
-    problem = Problem(
-        "contrastive_ce", batch, bank_rows, teacher_dim, student_dim, "cuda",
-        student.dtype, bank.dtype, weight.dtype if weight is not None else None, half, 1 << 26,
-        None,
-    )  # fmt: skip
-    cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
-    inputs = (student, bank, target, weight, bias, scale)
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_launch, "family", lambda device: family)
-        patch.setattr(triton_launch, "processors", lambda device: PROCESSORS[family])
-        patch.setattr(triton_launch, "choose", every)
-        patch.setattr(triton_launch, "float32_products", lambda device: precision)
+        on_a_gpu(patch, family, every, precision)
         attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
         saved = backend.contrastive_ce_forward(
             *inputs, options, save_residual=True, save_attention=attention, cache_bytes=cache_bytes
         )
-        backend.contrastive_ce_forward(
-            *inputs,
-            options._replace(reduction="mean"),
-            save_residual=False,
-            save_attention=False,
-            cache_bytes=0,
-        )
         d_lse = row if attention else None
         backend.contrastive_ce_backward(row, d_lse, *inputs, Saved(*saved[1:]), needs, options)
+        mean = options._replace(reduction="mean")
+        saved = backend.contrastive_ce_forward(
+            *inputs, mean, save_residual=False, save_attention=False, cache_bytes=0
+        )
+        weight_alone = Needs(False, learned, learned, False)
+        backend.contrastive_ce_backward(
+            empty(), None, *inputs, Saved(*saved[1:]), weight_alone, mean
+        )
         pair = (student, bank, weight, bias, scale)
         table = backend.similarity_forward(*pair, half)
         backend.similarity_backward(table, *pair, needs, half)
-    return launches
+    return dict.fromkeys(launches)
 
 
 def every(key: object, candidates: Sequence[T], run: Callable[[T], None]) -> T:

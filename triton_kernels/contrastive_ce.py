@@ -88,6 +88,7 @@ def logits_tile(
     BLOCK_INNER: tl.constexpr,
 ):
     """Cosines of rows i of left and k of right, in steps of BLOCK_INNER of the width."""
+    tl.assume(width > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
     total = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
     for start in range(0, width, BLOCK_INNER):
         w = start + tl.arange(0, BLOCK_INNER)
@@ -169,13 +170,13 @@ def forward_kernel(
     top,  # [columns, splits, batch] float32: max over k != y of the cosine u.n
     total,  # [columns, splits, batch] float32: sum over k != y of 2^(headroom + l - its maximum)
     values,  # [splits, batch, width] float32: the same, times n
+    arrived,  # [] int32 becomes 0, for combine_kernel
     batch,
     rows,
     first,
     bank_rows,
     ignore_index,
     width,
-    HAS_STATE: tl.constexpr,  # top, total and values hold what earlier rows of the bank left
     KEEP_VALUES: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -186,7 +187,8 @@ def forward_kernel(
     BLOCK_INNER: tl.constexpr,  # steps of the logits' sums, where they are not
 ):
     """Students stand still and the bank passes: sums over the rows of one split (axis 1). Programs
-    of axis 2 keep a top and a total each: none may read what another has written by then."""
+    of axis 2 keep a top and a total each: none may read what another has written by then. Where
+    `first` is not 0, top, total and values hold what earlier rows of the bank left."""
     row = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     i = row.to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -200,15 +202,14 @@ def forward_kernel(
     at = (tl.program_id(2) * splits + split).to(tl.int64) * batch + i
     value_at = (split.to(tl.int64) * batch + i)[:, None] * width + w[None, :]
     stored = here[:, None] & (w < width)[None, :]
+    has_state = row < tl.where(first > 0, batch, 0)
+    t = tl.load(top + at, mask=has_state, other=NO_COSINE)
+    z = tl.load(total + at, mask=has_state, other=0.0)
     e = tl.zeros([BLOCK_BATCH, BLOCK_WIDTH], tl.float32)
-    if HAS_STATE:
-        t = tl.load(top + at, mask=here, other=0.0)
-        z = tl.load(total + at, mask=here, other=0.0)
-        if KEEP_VALUES:
-            e = tl.load(values + value_at, mask=stored, other=0.0)
-    else:
-        t = tl.full([BLOCK_BATCH], NO_COSINE, tl.float32)
-        z = tl.zeros([BLOCK_BATCH], tl.float32)
+    if KEEP_VALUES:
+        e = tl.load(values + value_at, mask=has_state[:, None] & (w < width)[None, :], other=0.0)
+    if tl.program_id(0) + split + tl.program_id(2) == 0:
+        tl.store(arrived, 0)
 
     query = tl.load(u + i[:, None] * width + w[None, :], mask=stored, other=0.0) if WHOLE else u
     split_rows = tl.cdiv(tl.cdiv(rows, splits), BLOCK_BANK) * BLOCK_BANK
@@ -232,6 +233,29 @@ def forward_kernel(
         tl.store(values + value_at, e, mask=stored)
 
 
+@triton.jit
+def is_last_program(arrived):
+    """Whether all other programs of the launch were here before this one; what they stored until
+    then is visible to it."""
+    tl.debug_barrier()  # the atomic releases what its own thread has seen
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@triton.jit
+def store_mean(nll, target, loss, kept, batch, ignore_index, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, batch, BLOCK):
+        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
+        here = i < batch
+        total += tl.load(nll + i, mask=here, other=0.0, cache_modifier=".cg")
+        ignored = tl.load(target + i, mask=here, other=ignore_index) == ignore_index
+        count += tl.where(ignored, 0.0, 1.0)
+    number = tl.maximum(tl.sum(count, 0), 1.0)
+    tl.store(loss, tl.sum(total, 0) / number)
+    tl.store(kept, number)
+
+
 @triton.jit(do_not_specialize=["batch", "splits", "bank_rows", "ignore_index"])
 def combine_kernel(
     u,  # [batch, width] operand
@@ -248,6 +272,9 @@ def combine_kernel(
     residual,  # [batch, student_dim]
     attention,  # [batch, student_dim]
     reference,  # [2, batch]: a cosine c, and (lse - logit_scale c) log2(e)
+    loss,  # [] with MEAN, that of nll over the students that are not ignored, 0 of none
+    kept,  # [] float32, with MEAN: how many they are, at least 1
+    arrived,  # [] int32, 0: how many programs have stored their nll
     batch,
     splits,
     bank_rows,
@@ -261,11 +288,14 @@ def combine_kernel(
     KEEP_RESIDUAL: tl.constexpr,
     KEEP_ATTENTION: tl.constexpr,
     KEEP_REFERENCE: tl.constexpr,
+    MEAN: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    BLOCK_MEAN: tl.constexpr,
 ):
-    """The splits become one under the largest top, and the students' results."""
+    """The splits become one under the largest top, and the students' results. The last program to
+    arrive takes the mean, always in the same order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     here = i < batch
     column = tl.arange(0, BLOCK_WIDTH)
@@ -299,8 +329,8 @@ def combine_kernel(
     distance = tl.abs(odds)
     small = tl.exp2(-distance * LOG2E)
     other = tl.where(has_target, tl.where(odds < 0, small, 1.0) / (1.0 + small), 1.0)
-    loss = tl.where(odds < 0, 0.0, odds) + softplus_of_minus(distance)
-    tl.store(lse + i, tl.where(has_target, l_y + loss, highest * factor + log_z), mask=here)
+    row_nll = tl.where(odds < 0, 0.0, odds) + softplus_of_minus(distance)
+    tl.store(lse + i, tl.where(has_target, l_y + row_nll, highest * factor + log_z), mask=here)
     tl.store(p_other + i, other, mask=here)
     if KEEP_REFERENCE:
         # The lse itself is as large as the scale, and its rounding would be one of every p_ik. What
@@ -311,10 +341,10 @@ def combine_kernel(
         tl.store(reference + i, tl.where(alone, along, highest), mask=here)
         tl.store(reference + batch + i, tl.where(alone, 0.0, beyond * LOG2E), mask=here)
     if SMOOTH:
-        loss += label_smoothing * (l_y - factor * mean / bank_rows)
+        row_nll += label_smoothing * (l_y - factor * mean / bank_rows)
     raw = tl.load(target + i, mask=here, other=0)
     without = tl.where(raw == ignore_index, 0.0, float("nan"))
-    tl.store(nll + i, tl.where(has_target, loss, without), mask=here)
+    tl.store(nll + i, tl.where(has_target, row_nll, without), mask=here)
 
     if KEEP_RESIDUAL or KEEP_ATTENTION:
         inverse = tl.where(z == 0, 0.0, 1.0 / z)
@@ -345,3 +375,6 @@ def combine_kernel(
             if KEEP_ATTENTION:
                 average = other[:, None] * n_other + (1.0 - other)[:, None] * n_y
                 tl.store(attention + out_at, average, mask=inside)
+    if MEAN:  # noqa: SIM102 (a constant, unlike the other)
+        if is_last_program(arrived):
+            store_mean(nll, target, loss, kept, batch, ignore_index, BLOCK_MEAN)

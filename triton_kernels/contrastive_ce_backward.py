@@ -25,9 +25,9 @@ from .rows import (
     add_product,
     half_scale,
     inverse_norm,
+    load_gradients,
     load_scale,
     load_targets,
-    load_weights,
     to_operand,
 )
 
@@ -35,60 +35,21 @@ from .rows import (
 STUDENTS_MULTIPLE = tl.constexpr(128)
 
 
-@triton.jit
-def load_weights_of_rows(
-    target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows,
-    HAS_G: tl.constexpr, HAS_H: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The target's row, -1 where there is none; g, zero there; h."""
-    y = load_targets(target, i, here, ignore_index, bank_rows)
-    by_g = load_weights(g, i * g_stride, y >= 0, HAS_G, BLOCK)
-    by_h = load_weights(h, i * h_stride, here, HAS_H, BLOCK)
-    return y, by_g, by_h
-
-
-NUMBERS = ["batch", "g_stride", "h_stride", "ignore_index", "bank_rows"]
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def largest_gradient_kernel(
-    target,
-    g,  # [batch] float32 d loss / d nll, g_stride apart; None: zeros
-    h,  # [batch] float32 d loss / d lse, h_stride apart; None: zeros
-    p_other,
-    largest,  # [programs]
-    batch,
-    g_stride,
-    h_stride,
-    ignore_index,
-    bank_rows,
-    label_smoothing,
-    HAS_G: tl.constexpr,
-    HAS_H: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A bound on |G|, of BLOCK students each."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = i < batch
-    _, by_g, by_h = load_weights_of_rows(
-        target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows, HAS_G, HAS_H, BLOCK
-    )
-    other = tl.load(p_other + i, mask=here, other=0.0)
-    bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
-    tl.store(largest + tl.program_id(0), tl.max(bound, 0))
-
-
-@triton.jit(do_not_specialize=[*NUMBERS, "parts"])
+@triton.jit(
+    do_not_specialize=["batch", "g_stride", "h_stride", "ignore_index", "bank_rows", "parts"]
+)
 def student_factors_kernel(
     student,  # [batch, student_dim] any float, rows student_stride apart
     scale,
     target,
-    g,
-    h,
+    g,  # [batch] float32 d loss / d nll, g_stride apart; None: zeros
+    h,  # [batch] float32 d loss / d lse, h_stride apart; None: zeros
+    kept,  # [] what g is to be divided by; None: nothing
     lse,  # [batch], without a reference
     reference,  # [2, batch] as combine_kernel leaves it: a cosine, and what the lse is beyond it
     p_other,
-    largest,  # [parts] as largest_gradient_kernel leaves it
+    largest,  # [parts] as student_gradient_kernel leaves it
+    along,  # [parts], with HAS_SCALE
     u,  # [padded, width] operand: unit rows times the sign of g + h
     column,  # [padded] int32 the target's row of the bank, -1 where there is none
     rate,  # [padded] logit_scale log2(e), times the sign: with u, that of the cosine itself
@@ -97,6 +58,7 @@ def student_factors_kernel(
     at_target,  # [padded] G / size at the target, times the sign
     by_all,  # [padded] what label smoothing takes from every G / size, times the sign
     size,  # [] the largest of `largest`
+    d_scale,  # [] the sum of `along`
     batch,
     parts,
     student_dim,
@@ -109,6 +71,8 @@ def student_factors_kernel(
     label_smoothing,
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,14 +91,19 @@ def student_factors_kernel(
     top = tl.where(top > 0, tl.maximum(top, SMALLEST), top)
     if tl.program_id(0) == 0:
         tl.store(size, top)
+        if HAS_SCALE:
+            by_scale = tl.zeros([BLOCK_PARTS], tl.float32)
+            for start in range(0, parts, BLOCK_PARTS):
+                by_scale += tl.load(along + start + part, mask=start + part < parts, other=0.0)
+            tl.store(d_scale, tl.sum(by_scale, 0))
     down = tl.where(top > 0, 1.0 / top, 0.0)
 
     i = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     here = i < batch
-    y, by_g, by_h = load_weights_of_rows(
-        target, g, h, i, here, g_stride, h_stride, ignore_index, bank_rows,
-        HAS_G, HAS_H, BLOCK_ROWS,
-    )  # fmt: skip
+    y = load_targets(target, i, here, ignore_index, bank_rows)
+    by_g, by_h = load_gradients(
+        g, h, kept, i, y >= 0, here, g_stride, h_stride, HAS_G, HAS_H, HAS_KEPT, BLOCK_ROWS
+    )
     busy = (by_g != 0) | (by_h != 0)
     other = tl.load(p_other + i, mask=here, other=0.0)
     lift = 8192.0 if HALF else 1.0
@@ -190,13 +159,12 @@ def bank_gradient_kernel(
     scale,
     gradient,  # [rows, width] d z with WHOLE, in half precision times a scale; else d n in float32
     scales,  # [programs] with WHOLE and HALF: what to multiply d z with
-    sums,  # [programs, width] float32: sums of d z over a program's rows, with HAS_SUMS
+    sums,  # [programs, width] float32, with HAS_SUMS: sums of d z over a program's rows
     batch,
     rows,
     first,
     width,
     HAS_SUMS: tl.constexpr,
-    ADD: tl.constexpr,  # to sums of earlier rows of the bank
     SMOOTH: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -252,10 +220,9 @@ def bank_gradient_kernel(
         d_z = tl.where(here[:, None], d_z, 0.0)
         if HAS_SUMS:
             sums_at = sums + tl.program_id(0).to(tl.int64) * width + w
-            column_sums = tl.sum(d_z, 0)
-            if ADD:
-                column_sums += tl.load(sums_at, mask=w < width, other=0.0)
-            tl.store(sums_at, column_sums, mask=w < width)
+            # What earlier rows of the bank left.
+            before = tl.load(sums_at, mask=w < tl.where(first > 0, width, 0), other=0.0)
+            tl.store(sums_at, before + tl.sum(d_z, 0), mask=w < width)
         if HALF:
             down, back = half_scale(tl.max(tl.max(tl.abs(d_z), 1), 0))
             tl.store(scales + tl.program_id(0), back)

@@ -67,19 +67,19 @@ def project_kernel(
     tl.store(at, to_operand(total, z.dtype.element_ty, PRECISION if FUSED else "ieee"), mask=stored)
 
 
-@triton.jit(do_not_specialize=["sums"])
+@triton.jit(do_not_specialize=["sums", "add"])
 def product_kernel(
     a,  # float32, element (m, s) at m a_m + s a_s
     b,  # [sums, columns] rows b_stride apart
     largest,  # [rows] float32 max |a|: by it a becomes half precision, with HALF
-    out,  # [splits, rows, columns] float32; added to, but by the first call
+    out,  # [splits, rows, columns] float32; added to where `add` is 1, written where it is 0
     rows,
     columns,
     sums,
     a_m,
     a_s,
     b_stride,
-    ADD: tl.constexpr,
+    add,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -124,29 +124,34 @@ def product_kernel(
         total *= up[:, None]
     at = out + (split * rows + m_long[:, None]) * columns + c[None, :]
     stored = (m < rows)[:, None] & (c < columns)[None, :]
-    if ADD:
-        total += tl.load(at, mask=stored, other=0.0)
+    before = (m < tl.where(add != 0, rows, 0))[:, None] & (c < columns)[None, :]
+    total += tl.load(at, mask=before, other=0.0)
     tl.store(at, total, mask=stored)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "add", "sums_rows"])
 def weight_gradient_kernel(
     d_z,  # [rows, width] half precision
     scales,  # [tiles of BLOCK_SUMS rows]: what to multiply d_z with
     t,  # [rows, columns] bank rows, t_stride apart
-    out,  # [splits, student_dim, columns] float32; added to, but by the first call
+    out,  # [splits, student_dim, columns] float32; added to where `add` is 1, written where it is 0
+    sums,  # [sums_rows, width] float32, with HAS_SUMS
+    d_bias,  # [student_dim] float32: sums over the rows of `sums`, where it has any
     rows,
     width,
     student_dim,
     columns,
     t_stride,
-    ADD: tl.constexpr,
+    add,
+    sums_rows,
+    HAS_SUMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
     """out = d_z^T t, with the sum cut into parts that each program owns: no atomics. The product of
-    a tile begins at zero and is added rounded: matrix units cut off what they add to."""
+    a tile begins at zero and is added rounded: matrix units cut off what they add to. The sums of
+    d z come along, since a step of a small bank is bound by its launches."""
     m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     split = tl.program_id(2)
@@ -173,6 +178,15 @@ def weight_gradient_kernel(
         total += tl.dot(left, right.to(left.dtype)) * scale
     at = out + (split.to(tl.int64) * student_dim + m[:, None]) * columns + c[None, :]
     stored = in_rows[:, None] & in_columns[None, :]
-    if ADD:
-        total += tl.load(at, mask=stored, other=0.0)
+    before = (m < tl.where(add != 0, student_dim, 0))[:, None] & in_columns[None, :]
+    total += tl.load(at, mask=before, other=0.0)
     tl.store(at, total, mask=stored)
+    if HAS_SUMS:  # noqa: SIM102 (a constant, unlike the other)
+        if (sums_rows > 0) & (tl.program_id(1) + split == 0):
+            total_sums = tl.zeros([BLOCK_ROWS], tl.float32)
+            for start in range(0, sums_rows, 32):
+                row = start + tl.arange(0, 32)
+                there = (row < sums_rows)[:, None] & in_rows[None, :]
+                sums_at = sums + row.to(tl.int64)[:, None] * width + m[None, :]
+                total_sums += tl.sum(tl.load(sums_at, mask=there, other=0.0), 0)
+            tl.store(d_bias + m, total_sums, mask=in_rows)

@@ -29,12 +29,21 @@ def load_targets(target, i, here, ignore_index, bank_rows):
 
 
 @triton.jit
-def load_weights(x, at, there, HAS_X: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros where there is nothing."""
-    weights = tl.zeros([BLOCK], tl.float32)
-    if HAS_X:
-        weights = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    return weights
+def load_gradients(
+    g, h, kept, i, has_target, here, g_stride, h_stride,
+    HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d loss / d nll, 0 without a target, and d loss / d lse, of students i. `g` is d loss / d nll
+    itself, or with HAS_KEPT that of its mean over `kept` students."""
+    by_g = tl.zeros([BLOCK], tl.float32)
+    by_h = tl.zeros([BLOCK], tl.float32)
+    if HAS_G:
+        by_g = tl.load(g + i * g_stride, mask=has_target, other=0.0).to(tl.float32)
+        if HAS_KEPT:
+            by_g = tl.div_rn(by_g, tl.load(kept))
+    if HAS_H:
+        by_h = tl.load(h + i * h_stride, mask=here, other=0.0).to(tl.float32)
+    return by_g, by_h
 
 
 @triton.jit
@@ -153,30 +162,6 @@ def bank_norm_backward_kernel(
     tl.store(largest + k, top, mask=here)
 
 
-@triton.jit(do_not_specialize=["batch", "ignore_index"])
-def mean_kernel(
-    nll,  # [batch] float32
-    target,
-    loss,  # [] the mean over the rows that are not ignored, 0 of none
-    kept,  # [] float32: how many they are, at least 1
-    batch,
-    ignore_index,
-    BLOCK: tl.constexpr,
-):
-    """One program: a step of a small bank is bound by its launches."""
-    total = tl.zeros([BLOCK], tl.float32)
-    count = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, batch, BLOCK):
-        i = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        here = i < batch
-        total += tl.load(nll + i, mask=here, other=0.0)
-        ignored = tl.load(target + i, mask=here, other=ignore_index) == ignore_index
-        count += tl.where(ignored, 0.0, 1.0)
-    number = tl.maximum(tl.sum(count, 0), 1.0)
-    tl.store(loss, tl.sum(total, 0) / number)
-    tl.store(kept, number)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def half_tiles_kernel(
     x,  # [rows, width] float32
@@ -199,6 +184,22 @@ def half_tiles_kernel(
     tl.store(half + at, value.to(half.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def load_slope(
+    residual, attention, by_g, by_h, i, w, width, inside,
+    HAS_G: tl.constexpr, HAS_H: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """by_g residual + by_h attention, of rows i and columns w."""
+    at = i[:, None] * width + w[None, :]
+    slope = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    if HAS_G:
+        slope += by_g[:, None] * tl.load(residual + at, mask=inside, other=0.0)
+    if HAS_H:
+        slope += by_h[:, None] * tl.load(attention + at, mask=inside, other=0.0)
+    return slope
+
+
 @triton.jit(do_not_specialize=["rows", "g_stride", "h_stride", "ignore_index", "bank_rows"])
 def student_gradient_kernel(
     student,  # [rows, width]
@@ -206,10 +207,13 @@ def student_gradient_kernel(
     target,  # [rows]: g is of account where there is one; None: everywhere
     g,  # [rows], g_stride apart; None: zeros
     h,  # [rows], h_stride apart; None: zeros
+    kept,  # [] what g is to be divided by; None: nothing
     residual,  # [rows, width] float32: slope = g residual + h attention
     attention,
+    p_other,  # [rows]
     d_student,  # [rows, width] logit_scale (slope - (slope.u) u) / |s|; None: not asked for
-    along,  # [rows] float32 slope.u, whose sum is d logit_scale
+    along,  # [programs] float32 slope.u of a program's rows, whose sum is d logit_scale
+    largest,  # [programs] a bound on |G| (contrastive_ce_backward.py), of a program's rows
     rows,
     width,
     student_stride,
@@ -217,10 +221,14 @@ def student_gradient_kernel(
     h_stride,
     ignore_index,
     bank_rows,
+    label_smoothing,
     HAS_TARGET: tl.constexpr,
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,  # d_student or along is asked for
     HAS_STUDENT: tl.constexpr,
+    HAS_BOUND: tl.constexpr,  # largest is asked for
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
@@ -230,41 +238,44 @@ def student_gradient_kernel(
     has_target = here
     if HAS_TARGET:
         has_target = load_targets(target, i, here, ignore_index, bank_rows) >= 0
-    by_g = load_weights(g, i * g_stride, has_target, HAS_G, BLOCK_ROWS)
-    by_h = load_weights(h, i * h_stride, here, HAS_H, BLOCK_ROWS)
-    busy = here & ((by_g != 0) | (by_h != 0))
-    column = tl.arange(0, BLOCK_WIDTH)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    product = tl.zeros([BLOCK_ROWS], tl.float32)
-    for start in range(0, width, BLOCK_WIDTH):
-        w = start + column
-        inside = busy[:, None] & (w < width)[None, :]
-        at = i[:, None] * width + w[None, :]
-        s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
-        s = s.to(tl.float32)
-        slope = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-        if HAS_G:
-            slope += by_g[:, None] * tl.load(residual + at, mask=inside, other=0.0)
-        if HAS_H:
-            slope += by_h[:, None] * tl.load(attention + at, mask=inside, other=0.0)
-        total += tl.sum(s * s, 1)
-        product += tl.sum(s * slope, 1)
-    inverse = inverse_norm(total)
-    by_u = product * inverse
-    tl.store(along + i, by_u, mask=here)
+    by_g, by_h = load_gradients(
+        g, h, kept, i, has_target, here, g_stride, h_stride, HAS_G, HAS_H, HAS_KEPT, BLOCK_ROWS
+    )
+    if HAS_BOUND:
+        other = tl.load(p_other + i, mask=here, other=0.0)
+        bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
+        tl.store(largest + tl.program_id(0), tl.max(bound, 0))
+    if HAS_SLOPE:
+        busy = here & ((by_g != 0) | (by_h != 0))
+        column = tl.arange(0, BLOCK_WIDTH)
+        total = tl.zeros([BLOCK_ROWS], tl.float32)
+        product = tl.zeros([BLOCK_ROWS], tl.float32)
+        for start in range(0, width, BLOCK_WIDTH):
+            w = start + column
+            inside = busy[:, None] & (w < width)[None, :]
+            s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
+            s = s.to(tl.float32)
+            slope = load_slope(
+                residual, attention, by_g, by_h, i, w, width, inside,
+                HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
+            )  # fmt: skip
+            total += tl.sum(s * s, 1)
+            product += tl.sum(s * slope, 1)
+        inverse = inverse_norm(total)
+        by_u = product * inverse
+        tl.store(along + tl.program_id(0), tl.sum(by_u, 0))
     if HAS_STUDENT:
         factor = load_scale(scale) * inverse
         for start in range(0, width, BLOCK_WIDTH):
             w = start + column
             inside = busy[:, None] & (w < width)[None, :]
-            at = i[:, None] * width + w[None, :]
             s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
             u = s.to(tl.float32) * inverse[:, None]
-            slope = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-            if HAS_G:
-                slope += by_g[:, None] * tl.load(residual + at, mask=inside, other=0.0)
-            if HAS_H:
-                slope += by_h[:, None] * tl.load(attention + at, mask=inside, other=0.0)
+            slope = load_slope(
+                residual, attention, by_g, by_h, i, w, width, inside,
+                HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
+            )  # fmt: skip
             d = (slope - by_u[:, None] * u) * factor[:, None]
             stored = here[:, None] & (w < width)[None, :]
+            at = i[:, None] * width + w[None, :]
             tl.store(d_student + at, d.to(d_student.dtype.element_ty), mask=stored)

@@ -2,8 +2,8 @@
 
 The bank is projected and normalised a chunk at a time into a workspace, in float16 where half
 precision is permitted, else float32 ("ieee", or "tf32" as torch's float32 matmul precision says);
-then every kernel reads unit rows. No logits in memory, no atomics, no host synchronisation but for
-measuring which tiles are fastest, once for each kind of problem.
+then every kernel reads unit rows. No logits in memory, no atomics on results, no host
+synchronisation but for measuring which tiles are fastest, once for each kind of problem.
 
 With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, for tests.
 """
@@ -25,7 +25,6 @@ from ckd.backends.interface import (
     Saved,
     check_targets,
     reduce_rows,
-    row_weights,
 )
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,6 +107,7 @@ def contrastive_ce_forward(
             sums = SoftmaxSums(call, target.contiguous(), options, keep_values)
             for chunk in call.chunks(cache):
                 sums.add(chunk)
+            mean = (call.empty(()), call.empty(())) if options.reduction == "mean" else None
             sums.combine(
                 nll,
                 lse,
@@ -115,9 +115,10 @@ def contrastive_ce_forward(
                 residual if save_residual else None,
                 attention if save_attention else None,
                 call.reference(cache),
+                mean,
             )
-            if options.reduction == "mean":
-                loss, kept = call.mean(nll, target.contiguous(), options.ignore_index)
+            if mean is not None:
+                loss, kept = mean
                 return Forward(loss, lse, kept, p_other, residual, attention, cache)
     loss, kept = reduce_rows(nll, target, options)
     return Forward(loss, lse, kept, p_other, residual, attention, cache)
@@ -136,25 +137,30 @@ def contrastive_ce_backward(
     needs: Needs,
     options: Options,
 ) -> Gradients:
-    from ckd.backends.triton_launch import Call, ProjectionGradient, Students
+    from ckd.backends.triton_launch import Call, ProjectionGradient, RowGradients, Students
 
     call = Call(student, bank, weight, bias, logit_scale, options.allow_half)
     if call.batch == 0:
         return call.zero_gradients(needs)
     target = target.contiguous()
-    d_nll = row_weights(d_loss, saved.kept, options)
-    pair = (None if d_nll is None else d_nll.expand(target.shape), d_lse)
+    mean = d_loss is not None and options.reduction == "mean"
+    d_loss = None if d_loss is None else d_loss.expand(target.shape)
+    rows = RowGradients(d_loss, d_lse, saved.kept if mean else None)
+    learned = needs.weight or needs.bias
     with call.on_device():
-        d_student, d_scale = call.student_gradient(
-            *pair, saved.residual, saved.attention, needs, target, options.ignore_index
-        )
-        if not (needs.weight or needs.bias):
-            return call.gradients(d_student, None, d_scale, needs)
-        students = Students.of(call, target, *pair, saved, options)
+        found = call.student_gradient(
+            rows, saved.residual, saved.attention, needs, target, options,
+            saved.p_other if learned else None,
+        )  # fmt: skip
+        if not learned:
+            d_scale = found.along.sum() if needs.logit_scale else None
+            return call.gradients(found.d_student, None, d_scale, needs)
+        d_scale = call.empty(()) if needs.logit_scale else None
+        students = Students.of(call, target, rows, saved, options, found, d_scale)
         projection = ProjectionGradient(call, needs)
         for chunk in call.chunks(saved.cache, filled=True):
             projection.add_softmax(chunk, students, options.label_smoothing > 0)
-        return call.gradients(d_student, projection, d_scale, needs)
+        return call.gradients(found.d_student, projection, d_scale, needs)
 
 
 def similarity_forward(
@@ -187,7 +193,7 @@ def similarity_backward(
     needs: Needs,
     allow_half: bool,
 ) -> Gradients:
-    from ckd.backends.triton_launch import Call, Product, ProjectionGradient
+    from ckd.backends.triton_launch import Call, Product, ProjectionGradient, RowGradients
 
     call = Call(student, bank, weight, bias, logit_scale, allow_half)
     if call.batch == 0:
@@ -207,8 +213,10 @@ def similarity_backward(
                 projection.add(chunk, d_n.sum() * call.positive_scale)
         d_student = d_scale = None
         if needs.student or needs.logit_scale:
-            ones = call.empty(call.batch).fill_(1)
-            d_student, d_scale = call.student_gradient(ones, None, slope.sum(), slope.sum(), needs)
+            rows = RowGradients(call.empty(call.batch).fill_(1), None, None)
+            total = slope.sum()
+            d_student, along, _ = call.student_gradient(rows, total, total, needs)
+            d_scale = along.sum() if needs.logit_scale else None
         return call.gradients(d_student, projection, d_scale, needs)
 
 

@@ -22,14 +22,12 @@ from ckd._triton.contrastive_ce import combine_kernel, forward_kernel, keep_targ
 from ckd._triton.contrastive_ce_backward import (
     STUDENTS_MULTIPLE,
     bank_gradient_kernel,
-    largest_gradient_kernel,
     student_factors_kernel,
 )
 from ckd._triton.products import product_kernel, project_kernel, weight_gradient_kernel
 from ckd._triton.rows import (
     bank_norm_backward_kernel,
     half_tiles_kernel,
-    mean_kernel,
     student_gradient_kernel,
     unit_rows_kernel,
 )
@@ -46,8 +44,7 @@ from ckd.backends.triton import WIDTH_MULTIPLE, reference_bytes
 FORWARD_BYTES, BACKWARD_BYTES = 24 << 20, 48 << 20
 # Bank rows that a program of the projection and of the bank's gradient owns in a large problem.
 PROGRAM_ROWS = 128
-MEAN_BLOCK = 1024  # students that mean_kernel reads at once
-LARGEST_BLOCK = 1024  # students of a program of largest_gradient_kernel
+STUDENT_ROWS = 8  # of a program of student_gradient_kernel
 SCALED_ROWS = 64  # of dZ that share a scale, where a kernel of its own makes it half precision
 
 
@@ -58,6 +55,34 @@ class Chunk(NamedTuple):
     t: Tensor  # [rows, D] as stored
     n: Tensor  # [rows, width] unit rows in the operands' dtype
     inverse: Tensor  # [rows] 1 / |z|
+
+
+class RowGradients(NamedTuple):
+    """The gradients of the students' losses that a backward begins with."""
+
+    g: Tensor | None  # d loss / d nll [B], or with `kept` that of the mean; None: zeros
+    h: Tensor | None  # d loss / d lse [B]; None: zeros
+    kept: Tensor | None  # [] how many students the mean is over
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return stride(self.g), stride(self.h)
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_G": self.g is not None,
+            "HAS_H": self.h is not None,
+            "HAS_KEPT": self.kept is not None,
+        }
+
+
+class StudentGradient(NamedTuple):
+    """As student_gradient_kernel leaves it; [0], or nothing written, where it was not asked for."""
+
+    d_student: Tensor
+    along: Tensor  # parts of d_logit_scale
+    largest: Tensor
 
 
 class Call:
@@ -88,7 +113,6 @@ class Call:
         self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
         self.scale = logit_scale.float()
         self.weight_like, self.bias_like = weight, bias
-        self.weight = None if weight is None else weight.to(self.bank_operand).contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
         self.batch, self.student_dim = student.shape
         self.bank_rows, self.teacher_dim = bank.shape
@@ -98,6 +122,12 @@ class Call:
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.student.device)
+
+    @functools.cached_property
+    def weight(self) -> Tensor | None:
+        """As an operand; not needed where a cache has the projected bank."""
+        weight = self.weight_like
+        return None if weight is None else weight.to(self.bank_operand).contiguous()
 
     @property
     def positive_scale(self) -> Tensor:
@@ -161,7 +191,7 @@ class Call:
 
     def _fill(self, chunk: Chunk) -> None:
         count = len(chunk.t)
-        if self.weight is None:
+        if self.weight_like is None:
             self._unit_rows(chunk.t, self.teacher_dim, chunk.n, chunk.inverse)
             return
         aligned = is_aligned(chunk.t)
@@ -207,38 +237,37 @@ class Call:
         key = self.key("similarity", self.batch, count, self.width)
         launch(choose(key, candidates, launch))
 
-    def mean(self, nll: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Of the rows that are not ignored, and how many they are."""
-        loss, kept = self.empty(()), self.empty(())
-        mean_kernel[(1,)](nll, target, loss, kept, self.batch, ignore_index, BLOCK=MEAN_BLOCK)
-        return loss, kept
-
     def student_gradient(
         self,
-        g: Tensor | None,
-        h: Tensor | None,
+        rows: RowGradients,
         residual: Tensor,
         attention: Tensor,
         needs: Needs,
         target: Tensor | None = None,
-        ignore_index: int = 0,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """d_student and d_logit_scale, from slope = g residual + h attention; g is of account where
-        there is a target."""
-        if not (needs.student or needs.logit_scale):
-            return None, None
-        d_student = along = self.empty(self.batch)
+        options: Options | None = None,
+        p_other: Tensor | None = None,
+    ) -> StudentGradient:
+        """From slope = g residual + h attention; g is of account where there is a target. With
+        p_other also a bound on what the bank's gradient is made of."""
+        has_slope = needs.student or needs.logit_scale
+        programs = -(-self.batch // STUDENT_ROWS)
+        d_student = self.empty(0)
         if needs.student:
             d_student = self.empty(self.batch, self.student_dim, dtype=self.student.dtype)
-        student_gradient_kernel[(-(-self.batch // 8),)](
-            self.student, self.scale, target, g, h, residual, attention, d_student, along,
-            self.batch, self.student_dim, self.student.stride(0), stride(g), stride(h),
-            ignore_index, self.bank_rows,
-            HAS_TARGET=target is not None, HAS_G=g is not None, HAS_H=h is not None,
-            HAS_STUDENT=needs.student,
-            BLOCK_ROWS=8, BLOCK_WIDTH=min(256, power_of_two(self.student_dim)),
+        along, largest = self.empty(programs), self.empty(programs)
+        ignore_index, smoothing = 0, 0.0
+        if options is not None:
+            ignore_index, smoothing = options.ignore_index, options.label_smoothing
+        student_gradient_kernel[(programs,)](
+            self.student, self.scale, target, *rows, residual, attention, p_other,
+            d_student, along, largest,
+            self.batch, self.student_dim, self.student.stride(0), *rows.strides,
+            ignore_index, self.bank_rows, smoothing,
+            HAS_TARGET=target is not None, **rows.flags, HAS_SLOPE=has_slope,
+            HAS_STUDENT=needs.student, HAS_BOUND=p_other is not None,
+            BLOCK_ROWS=STUDENT_ROWS, BLOCK_WIDTH=min(256, power_of_two(self.student_dim)),
         )  # fmt: skip
-        return d_student if needs.student else None, along.sum() if needs.logit_scale else None
+        return StudentGradient(d_student, along, largest)
 
     def zero_gradients(self, needs: Needs) -> Gradients:
         """Of no students."""
@@ -284,6 +313,7 @@ class SoftmaxSums:
         most = max(self._programs(chosen)[1] for chosen in self._candidates)
         self._top, self._total = (call.empty(most, self._splits, batch) for _ in range(2))
         self._values = call.empty((self._splits, batch, width) if keep_values else 0)
+        self._arrived = call.empty(1, dtype=torch.int32)
         self._whole_bank: Tensor | None = None  # its unit rows, where they are all at hand
         self._n_target: Tensor | None = None
         smooth = options.label_smoothing > 0
@@ -309,7 +339,7 @@ class SoftmaxSums:
             students, columns = self._programs(chosen)
             forward_kernel[(students, self._splits, columns)](
                 self._u, chunk.n, self._target, call.scale, self._top,
-                self._total, self._values, *sizes, call.width, HAS_STATE=chunk.first > 0,
+                self._total, self._values, self._arrived, *sizes, call.width,
                 KEEP_VALUES=self._keep_values, HALF=call.half,
                 PRECISION=call.precision, **chosen.launch(call.width),
             )  # fmt: skip
@@ -338,21 +368,24 @@ class SoftmaxSums:
         residual: Tensor | None,
         attention: Tensor | None,
         reference: Tensor | None,
+        mean: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """What the students' rows become; what is None is not asked for."""
+        """What the students' rows become; what is None is not asked for. `mean` takes that of the
+        losses, and how many it is over."""
         call, options = self._call, self._options
         gather = self._whole_bank is not None
+        loss, kept = mean or (None, None)
         combine_kernel[(-(-call.batch // 2),)](
             self._u, self._target, call.scale, self._top, self._total, self._values,
             self._whole_bank if gather else self._n_target, self._n_sum,
-            nll, lse, p_other, residual, attention, reference,
+            nll, lse, p_other, residual, attention, reference, loss, kept, self._arrived,
             call.batch, self._splits, call.bank_rows, options.ignore_index,
             options.label_smoothing, call.width, call.student_dim,
             GATHER=gather, HALF=call.half, SMOOTH=self._n_sum is not None,
             KEEP_RESIDUAL=residual is not None, KEEP_ATTENTION=attention is not None,
-            KEEP_REFERENCE=reference is not None,
+            KEEP_REFERENCE=reference is not None, MEAN=mean is not None,
             BLOCK_BATCH=2, BLOCK_SPLITS=power_of_two(self._splits, 1),
-            BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            BLOCK_WIDTH=min(256, power_of_two(call.width)), BLOCK_MEAN=1024,
         )  # fmt: skip
 
 
@@ -373,32 +406,29 @@ class Students(NamedTuple):
         cls,
         call: Call,
         target: Tensor,
-        g: Tensor | None,
-        h: Tensor | None,
+        rows: RowGradients,
         saved: Saved,
         options: Options,
+        by_student: StudentGradient,
+        d_scale: Tensor | None,
     ) -> Students:
-        """For g = d loss / d nll and h = d loss / d lse."""
-        parts = -(-call.batch // LARGEST_BLOCK)
+        """d_scale takes d_logit_scale."""
         multiple = STUDENTS_MULTIPLE.value
-        rows = -(-call.batch // multiple) * multiple
-        largest, size = call.empty(parts), call.empty(1)
-        column = call.empty(rows, dtype=torch.int32)
-        rate, cosine, above, at_target, by_all = (call.empty(rows) for _ in range(5))
-        u = call.empty(rows, call.width, dtype=call.operand)
-        weights = (stride(g), stride(h), options.ignore_index, call.bank_rows)
-        given = {"HAS_G": g is not None, "HAS_H": h is not None}
-        largest_gradient_kernel[(parts,)](
-            target, g, h, saved.p_other, largest, call.batch, *weights,
-            options.label_smoothing, **given, BLOCK=LARGEST_BLOCK,
-        )  # fmt: skip
+        count = -(-call.batch // multiple) * multiple
+        size = call.empty(1)
+        column = call.empty(count, dtype=torch.int32)
+        rate, cosine, above, at_target, by_all = (call.empty(count) for _ in range(5))
+        u = call.empty(count, call.width, dtype=call.operand)
+        parts = len(by_student.largest)
         reference = call.reference(saved.cache)  # None where the op is called without a cache
         block_rows = 8
-        student_factors_kernel[(rows // block_rows,)](
-            call.student, call.scale, target, g, h, saved.lse, reference, saved.p_other,
-            largest, u, column, rate, cosine, above, at_target, by_all, size,
-            call.batch, parts, call.student_dim, call.student.stride(0), call.width, *weights,
-            options.label_smoothing, **given, HAS_REFERENCE=reference is not None,
+        student_factors_kernel[(count // block_rows,)](
+            call.student, call.scale, target, *rows, saved.lse, reference, saved.p_other,
+            by_student.largest, by_student.along,
+            u, column, rate, cosine, above, at_target, by_all, size, d_scale,
+            call.batch, parts, call.student_dim, call.student.stride(0), call.width,
+            *rows.strides, options.ignore_index, call.bank_rows, options.label_smoothing,
+            **rows.flags, HAS_SCALE=d_scale is not None, HAS_REFERENCE=reference is not None,
             HALF=call.half, PRECISION=call.precision, BLOCK_ROWS=block_rows,
             BLOCK_WIDTH=min(256, power_of_two(call.width)),
             BLOCK_PARTS=min(1024, power_of_two(parts)),
@@ -416,7 +446,7 @@ class ProjectionGradient:
         self._parts: Tensor | None = None  # of d_weight, in half precision
         self._product_tiles: ProductTiles | None = None
         self._sums: Tensor | None = None  # of dZ over the rows of a program
-        self._bias: Tensor | None = None
+        self._bias: Tensor | None = None  # [width]
 
     def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
         """The rows of a chunk, of a loss over softmax probabilities."""
@@ -430,8 +460,7 @@ class ProjectionGradient:
         gradient = call.empty(count, call.width, dtype=call.bank_operand if half else torch.float32)
         most = -(-count // min(chosen.bank for chosen in candidates))
         scales = call.empty(most) if half else None
-        first = self._sums is None
-        if first and whole and self._needs.bias:
+        if self._sums is None and whole and self._needs.bias:
             self._sums = call.empty(most, call.width)
 
         def launch(chosen: Tiles) -> None:
@@ -439,7 +468,7 @@ class ProjectionGradient:
             bank_gradient_kernel[grid](
                 *students, chunk.n, chunk.inverse, call.scale, gradient, scales, self._sums,
                 call.batch, count, chunk.first, call.width,
-                HAS_SUMS=self._sums is not None, ADD=not first, SMOOTH=smooth, HALF=call.half,
+                HAS_SUMS=self._sums is not None, SMOOTH=smooth, HALF=call.half,
                 PRECISION=call.precision, FULL=chosen.width == call.width,
                 **chosen.launch(call.width),
             )  # fmt: skip
@@ -495,18 +524,23 @@ class ProjectionGradient:
         def blocks(chosen: ProductTiles) -> tuple[int, int]:
             return -(-call.student_dim // chosen.rows), -(-call.teacher_dim // chosen.columns)
 
-        added = self._parts is not None
+        add = int(self._parts is not None)
         if self._parts is None:
             others = math.prod(blocks(candidates[0]))
             count = tiles.splits(len(d_z), rows, others, call.processors, 16)
             self._parts = call.empty(count, call.student_dim, call.teacher_dim)
         parts = self._parts
+        sums_rows = 0
+        if self._sums is not None:
+            self._bias = call.empty(call.width) if self._bias is None else self._bias
+            sums_rows = len(self._sums) if chunk.first + len(d_z) == call.bank_rows else 0
 
         def launch(chosen: ProductTiles) -> None:
             weight_gradient_kernel[(*blocks(chosen), len(parts))](
-                d_z, scales, chunk.t, parts,
+                d_z, scales, chunk.t, parts, self._sums, self._bias,
                 len(d_z), call.width, call.student_dim, call.teacher_dim, chunk.t.stride(0),
-                ADD=added, BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=rows,
+                add, sums_rows, HAS_SUMS=self._sums is not None,
+                BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=rows,
                 num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
@@ -522,9 +556,11 @@ class ProjectionGradient:
     @property
     def bias(self) -> Tensor:
         """[width]"""
+        if self._bias is not None:
+            return self._bias
         if self._sums is not None:
             return sum_of_parts(self._sums)
-        return self._call.empty(self._call.width).zero_() if self._bias is None else self._bias
+        return self._call.empty(self._call.width).zero_()
 
 
 class Product:
@@ -541,7 +577,7 @@ class Product:
         call, sums = self._call, a.shape[1]
         aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
         candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)
-        added = self._parts is not None
+        add = int(self._parts is not None)
         if self._parts is None:
             first = candidates[0]
             others = -(-self._rows // first.rows) * -(-self._columns // first.columns)
@@ -553,8 +589,8 @@ class Product:
             grid = (-(-self._rows // chosen.rows), -(-self._columns // chosen.columns), len(parts))
             product_kernel[grid](
                 a, b, largest, parts, self._rows, self._columns, sums,
-                a.stride(0), a.stride(1), b.stride(0),
-                ADD=added, HALF=call.half, PRECISION=call.precision,
+                a.stride(0), a.stride(1), b.stride(0), add,
+                HALF=call.half, PRECISION=call.precision,
                 OPERAND=getattr(tl, str(operand).removeprefix("torch.")),
                 BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=chosen.sums,
                 num_warps=chosen.warps, num_stages=chosen.stages,
