@@ -98,11 +98,23 @@ SHARED_OF_PROCESSOR = {"sm_80": 164, "sm_90a": 228, "sm_120": 100, "sm_121": 100
 THREADS = 128
 
 
+TITLE = """\
+# CUDA kernels as compiled
+
+nvcc {version}, by `python -m tests.cuda_compile`. Blocks have 128 threads; `blocks a processor` is
+how many of them fit, by registers and by shared memory (dynamic, as the host code asks for it). The
+numbers behind `softmax_sums` and `bank_gradient` are columns of the student's width that a block
+keeps sums of, and whether arithmetic is exact."""
+
+
 def main() -> None:
-    """Prints the table of docs/kernels.md."""
+    """Prints docs/results/kernels-cuda.md."""
+    report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release ([\d.]+)", report.stdout)
+    print(TITLE.format(version=release[1] if release else "of an unknown version"))
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     for arch in architectures():
-        print(f"\n### {arch}\n")
+        print(f"\n## {arch}\n")
         print("| kernel | registers | spilled | shared KiB | blocks a processor |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for unit in sorted(

@@ -47,7 +47,8 @@ class Gpu:
             self.call = triton_launch.Call
 
     def in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The bank projected anew for the backward, and 48 or 64 rows at a time."""
+        """The bank projected anew for the backward, and 48 or 64 rows at a time; the students'
+        gradients in three programs, of which two are read at once."""
         ckd.backends.set_cache_limit(0)
         if self.name == "cuda":
             monkeypatch.setattr(cuda, "MOST_CHUNK_ROWS", 64)
@@ -57,6 +58,8 @@ class Gpu:
         monkeypatch.setattr(triton_launch, "FORWARD_BYTES", 0)
         monkeypatch.setattr(triton_launch, "BACKWARD_BYTES", 0)
         monkeypatch.setattr(triton_launch.Call, "wave_rows", 48)
+        monkeypatch.setattr(triton_launch, "STUDENT_PROGRAMS", 3)
+        monkeypatch.setattr(triton_launch, "BLOCK_PARTS", 2)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
@@ -305,6 +308,28 @@ def test_huge_and_tiny_loss_weights(gpu: Gpu, chunks: int) -> None:
             tolerance.within(error, 4e-3, f"{name}, loss weights", gpu.name)
         for value in oracle.gradients(moved, 1e-39 * loss).values():
             assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "place"), [((70, 7, 9, 8), 0), ((70, 7, 9, 8), -1), ((5, 1100, 16, 16), 0)], ids=str
+)
+def test_one_student_outweighs_all_others(
+    gpu: Gpu, shape: tuple[int, ...], place: int, chunks: int
+) -> None:
+    """Its gradient sets the scale of half precision, wherever it stands among many."""
+    case = make_case(*shape, tau=5.0, learned=0.3)
+    case = replace(case, bank=case.bank.half())
+    weights = torch.full((shape[0],), 1e-6)
+    weights[place] = 1e4
+    double = case.cast(torch.float64).requiring(*GRADIENTS)
+    rows = oracle.loss_and_lse(double, reduction="none")[0]
+    exact = oracle.gradients(double, weights.double() @ rows)
+    moved = on_device(gpu, case).requiring(*GRADIENTS)
+    with gpu.autocast():
+        rows = ckd.contrastive_cross_entropy(*moved.arguments, reduction="none", backend=gpu.name)
+    for name, value in oracle.gradients(moved, weights.to(gpu.device) @ rows).items():
+        error = relative_error(value.cpu(), exact[name])
+        tolerance.within(error, 6e-3, f"{name}, one student", gpu.name)
 
 
 def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks: int) -> None:

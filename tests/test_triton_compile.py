@@ -56,12 +56,27 @@ def test_a_step_of_a_small_bank_is_ten_launches() -> None:
     """Such a step is bound by them."""
     from tests import triton_compile as tools
 
-    kernels, of_torch = tools.kernels_of_a_step(256, 1000, 1024, 256)
-    assert kernels == [
+    launches, of_torch = tools.step(256, 1000, 1024, 256)
+    assert [launch.name for launch in launches] == [
         "unit_rows", "project", "forward", "combine",
         "student_gradient", "student_factors", "bank_gradient", "weight_gradient",
     ]  # fmt: skip
     assert of_torch == ["_to_copy", "sum"]  # the weight in half precision, parts of d_weight
+
+
+@pytest.mark.parametrize(
+    ("batch", "others", "bank_rows"),
+    [(256, (255, 100, 40, 1), 1000), (4096, (4095, 1500), 100_000)],
+)
+def test_a_batch_of_another_size_compiles_nothing(
+    batch: int, others: tuple[int, ...], bank_rows: int
+) -> None:
+    from tests import triton_compile as tools
+
+    compiled = set(tools.step(batch, bank_rows, 1024, 256)[0])
+    for other in others:
+        new = set(tools.step(other, bank_rows, 1024, 256)[0]) - compiled
+        assert not new, (other, [(launch.name, launch.label) for launch in new])
 
 
 def check_launches(launches: dict[Launch, str], target: str) -> None:

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for GPUs that need not be there.
 
-`python -m tests.triton_compile` prints the table of docs/kernels.md.
+`python -m tests.triton_compile [target ...]` prints docs/results/kernels-triton.md.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -220,11 +221,11 @@ def on_a_gpu(
     patch.setattr(triton_launch, "float32_products", lambda device: precision)
 
 
-def kernels_of_a_step(
+def step(
     batch: int, bank_rows: int, teacher_dim: int, student_dim: int
-) -> tuple[list[str], list[str]]:
-    """What the mean loss and all its gradients launch in half precision, on Hopper: the names of
-    Triton's kernels, and of torch's."""
+) -> tuple[list[Launch], list[str]]:
+    """What the mean loss and all its gradients launch in half precision, on Hopper: Triton's
+    kernels, and the names of torch's."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
     options, needs = Options(0.0, -100, True, "mean"), Needs(True, True, True, True)
     d_loss = empty()
@@ -234,7 +235,7 @@ def kernels_of_a_step(
             *inputs, options, save_residual=True, save_attention=False, cache_bytes=cache_bytes
         )
         backend.contrastive_ce_backward(d_loss, None, *inputs, Saved(*saved[1:]), needs, options)
-    return [launch.name for launch in launches], others.names
+    return launches, others.names
 
 
 def launches_of(
@@ -407,9 +408,21 @@ def _longest(loops: list[Loop]) -> int:
     return max((loop.instructions for loop in loops), default=0)
 
 
-def main() -> None:
+TITLE = """\
+# Triton kernels as compiled
+
+Triton {version}, by `python -m tests.triton_compile`; [kernels](../kernels.md) says what is asked
+of them. Registers, spilled bytes (AMD: registers) and shared memory are the most that any launch
+with these tiles takes; `loop` counts the instructions of a warp in the longest loop that
+multiplies. `width` is what a program keeps of its sums over rows; where `inner` is named, that is a
+part of the student's width, and the logits are computed anew for each part. Kernels without matrix
+products (norms, targets, joining of parts) are left out."""
+
+
+def main(targets: Sequence[str]) -> None:
     """The most that any launch with the same tiles takes."""
-    for target in TARGETS:
+    print(TITLE.format(version=triton.__version__))
+    for target in targets:
         rows: dict[tuple[str, str, str], Resources] = {}
         for launch in every_launch(target):
             r = resources(launch, target)
@@ -421,7 +434,7 @@ def main() -> None:
             most.shared = max(most.shared, r.shared)
             most.matrix |= r.matrix
             most.loops = max(most.loops, r.loops, key=_longest)
-        print(f"\n### {target}\n")
+        print(f"\n## {target}\n")
         print(
             "| kernel | tiles | operands | registers | spilled | shared KiB | instruction | loop |"
         )
@@ -435,4 +448,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or list(TARGETS))

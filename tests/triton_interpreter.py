@@ -1,6 +1,7 @@
 """Makes Triton's interpreter fit for tests: it multiplies the bits of bfloat16 operands, cuts
 float32 off to bfloat16 where hardware rounds to the nearest, and multiplies float32 in full where
-NVIDIA's matrix units cut it off to tf32."""
+NVIDIA's matrix units cut it off to tf32. In older versions, Triton 3.6 among them, it takes a
+number from an array of one element in a way that NumPy 2.4 refuses."""
 
 from __future__ import annotations
 
@@ -27,6 +28,14 @@ def repair() -> None:
     builder.create_dot = create_dot
     builder.cast_impl = _rounding(builder.cast_impl)
     builder.create_fp_trunc = lambda self, x, dtype: self.cast_impl(x, dtype)
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 
 def _rounding(cast: Callable[..., Any]) -> Callable[..., Any]:

@@ -211,7 +211,7 @@ def student_gradient_kernel(
     residual,  # [rows, width] float32: slope = g residual + h attention
     attention,
     p_other,  # [rows]
-    d_student,  # [rows, width] logit_scale (slope - (slope.u) u) / |s|; None: not asked for
+    d_student,  # [rows, width] logit_scale (slope - (slope.u) u) / |s|, with HAS_STUDENT
     along,  # [programs] float32 slope.u of a program's rows, whose sum is d logit_scale
     largest,  # [programs] a bound on |G| (contrastive_ce_backward.py), of a program's rows
     rows,
@@ -232,50 +232,58 @@ def student_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Rows that neither g nor h reaches get zeros, whatever they hold."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    here = i < rows
-    has_target = here
-    if HAS_TARGET:
-        has_target = load_targets(target, i, here, ignore_index, bank_rows) >= 0
-    by_g, by_h = load_gradients(
-        g, h, kept, i, has_target, here, g_stride, h_stride, HAS_G, HAS_H, HAS_KEPT, BLOCK_ROWS
-    )
-    if HAS_BOUND:
-        other = tl.load(p_other + i, mask=here, other=0.0)
-        bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
-        tl.store(largest + tl.program_id(0), tl.max(bound, 0))
-    if HAS_SLOPE:
+    """Rows that neither g nor h reaches get zeros, whatever they hold. Every program takes each
+    num_programs-th block of rows: what reads `along` and `largest` reads all of them."""
+    column = tl.arange(0, BLOCK_WIDTH)
+    top = tl.zeros([BLOCK_ROWS], tl.float32)
+    by_scale = tl.zeros([BLOCK_ROWS], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+        i = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        here = i < rows
+        has_target = here
+        if HAS_TARGET:
+            has_target = load_targets(target, i, here, ignore_index, bank_rows) >= 0
+        by_g, by_h = load_gradients(
+            g, h, kept, i, has_target, here, g_stride, h_stride, HAS_G, HAS_H, HAS_KEPT, BLOCK_ROWS
+        )
+        if HAS_BOUND:
+            other = tl.load(p_other + i, mask=here, other=0.0)
+            bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
+            top = tl.maximum(top, bound)
         busy = here & ((by_g != 0) | (by_h != 0))
-        column = tl.arange(0, BLOCK_WIDTH)
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         product = tl.zeros([BLOCK_ROWS], tl.float32)
-        for start in range(0, width, BLOCK_WIDTH):
-            w = start + column
-            inside = busy[:, None] & (w < width)[None, :]
-            s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
-            s = s.to(tl.float32)
-            slope = load_slope(
-                residual, attention, by_g, by_h, i, w, width, inside,
-                HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
-            )  # fmt: skip
-            total += tl.sum(s * s, 1)
-            product += tl.sum(s * slope, 1)
+        if HAS_SLOPE:
+            for start in range(0, width, BLOCK_WIDTH):
+                w = start + column
+                inside = busy[:, None] & (w < width)[None, :]
+                s_at = student + i[:, None] * student_stride + w[None, :]
+                s = tl.load(s_at, mask=inside, other=0.0).to(tl.float32)
+                slope = load_slope(
+                    residual, attention, by_g, by_h, i, w, width, inside,
+                    HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
+                )  # fmt: skip
+                total += tl.sum(s * s, 1)
+                product += tl.sum(s * slope, 1)
         inverse = inverse_norm(total)
         by_u = product * inverse
-        tl.store(along + tl.program_id(0), tl.sum(by_u, 0))
-    if HAS_STUDENT:
-        factor = load_scale(scale) * inverse
-        for start in range(0, width, BLOCK_WIDTH):
-            w = start + column
-            inside = busy[:, None] & (w < width)[None, :]
-            s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
-            u = s.to(tl.float32) * inverse[:, None]
-            slope = load_slope(
-                residual, attention, by_g, by_h, i, w, width, inside,
-                HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
-            )  # fmt: skip
-            d = (slope - by_u[:, None] * u) * factor[:, None]
-            stored = here[:, None] & (w < width)[None, :]
-            at = i[:, None] * width + w[None, :]
-            tl.store(d_student + at, d.to(d_student.dtype.element_ty), mask=stored)
+        by_scale += by_u
+        if HAS_STUDENT:
+            factor = load_scale(scale) * inverse
+            for start in range(0, width, BLOCK_WIDTH):
+                w = start + column
+                inside = busy[:, None] & (w < width)[None, :]
+                s_at = student + i[:, None] * student_stride + w[None, :]
+                u = tl.load(s_at, mask=inside, other=0.0).to(tl.float32) * inverse[:, None]
+                slope = load_slope(
+                    residual, attention, by_g, by_h, i, w, width, inside,
+                    HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
+                )  # fmt: skip
+                d = (slope - by_u[:, None] * u) * factor[:, None]
+                stored = here[:, None] & (w < width)[None, :]
+                at = i[:, None] * width + w[None, :]
+                tl.store(d_student + at, d.to(d_student.dtype.element_ty), mask=stored)
+    if HAS_SLOPE:
+        tl.store(along + tl.program_id(0), tl.sum(by_scale, 0))
+    if HAS_BOUND:
+        tl.store(largest + tl.program_id(0), tl.max(top, 0))

@@ -2,7 +2,7 @@
 
 Every function gives the tiles that may be launched, best guess first: tuning.py takes the first or
 measures all. They are bounded by registers (65,536 of 32 bits a thread block) and by shared memory.
-docs/kernels.md lists what the compilers make of them.
+docs/results/kernels-triton.md lists what the compilers make of them.
 """
 
 from __future__ import annotations
@@ -170,7 +170,10 @@ def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
     return (Tiles(128, 128 if family == HOPPER else 64, 64, 64),)
 
 
-def splits(rows: int, block: int, others: int, processors: int, most: int = 64) -> int:
+MOST_SPLITS = 64
+
+
+def splits(rows: int, block: int, others: int, processors: int, most: int = MOST_SPLITS) -> int:
     """Into how many parts to cut `rows`, so that `others` programs a part keep all processors busy
     to the end, in two rounds at most; a part has one block at least."""
     best, busiest = 1, 0.0

@@ -44,7 +44,10 @@ from ckd.backends.triton import WIDTH_MULTIPLE, reference_bytes
 FORWARD_BYTES, BACKWARD_BYTES = 24 << 20, 48 << 20
 # Bank rows that a program of the projection and of the bank's gradient owns in a large problem.
 PROGRAM_ROWS = 128
-STUDENT_ROWS = 8  # of a program of student_gradient_kernel
+# Of student_gradient_kernel, at most: every program of student_factors_kernel reads
+# what each of them leaves.
+STUDENT_PROGRAMS = 1024
+BLOCK_PARTS = 256  # of them that are read at once
 SCALED_ROWS = 64  # of dZ that share a scale, where a kernel of its own makes it half precision
 
 
@@ -250,7 +253,8 @@ class Call:
         """From slope = g residual + h attention; g is of account where there is a target. With
         p_other also a bound on what the bank's gradient is made of."""
         has_slope = needs.student or needs.logit_scale
-        programs = -(-self.batch // STUDENT_ROWS)
+        block_rows = 8
+        programs = min(-(-self.batch // block_rows), STUDENT_PROGRAMS)
         d_student = self.empty(0)
         if needs.student:
             d_student = self.empty(self.batch, self.student_dim, dtype=self.student.dtype)
@@ -265,7 +269,7 @@ class Call:
             ignore_index, self.bank_rows, smoothing,
             HAS_TARGET=target is not None, **rows.flags, HAS_SLOPE=has_slope,
             HAS_STUDENT=needs.student, HAS_BOUND=p_other is not None,
-            BLOCK_ROWS=STUDENT_ROWS, BLOCK_WIDTH=min(256, power_of_two(self.student_dim)),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=min(256, power_of_two(self.student_dim)),
         )  # fmt: skip
         return StudentGradient(d_student, along, largest)
 
@@ -384,7 +388,7 @@ class SoftmaxSums:
             GATHER=gather, HALF=call.half, SMOOTH=self._n_sum is not None,
             KEEP_RESIDUAL=residual is not None, KEEP_ATTENTION=attention is not None,
             KEEP_REFERENCE=reference is not None, MEAN=mean is not None,
-            BLOCK_BATCH=2, BLOCK_SPLITS=power_of_two(self._splits, 1),
+            BLOCK_BATCH=2, BLOCK_SPLITS=tiles.MOST_SPLITS,
             BLOCK_WIDTH=min(256, power_of_two(call.width)), BLOCK_MEAN=1024,
         )  # fmt: skip
 
@@ -430,8 +434,7 @@ class Students(NamedTuple):
             *rows.strides, options.ignore_index, call.bank_rows, options.label_smoothing,
             **rows.flags, HAS_SCALE=d_scale is not None, HAS_REFERENCE=reference is not None,
             HALF=call.half, PRECISION=call.precision, BLOCK_ROWS=block_rows,
-            BLOCK_WIDTH=min(256, power_of_two(call.width)),
-            BLOCK_PARTS=min(1024, power_of_two(parts)),
+            BLOCK_WIDTH=min(256, power_of_two(call.width)), BLOCK_PARTS=BLOCK_PARTS,
         )  # fmt: skip
         return cls(u, column, rate, cosine, above, at_target, by_all, size)
 
