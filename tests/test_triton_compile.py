@@ -20,7 +20,7 @@ pytestmark = [
 
 # What a compiler may keep in memory for want of registers: bytes a thread (NVIDIA), or registers.
 # Outside of loops, where sums of 128 registers are loaded and stored once; within, next to none.
-MAX_SPILLED = {"sm_80": 704, "sm_86": 48, "sm_90": 512, "gfx942": 2}
+MAX_SPILLED = {"sm_80": 704, "sm_86": 48, "sm_90": 512, "gfx942": 0}
 MATRIX = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "mfma"}
 
 
@@ -97,7 +97,7 @@ def check_launches(launches: dict[Launch, str], target: str) -> None:
         if used.serialised:
             bad.append(f"{launch.name} {launch.label} ({problem}) waits after every wgmma")
         for loop in used.loops:
-            if 50 * loop.spills > loop.instructions:
+            if 100 * loop.spills > loop.instructions:
                 bad.append(f"{launch.name} {launch.label} ({problem}) spills in a loop: {loop}")
         useful = (
             launch.useful_products if target == "sm_90" else None

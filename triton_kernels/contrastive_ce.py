@@ -88,7 +88,8 @@ def logits_tile(
     BLOCK_INNER: tl.constexpr,
 ):
     """Cosines of rows i of left and k of right, in steps of BLOCK_INNER of the width."""
-    tl.assume(width > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+    if PRECISION == "tf32":
+        tl.assume(width > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
     total = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
     for start in range(0, width, BLOCK_INNER):
         w = start + tl.arange(0, BLOCK_INNER)
@@ -235,8 +236,8 @@ def forward_kernel(
 
 @triton.jit
 def is_last_program(arrived):
-    """Whether all other programs of the launch were here before this one; what they stored until
-    then is visible to it."""
+    """Atomic counter of finished programs: true in the last one, to which all that the others
+    stored before they counted is visible."""
     tl.debug_barrier()  # the atomic releases what its own thread has seen
     return tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1
 

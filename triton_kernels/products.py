@@ -67,19 +67,19 @@ def project_kernel(
     tl.store(at, to_operand(total, z.dtype.element_ty, PRECISION if FUSED else "ieee"), mask=stored)
 
 
-@triton.jit(do_not_specialize=["sums", "add"])
+@triton.jit(do_not_specialize=["sums"])
 def product_kernel(
     a,  # float32, element (m, s) at m a_m + s a_s
     b,  # [sums, columns] rows b_stride apart
     largest,  # [rows] float32 max |a|: by it a becomes half precision, with HALF
-    out,  # [splits, rows, columns] float32; added to where `add` is 1, written where it is 0
+    out,  # [splits, rows, columns] float32; with ADD added to, else written
     rows,
     columns,
     sums,
     a_m,
     a_s,
     b_stride,
-    add,
+    ADD: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -124,8 +124,8 @@ def product_kernel(
         total *= up[:, None]
     at = out + (split * rows + m_long[:, None]) * columns + c[None, :]
     stored = (m < rows)[:, None] & (c < columns)[None, :]
-    before = (m < tl.where(add != 0, rows, 0))[:, None] & (c < columns)[None, :]
-    total += tl.load(at, mask=before, other=0.0)
+    if ADD:
+        total += tl.load(at, mask=stored, other=0.0)
     tl.store(at, total, mask=stored)
 
 

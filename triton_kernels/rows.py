@@ -232,8 +232,8 @@ def student_gradient_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Rows that neither g nor h reaches get zeros, whatever they hold. Every program takes each
-    num_programs-th block of rows: what reads `along` and `largest` reads all of them."""
+    """Rows whose g and h are zero get zeros, whatever they hold. Grid-stride loop over blocks of
+    rows: however large the batch, a bounded number of programs leaves partial sums and maxima."""
     column = tl.arange(0, BLOCK_WIDTH)
     top = tl.zeros([BLOCK_ROWS], tl.float32)
     by_scale = tl.zeros([BLOCK_ROWS], tl.float32)

@@ -81,11 +81,11 @@ class RowGradients(NamedTuple):
 
 
 class StudentGradient(NamedTuple):
-    """As student_gradient_kernel leaves it; [0], or nothing written, where it was not asked for."""
+    """The outputs of student_gradient_kernel; one that is not asked for holds no values."""
 
     d_student: Tensor
     along: Tensor  # parts of d_logit_scale
-    largest: Tensor
+    largest: Tensor  # upper bounds on |G|, the gradient with respect to the logits
 
 
 class Call:
@@ -250,8 +250,8 @@ class Call:
         options: Options | None = None,
         p_other: Tensor | None = None,
     ) -> StudentGradient:
-        """From slope = g residual + h attention; g is of account where there is a target. With
-        p_other also a bound on what the bank's gradient is made of."""
+        """The gradients of student and scale, from slope = g residual + h attention. A student
+        without a target (None: every one has) takes no part of g. With p_other also `largest`."""
         has_slope = needs.student or needs.logit_scale
         block_rows = 8
         programs = min(-(-self.batch // block_rows), STUDENT_PROGRAMS)
@@ -374,8 +374,8 @@ class SoftmaxSums:
         reference: Tensor | None,
         mean: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """What the students' rows become; what is None is not asked for. `mean` takes that of the
-        losses, and how many it is over."""
+        """Write the results of every student into the tensors given; None: not asked for. `mean` is
+        the pair that receives the mean loss, and the number of students in it."""
         call, options = self._call, self._options
         gather = self._whole_bank is not None
         loss, kept = mean or (None, None)
@@ -416,7 +416,7 @@ class Students(NamedTuple):
         by_student: StudentGradient,
         d_scale: Tensor | None,
     ) -> Students:
-        """d_scale takes d_logit_scale."""
+        """d_logit_scale is written to d_scale, unless that is None."""
         multiple = STUDENTS_MULTIPLE.value
         count = -(-call.batch // multiple) * multiple
         size = call.empty(1)
@@ -580,7 +580,7 @@ class Product:
         call, sums = self._call, a.shape[1]
         aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
         candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)
-        add = int(self._parts is not None)
+        add = self._parts is not None
         if self._parts is None:
             first = candidates[0]
             others = -(-self._rows // first.rows) * -(-self._columns // first.columns)
@@ -592,8 +592,8 @@ class Product:
             grid = (-(-self._rows // chosen.rows), -(-self._columns // chosen.columns), len(parts))
             product_kernel[grid](
                 a, b, largest, parts, self._rows, self._columns, sums,
-                a.stride(0), a.stride(1), b.stride(0), add,
-                HALF=call.half, PRECISION=call.precision,
+                a.stride(0), a.stride(1), b.stride(0),
+                ADD=add, HALF=call.half, PRECISION=call.precision,
                 OPERAND=getattr(tl, str(operand).removeprefix("torch.")),
                 BLOCK_ROWS=chosen.rows, BLOCK_COLUMNS=chosen.columns, BLOCK_SUMS=chosen.sums,
                 num_warps=chosen.warps, num_stages=chosen.stages,
