@@ -102,7 +102,7 @@ def _limits_of_cpu(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     found: dict[str, float] = {}
     if cpu.missing() is None:
-        from ckd import _C  # type: ignore[attr-defined]
+        from ckd import _C
 
         tier, half = next(iter(cpu.TIERS.items()))
         for name, wanted in (("gemm_float32", False), ("gemm_bfloat16", True)):

@@ -58,7 +58,7 @@ def eager_bf16(inputs: Inputs) -> Tensor:
     return F.cross_entropy(inputs.logit_scale * cosines.float(), inputs.target)
 
 
-def by_backend(name: str, half: bool, tier: str | None = None) -> Loss:
+def by_backend(name: backends.BackendName, half: bool, tier: str | None = None) -> Loss:
     def loss(inputs: Inputs) -> Tensor:
         i = inputs
         chosen: AbstractContextManager[None] = cpu.use_tier(tier) if tier else NOTHING
@@ -93,7 +93,7 @@ def _no_half() -> str | None:
 BOTH = ("cpu", "cuda")
 
 
-def _on_gpu(backend: str, half: bool) -> Provider:
+def _on_gpu(backend: backends.BackendName, half: bool) -> Provider:
     return Provider(
         f"ckd, {backend} kernels, {'float16 arithmetic' if half else 'float32'}",
         lambda: by_backend(backend, half),

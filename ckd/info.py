@@ -32,7 +32,7 @@ def native_module() -> str:
             return "missing: never built here; install with pip install -e ."
         return f"missing: {json.loads(report.read_text())['reason']}"
     try:
-        from ckd import _C  # type: ignore[attr-defined]
+        from ckd import _C
     except ImportError as error:
         return f"present but cannot be loaded: {error}"
     info = _C.build_info()

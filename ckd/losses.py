@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ckd.backends.interface import BackendName, Reduction
 from ckd.ops import _arguments, contrastive_cross_entropy
 
 
@@ -52,8 +53,8 @@ class EmbeddingDistillationLoss(nn.Module):
         max_logit_scale: float = 100.0,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str = "auto",
+        reduction: Reduction = "mean",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
         if student_dim < 1 or teacher_dim < 1:

@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import random
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 
 import ckd
 from ckd.backends import cpu, cuda, triton
+from ckd.ops import _bypass
 from ckd.train import loop
 from tests import margins
 
@@ -41,6 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption(
         "--margins", action="store_true", help="show how near to their limits errors come"
+    )
+
+    parser.addoption(
+        "--no-bypass", action="store_true", help="every call of an op takes torch's public way"
     )
 
 
@@ -89,13 +95,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend of this installation; they may not differ in results. Tensors are made on its
     device."""
     name = request.param
-    on_gpu = {"triton": not triton.interpreted(), "cuda": cuda.DEVICE == "cuda"}
-    if not on_gpu.get(name, False):
+    device = {"triton": triton.gpu.type, "cuda": cuda.gpu.type}.get(name, "cpu")
+    if device == "cpu":
         yield name
         return
     torch.set_default_device("cuda")
     yield name
     torch.set_default_device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _bypass_as_asked(request: pytest.FixtureRequest) -> Iterator[None]:
+    with _bypass.disabled() if request.config.getoption("--no-bypass") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

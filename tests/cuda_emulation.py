@@ -123,13 +123,14 @@ def build_module(folder: Path) -> Path:
 def use(module: Path) -> None:
     """From now on the cuda backend serves tensors on the CPU, by the emulated kernels."""
     from ckd.backends import cuda
+    from ckd.backends.device import Simulated
 
     spec = importlib.util.spec_from_file_location("ckd_emulated", module)
     assert spec is not None
     assert spec.loader is not None
-    cuda._C = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cuda._C)
-    cuda._missing, cuda.DEVICE = None, "cpu"
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    cuda.use(kernels, Simulated())
 
 
 def jobs() -> int:

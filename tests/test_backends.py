@@ -12,6 +12,7 @@ import torch
 import ckd
 from ckd import backends
 from ckd.backends import cuda, reference
+from ckd.backends.device import Gpu
 from ckd.backends.interface import Problem
 
 
@@ -107,8 +108,8 @@ def test_cuda_asks_the_tensors_own_gpu_for_its_capability(monkeypatch: pytest.Mo
     """Of two GPUs, of which the current one is too old."""
     capabilities = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
     monkeypatch.setattr(cuda, "_missing", None)
-    monkeypatch.setattr(cuda, "DEVICE", "cuda")
-    monkeypatch.setattr(cuda, "_capability", capabilities.__getitem__)
+    monkeypatch.setattr(cuda, "gpu", Gpu())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     problem = Problem.of("contrastive_ce", *tensors(), None)._replace(device_type="cuda")

@@ -10,8 +10,22 @@ import torch
 
 import ckd
 from ckd.backends import reference
+from ckd.backends.interface import Inputs, Keep, Needs, Plan, Saved, Targets, Upstream
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case
+
+
+def schema_arguments(
+    case: Case,
+    backend: str,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    keep: Keep | None = None,
+) -> tuple[object, ...]:
+    """Of torch.ops.ckd.contrastive_ce."""
+    inputs = Inputs(case.student, case.bank, case.weight, case.bias, case.logit_scale)
+    targets = Targets(case.target, label_smoothing, -100, reduction)
+    return (*inputs, *targets, *Plan(backend, False), *(keep or Keep(False, False, 0)))
 
 
 def run(case: Case, backend: str, **options: object) -> torch.Tensor:
@@ -77,21 +91,19 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
 
     case = make_case(64, 50_000, 64, 64)
     bank = case.bank.half()
-    options = reference.Options(0.1, -100, False, "none")
-    tensors = (case.student, bank, case.target, case.weight, case.bias, case.logit_scale)
+    inputs = Inputs(case.student, bank, case.weight, case.bias, case.logit_scale)
+    targets, plan = Targets(case.target, 0.1, -100, "none"), Plan("reference", False)
     own = bank.untyped_storage().nbytes()
     with Watch():
-        saved = reference.contrastive_ce_forward(
-            *tensors, options, save_residual=True, save_attention=True, cache_bytes=0
-        )
+        saved = reference.contrastive_ce_forward(inputs, targets, plan, Keep(True, True, 0))
         forward_largest = largest
         reference.contrastive_ce_backward(
-            torch.ones(64),
-            None,
-            *tensors,
-            reference.Saved(*saved[1:]),
-            reference.Needs(True, True, True, True),
-            options,
+            Upstream(torch.ones(64), None),
+            inputs,
+            targets,
+            plan,
+            Saved(*saved[1:]),
+            Needs(True, True, True, True),
         )
     tile = 4 * reference.TILE_ELEMENTS
     assert own < tile, "views of the bank are seen too and must not hide a larger array"
@@ -121,10 +133,12 @@ def test_opcheck(backend: str) -> None:
         case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
         for save in (True, False):
             cache_bytes = 64 + 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
-            args = (*case.arguments, save, save, cache_bytes, 0.1, -100, "mean", False, backend)
             # save=False means that student and scale need no gradient.
-            if not save:
-                args = (case.student.detach(), *args[1:5], case.logit_scale.detach(), *args[6:])
+            fixed = replace(
+                case, student=case.student.detach(), logit_scale=case.logit_scale.detach()
+            )
+            moved = case if save else fixed
+            args = schema_arguments(moved, backend, 0.1, keep=Keep(save, save, cache_bytes))
             torch.library.opcheck(torch.ops.ckd.contrastive_ce.default, args)
 
 
@@ -148,9 +162,8 @@ def test_compiles_as_one_graph(dynamic: bool, backend: str) -> None:
 
 def test_empty_results_are_not_aliases_of_inputs(backend: str) -> None:
     case = make_case(3, 4, 5, 5)
-    outputs = torch.ops.ckd.contrastive_ce(
-        *case.arguments, False, False, 0, 0.0, -100, "none", False, backend
-    )
+    arguments = schema_arguments(case, backend, reduction="none")
+    outputs = torch.ops.ckd.contrastive_ce(*arguments)
     pointers = {t.data_ptr() for t in case.arguments if t is not None}
     assert all(o.numel() == 0 or o.data_ptr() not in pointers for o in outputs)
 

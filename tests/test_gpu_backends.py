@@ -18,6 +18,7 @@ import torch
 
 import ckd
 from ckd.backends import cuda, triton
+from ckd.backends.device import Simulated
 from tests import oracle, tolerance
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
@@ -39,27 +40,24 @@ class Gpu:
     def __init__(self, name: str) -> None:
         self.name = name
         if name == "cuda":
-            self.device, self.call = cuda.DEVICE, cuda._Call
+            self.module, self.call = cuda, cuda._Call
         else:
-            from ckd.backends import triton_launch
+            from ckd.backends.triton import call
 
-            self.device = "cpu" if triton.interpreted() else "cuda"
-            self.call = triton_launch.Call
+            self.module, self.call = triton, call.Call
+        self.device = self.module.gpu.type
 
     def in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The bank projected anew for the backward, and 48 or 64 rows at a time; the students'
         gradients in three programs, of which two are read at once."""
         ckd.backends.set_cache_limit(0)
-        if self.name == "cuda":
-            monkeypatch.setattr(cuda, "MOST_CHUNK_ROWS", 64)
-            return
-        from ckd.backends import triton_launch
+        small = type(self.module.gpu)(chunk_rows=64 if self.name == "cuda" else 48)
+        monkeypatch.setattr(self.module, "gpu", small)
+        if self.name == "triton":
+            from ckd.backends.triton import students
 
-        monkeypatch.setattr(triton_launch, "FORWARD_BYTES", 0)
-        monkeypatch.setattr(triton_launch, "BACKWARD_BYTES", 0)
-        monkeypatch.setattr(triton_launch.Call, "wave_rows", 48)
-        monkeypatch.setattr(triton_launch, "STUDENT_PROGRAMS", 3)
-        monkeypatch.setattr(triton_launch, "BLOCK_PARTS", 2)
+            monkeypatch.setattr(students, "STUDENT_PROGRAMS", 3)
+            monkeypatch.setattr(students, "BLOCK_PARTS", 2)
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled)
@@ -376,7 +374,7 @@ def test_every_candidate_gives_the_same(
     """Where tuning takes the last of the tiles for a Hopper GPU, some of which hold whole rows."""
     if gpu.name != "triton":
         pytest.skip("has nothing to choose")
-    from ckd.backends import triton_launch
+    from ckd._triton import tuning
 
     def last(key: object, candidates: Sequence[T], launch: Callable[[T], None]) -> T:
         launch(candidates[-1])
@@ -385,8 +383,9 @@ def test_every_candidate_gives_the_same(
     case = make_case(20, 70, 24, 144)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
-    monkeypatch.setattr(triton_launch, "family", lambda device: "hopper")
-    monkeypatch.setattr(triton_launch, "choose", last)
+    if triton.interpreted():
+        monkeypatch.setattr(triton, "gpu", Simulated(family="hopper"))
+    monkeypatch.setattr(tuning, "choose", last)
     for name, value in ours(gpu, case).items():
         assert relative_error(value, exact[name]) < 5e-3, name
 

@@ -12,10 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ckd
-from ckd.ops import contrastive_ce, similarity
+from ckd.backends.interface import Inputs, Keep, Plan, Targets
+from ckd.ops import _bypass, contrastive_ce, similarity
 from tests.oracle import Case, make_case
 
-OPS = (contrastive_ce._forward, contrastive_ce._backward, similarity._forward, similarity._backward)
+SHORTENED = tuple(
+    op for module in (contrastive_ce, similarity) for op in (module._forward, module._backward)
+)
+OPS = tuple(getattr(op, "op", op) for op in SHORTENED)
 
 
 def step(case: Case, backend: str = "auto") -> Tensor:
@@ -43,11 +47,13 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for op in OPS:
-        monkeypatch.setattr(op, "_registered", spy(op.name, op._registered))
+        monkeypatch.setattr(op, "registered", spy(op.name, op.registered))
     return names
 
 
 def test_plain_calls_go_straight_to_the_implementation(dispatched: list[str]) -> None:
+    if not _bypass.is_enabled():
+        pytest.skip("the bypass is off")
     step(make_case(4, 10, 8, 6))
     assert dispatched == []
 
@@ -181,9 +187,11 @@ def test_vmap_sees_the_op() -> None:
 
 def test_the_registered_op_refuses_a_gradient_that_it_kept_nothing_for(backend: str) -> None:
     case = make_case(4, 10, 8, 6).requiring("student")
-    *tensors, scale = case.arguments
-    scale = torch.as_tensor(scale, dtype=torch.float32)
-    options = (True, False, 0, 0.0, -100, "mean", False, backend)  # save_attention=False
-    _, lse, *_ = torch.ops.ckd.contrastive_ce(*tensors, scale, *options)
+    inputs = Inputs(
+        case.student, case.bank, case.weight, case.bias, torch.as_tensor(case.logit_scale)
+    )
+    targets, keep = Targets(case.target, 0.0, -100, "mean"), Keep(True, False, 0)
+    arguments = (*inputs, *targets, *Plan(backend, False), *keep)
+    _, lse, *_ = torch.ops.ckd.contrastive_ce(*arguments)
     with pytest.raises(ValueError, match="save_attention=True"):
         lse.sum().backward()

@@ -61,7 +61,7 @@ def test_gradcheck_opcheck_and_compile(backend: str) -> None:
     assert torch.autograd.gradcheck(similarity, [getattr(case, n) for n in names])
     single = make_case(3, 5, 6, 4).requiring(*GRADIENTS)
     args = (single.student, single.bank, single.weight, single.bias, single.logit_scale)
-    torch.library.opcheck(torch.ops.ckd.similarity.default, (*args, False, backend))
+    torch.library.opcheck(torch.ops.ckd.similarity.default, (*args, backend, False))
     compiled = torch.compile(ckd.normalized_similarity, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(*args, backend=backend), ckd.normalized_similarity(*args, backend=backend)

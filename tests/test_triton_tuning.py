@@ -94,14 +94,14 @@ def test_a_candidate_without_room_takes_forever() -> None:
 def test_tiles_fit_the_shared_memory_of_the_device(
     kib: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckd.backends import triton_launch
+    from ckd.backends.triton import call
 
     utils = types.SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": kib << 10})
     driver = types.SimpleNamespace(active=types.SimpleNamespace(utils=utils))
-    monkeypatch.setattr(triton_launch, "driver", driver)
-    triton_launch.family.cache_clear()
-    assert triton_launch.family(torch.device("cuda", 0)) == family
-    triton_launch.family.cache_clear()
+    monkeypatch.setattr(call, "driver", driver)
+    call.family.cache_clear()
+    assert call.family(torch.device("cuda", 0)) == family
+    call.family.cache_clear()
 
 
 def test_sizes_within_a_factor_of_two_share_a_bucket() -> None:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import triton
+from ckd._triton import tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -26,8 +27,18 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ckd.backends import triton as backend
-from ckd.backends import triton_launch
-from ckd.backends.interface import Needs, Options, Problem, Saved
+from ckd.backends.device import Simulated
+from ckd.backends.interface import (
+    Inputs,
+    Keep,
+    Needs,
+    Plan,
+    Problem,
+    Saved,
+    Targets,
+    Upstream,
+)
+from ckd.backends.triton import call
 
 T = TypeVar("T")
 TARGETS = {
@@ -188,11 +199,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-Inputs = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor
-]
-
-
 def inputs_of(
     batch: int, bank_rows: int, teacher_dim: int, student_dim: int, half: bool, learned: bool
 ) -> tuple[Inputs, int]:
@@ -207,18 +213,16 @@ def inputs_of(
         None,
     )  # fmt: skip
     cache_bytes = backend.contrastive_ce_cache_bytes(problem) if learned else 0
-    target = empty(batch, dtype=torch.int64)
-    return (student, bank, target, weight, bias, empty()), cache_bytes
+    return Inputs(student, bank, weight, bias, empty()), cache_bytes
 
 
 def on_a_gpu(
     patch: pytest.MonkeyPatch, family: str, choose: Callable[..., Any], precision: str
 ) -> None:
     """Let the launch code believe that tensors that hold nothing are on one."""
-    patch.setattr(triton_launch, "family", lambda device: family)
-    patch.setattr(triton_launch, "processors", lambda device: PROCESSORS[family])
-    patch.setattr(triton_launch, "choose", choose)
-    patch.setattr(triton_launch, "float32_products", lambda device: precision)
+    patch.setattr(backend, "gpu", Simulated(family, PROCESSORS[family]))
+    patch.setattr(tuning, "choose", choose)
+    patch.setattr(call, "float32_products", lambda device: precision)
 
 
 def step(
@@ -227,14 +231,16 @@ def step(
     """What the mean loss and all its gradients launch in half precision, on Hopper: Triton's
     kernels, and the names of torch's."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
-    options, needs = Options(0.0, -100, True, "mean"), Needs(True, True, True, True)
-    d_loss = empty()
+    targets = Targets(empty(batch, dtype=torch.int64), 0.0, -100, "mean")
+    plan, needs, d_loss = Plan("triton", True), Needs(True, True, True, True), empty()
     with pytest.MonkeyPatch.context() as patch, recorded() as launches, TorchKernels() as others:
         on_a_gpu(patch, "hopper", lambda key, candidates, launch: candidates[0], "ieee")
         saved = backend.contrastive_ce_forward(
-            *inputs, options, save_residual=True, save_attention=False, cache_bytes=cache_bytes
+            inputs, targets, plan, Keep(True, False, cache_bytes)
         )
-        backend.contrastive_ce_backward(d_loss, None, *inputs, Saved(*saved[1:]), needs, options)
+        backend.contrastive_ce_backward(
+            Upstream(d_loss, None), inputs, targets, plan, Saved(*saved[1:]), needs
+        )
     return launches, others.names
 
 
@@ -252,28 +258,22 @@ def launches_of(
 ) -> dict[Launch, None]:
     """Every launch of both ops, forward and backward, for tensors that hold nothing."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, half, learned)
-    student, bank, _, weight, bias, scale = inputs
-    row = empty(batch)
-    options, needs = Options(smoothing, -100, half, "none"), Needs(True, learned, learned, True)
+    row, target = empty(batch), empty(batch, dtype=torch.int64)
+    targets, plan = Targets(target, smoothing, -100, "none"), Plan("triton", half)
+    needs, weight_alone = Needs(True, learned, learned, True), Needs(False, learned, learned, False)
+    attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
+    rows = Upstream(row, row if attention else None)
+    mean = targets._replace(reduction="mean")
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
         on_a_gpu(patch, family, every, precision)
-        attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
-        saved = backend.contrastive_ce_forward(
-            *inputs, options, save_residual=True, save_attention=attention, cache_bytes=cache_bytes
-        )
-        d_lse = row if attention else None
-        backend.contrastive_ce_backward(row, d_lse, *inputs, Saved(*saved[1:]), needs, options)
-        mean = options._replace(reduction="mean")
-        saved = backend.contrastive_ce_forward(
-            *inputs, mean, save_residual=False, save_attention=False, cache_bytes=0
-        )
-        weight_alone = Needs(False, learned, learned, False)
-        backend.contrastive_ce_backward(
-            empty(), None, *inputs, Saved(*saved[1:]), weight_alone, mean
-        )
-        pair = (student, bank, weight, bias, scale)
-        table = backend.similarity_forward(*pair, half)
-        backend.similarity_backward(table, *pair, needs, half)
+        for upstream, wanted, reduced, keep in (
+            (rows, needs, targets, Keep(True, attention, cache_bytes)),
+            (Upstream(empty(), None), weight_alone, mean, Keep(False, False, 0)),
+        ):
+            saved = Saved(*backend.contrastive_ce_forward(inputs, reduced, plan, keep)[1:])
+            backend.contrastive_ce_backward(upstream, inputs, reduced, plan, saved, wanted)
+        table = backend.similarity_forward(inputs, plan)
+        backend.similarity_backward(table, inputs, plan, needs)
     return dict.fromkeys(launches)
 
 

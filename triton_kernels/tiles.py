@@ -12,7 +12,7 @@ from dataclasses import dataclass
 # Devices that get tiles of their own, by the shared memory of a thread block: 227 KiB (H100 and
 # later), 163 KiB (A100), 64 KiB (AMD's CDNA, and NVIDIA's for desktops, which have 99).
 HOPPER, AMPERE, SMALL = "hopper", "ampere", "small"
-INTERPRETER = "interpreter"  # whose tiles are small too, so that tests meet edges
+TINY = "tiny"  # of a simulated device, where small problems shall have several tiles
 # Of the matrix operands: float16 (bfloat16), or float32 in the matrix units, or outside them.
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 
@@ -66,7 +66,7 @@ def forward_tiles(
 ) -> tuple[Tiles, ...]:
     """The sums of the values, batch x width in float32, stay in registers."""
     whole = power_of_two(width)
-    if family == INTERPRETER:
+    if family == TINY:
         return (Tiles(32, 32, min(64, whole), min(32, whole)),)
     if arithmetic == IEEE:
         return (Tiles(32, 32, min(64, whole), 32),)
@@ -119,7 +119,7 @@ def project_tiles(
     """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
     at once), steps of D. Rows that are not aligned cost registers for addresses."""
     whole = power_of_two(width)
-    if family == INTERPRETER:
+    if family == TINY:
         return (ProductTiles(32, min(32, whole), 16),)
     if arithmetic != HALF:
         return (ProductTiles(32, 64, 32, warps=4),)
@@ -139,7 +139,7 @@ def project_tiles(
 
 
 def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductTiles, ...]:
-    if family == INTERPRETER:
+    if family == TINY:
         return (ProductTiles(32, 32, 32),)
     if arithmetic != HALF:
         return (ProductTiles(64, 64, 16),)
@@ -152,7 +152,7 @@ def weight_gradient_tiles(
     width: int, family: str, sums: int, aligned: bool
 ) -> tuple[ProductTiles, ...]:
     """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
-    if family == INTERPRETER:
+    if family == TINY:
         return (ProductTiles(32, 32, sums),)
     if not aligned:
         return (ProductTiles(64, 64, sums),)
@@ -163,7 +163,7 @@ def weight_gradient_tiles(
 
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
     """width and blocks are not used."""
-    if family == INTERPRETER:
+    if family == TINY:
         return (Tiles(32, 32, 16, 16),)
     if arithmetic != HALF:
         return (Tiles(32, 32, 32, 32, warps=4),)

@@ -43,7 +43,7 @@ def _step(backend: str, device: Device) -> Step:
 def _loss(case: Case, backend: str, device: Device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     with torch.autocast(device.name, dtype=dtype):
         loss: Tensor = ckd.contrastive_cross_entropy(
-            *case.arguments,  # type: ignore[arg-type]
+            *case.arguments,  # type: ignore[call-overload]
             backend=backend,
         )
     return loss

@@ -40,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device.set_up()
     from ckd.backends import cuda
 
-    if hasattr(cuda, "MOST_CHUNK_ROWS"):
-        cuda.MOST_CHUNK_ROWS = CHUNK_ROWS
+    cuda.gpu = type(cuda.gpu)(chunk_rows=CHUNK_ROWS)
     wrong: list[str] = []
     for number, shape in enumerate(SHAPES):
         ckd.backends.set_cache_limit(0 if number % 2 == 0 else 1 << 27)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
@@ -190,22 +189,12 @@ def answered(answer: Answer) -> Iterator[None]:
     """Whoever asks for the fastest candidate is answered by `answer`."""
     from ckd._triton import tuning
 
-    from ckd.backends import triton_launch
-
-    assert triton_launch.choose is tuning.choose, "the launches ask someone else for their tiles"
-    original: Any = tuning.choose
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.split(".")[0] == "ckd" and getattr(module, "choose", None) is original
-    ]
-    for module in modules:
-        module.choose = answer  # type: ignore[attr-defined]
+    original = tuning.choose
+    tuning.choose = answer
     try:
         yield
     finally:
-        for module in modules:
-            module.choose = original  # type: ignore[attr-defined]
+        tuning.choose = original
 
 
 def in_short(candidate: Any) -> str:

@@ -1,24 +1,23 @@
 """Which code serves a call: an ordered list of backends, each of which says why it cannot.
 
-A backend is a module of this package with `unsupported(problem) -> str | None` (the reason in
-words, or None) and, for each op, `<op>_forward` and `<op>_backward`. Backends differ in speed,
-never in results; `ckd/backends/reference.py` defines what they compute.
+A backend is a module of this package that has the functions of `interface.Backend`. Backends differ
+in speed, never in results; `ckd/backends/reference.py` defines what they compute.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import cast
 
 from torch import Tensor
 
 from ckd import _hints
 from ckd.backends import cpu, cuda, reference, triton
-from ckd.backends.interface import Problem, cache_limit, set_cache_limit
+from ckd.backends.interface import Backend, BackendName, Problem, cache_limit, set_cache_limit
 
 # "auto" takes the first that serves the problem, so the fastest stands first. cuda has not been
 # measured on a GPU: until it is shown to be the faster, triton stands before it.
-ORDER: dict[str, ModuleType] = {
+ORDER: dict[str, Backend] = {
     "triton": triton,
     "cuda": cuda,
     "cpu": cpu,
@@ -27,6 +26,7 @@ ORDER: dict[str, ModuleType] = {
 
 __all__ = [
     "BackendError",
+    "BackendName",
     "Explanation",
     "available",
     "cache_limit",
@@ -58,9 +58,10 @@ class Explanation:
         return "\n".join(lines)
 
 
-def available() -> tuple[str, ...]:
+def available() -> tuple[BackendName, ...]:
     """The names of the backends that this installation can run, fastest first."""
-    return tuple(name for name, module in ORDER.items() if module.missing() is None)
+    names = [name for name, module in ORDER.items() if module.missing() is None]
+    return cast(tuple[BackendName, ...], tuple(names))
 
 
 def explain(

@@ -9,31 +9,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from ckd.backends import native
 from ckd.backends.interface import (
     Forward,
     Gradients,
+    Inputs,
+    Keep,
     Needs,
-    Options,
+    Plan,
     Problem,
     Saved,
-    changed_settings,
+    Targets,
+    Upstream,
+    invalidate_plans,
     refuse_target,
 )
+from ckd.backends.native import _C
 from ckd.backends.precision import float32_products
 
-_missing: str | None = None
-try:
-    from ckd import _C  # type: ignore[attr-defined]
-except ImportError as error:
-    _C: Any = None  # type: ignore[no-redef]
-    _missing = f"ckd._C is not installed ({error}); python -m ckd.info says why"
-
-TIERS: dict[str, bool] = dict(_C.cpu_tiers()) if _C is not None else {}  # name -> has bfloat16
+# name -> has bfloat16
+TIERS = dict(_C.cpu_tiers()) if native.missing is None else {}
 ELEMENTS = {
     torch.float16: 0,
     torch.bfloat16: 1,
@@ -43,12 +43,11 @@ REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # Reduction of csrc/cpu/arguments
 PANEL = 64  # bank rows of a panel of the cache
 CACHE_HEADER_BYTES = 64
 SMALL_WORKSPACE = 1 << 20  # bytes
-_CPU = torch.device("cpu")
 
-# _empty(2, 3) is what kernels write to, whatever torch's defaults are, in half the time that
-# torch.empty takes when all is named. (Of a buffer, real numbers come even under a mode that fakes
-# what is created.)
+# Allocation on the CPU in half the time of torch.empty. new_empty ignores torch's default dtype and
+# device, and of a buffer it is real even under FakeTensorMode.
 _empty = torch.frombuffer(bytearray(4), dtype=torch.float32).new_empty
+_empty_bytes = torch.frombuffer(bytearray(4), dtype=torch.uint8).new_empty
 
 _tier = next(iter(TIERS), "")
 
@@ -64,23 +63,23 @@ def use_tier(name: str) -> Iterator[None]:
     if name not in TIERS:
         raise ValueError(f"tier must be one of {', '.join(TIERS)} on this machine, got {name!r}")
     before, _tier = _tier, name
-    changed_settings()
+    invalidate_plans()
     try:
         yield
     finally:
         _tier = before
-        changed_settings()
+        invalidate_plans()
 
 
 def missing() -> str | None:
     """Why this installation cannot run the backend at all, or None."""
-    return _missing
+    return native.missing
 
 
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
-    if _missing is not None:
-        return _missing
+    if native.missing is not None:
+        return native.missing
     if problem.device_type != "cpu":
         return f"the tensors are on {problem.device_type}"
     if problem.student_dtype == torch.float64:
@@ -102,147 +101,102 @@ def contrastive_ce_cache_bytes(problem: Problem) -> int:
     return CACHE_HEADER_BYTES + students + min(panels, problem.cache_limit // size) * size
 
 
-def contrastive_ce_forward(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    options: Options,
-    *,
-    save_residual: bool,
-    save_attention: bool,
-    cache_bytes: int,
-) -> Forward:
-    inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
-    batch, width = student.shape
-    loss = _empty(batch) if options.reduction == "none" else _empty(())
-    kept = _empty(()) if options.reduction == "mean" else _empty(0)
+def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
+    call = _Call(inputs, plan)
+    batch, width = inputs.student.shape
+    loss = _empty(batch) if targets.reduction == "none" else _empty(())
+    kept = _empty(()) if targets.reduction == "mean" else _empty(0)
     lse, p_other = _empty(batch), _empty(batch)
-    residual = _empty(batch, width) if save_residual else _empty(0)
-    attention = _empty(batch, width) if save_attention else _empty(0)
-    cache = _workspace(cache_bytes)
-    target = target.contiguous()
+    residual = _empty(batch, width) if keep.residual else _empty(0)
+    attention = _empty(batch, width) if keep.attention else _empty(0)
+    cache = _workspace(keep.cache_bytes)
+    target = targets.target.contiguous()
     bad = _C.cpu_contrastive_ce_forward(
-        *inputs.arguments,
-        _targets(target, options),
-        (cache.data_ptr(), cache_bytes),
-        loss.data_ptr(),
-        kept.data_ptr(),
-        lse.data_ptr(),
-        p_other.data_ptr(),
-        residual.data_ptr(),
-        attention.data_ptr(),
+        inputs=call.inputs,
+        targets=_targets(target, targets),
+        cache=(cache.data_ptr(), keep.cache_bytes),
+        loss=loss.data_ptr(),
+        kept=kept.data_ptr(),
+        lse=lse.data_ptr(),
+        p_other=p_other.data_ptr(),
+        residual=residual.data_ptr(),
+        attention=attention.data_ptr(),
     )
     if bad >= 0:
-        refuse_target(target, bad, len(bank), options.ignore_index)
+        refuse_target(targets, bad, len(inputs.bank))
     return Forward(loss, lse, kept, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
-    d_loss: Tensor | None,
-    d_lse: Tensor | None,
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    saved: Saved,
-    needs: Needs,
-    options: Options,
+    upstream: Upstream, inputs: Inputs, targets: Targets, plan: Plan, saved: Saved, needs: Needs
 ) -> Gradients:
-    inputs = _Inputs(student, bank, weight, bias, logit_scale, options.allow_half)
-    gradients = inputs.empty_gradients(needs)
-    target = target.contiguous()
-    d_loss, d_lse = _single(d_loss), _single(d_lse)
+    call = _Call(inputs, plan)
+    gradients = call.empty_gradients(needs)
+    target = targets.target.contiguous()
+    d_loss, d_lse = _single(upstream.d_loss), _single(upstream.d_lse)
     _C.cpu_contrastive_ce_backward(
-        *inputs.arguments,
-        _targets(target, options),
-        (saved.cache.data_ptr(), saved.cache.numel()),
-        _address(d_loss),
-        saved.kept.data_ptr(),
-        _address(d_lse),
-        saved.lse.data_ptr(),
-        saved.p_other.data_ptr(),
-        saved.residual.data_ptr(),
-        saved.attention.data_ptr(),
-        *(gradient.data_ptr() for gradient in gradients),
+        inputs=call.inputs,
+        targets=_targets(target, targets),
+        cache=(saved.cache.data_ptr(), saved.cache.numel()),
+        d_loss=_address(d_loss),
+        kept=saved.kept.data_ptr(),
+        d_lse=_address(d_lse),
+        lse=saved.lse.data_ptr(),
+        p_other=saved.p_other.data_ptr(),
+        residual=saved.residual.data_ptr(),
+        attention=saved.attention.data_ptr(),
+        d_student=gradients.student.data_ptr(),
+        d_weight=gradients.weight.data_ptr(),
+        d_bias=gradients.bias.data_ptr(),
+        d_logit_scale=gradients.logit_scale.data_ptr(),
     )
-    return _in_dtypes_of(gradients, student, weight, bias)
+    return _in_dtypes_of(gradients, inputs)
 
 
-def similarity_forward(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    allow_half: bool,
-) -> Tensor:
-    inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
-    logits = _empty(len(student), len(bank))
-    _C.cpu_similarity_forward(*inputs.arguments, logits.data_ptr())
+def similarity_forward(inputs: Inputs, plan: Plan) -> Tensor:
+    logits = _empty(len(inputs.student), len(inputs.bank))
+    call = _Call(inputs, plan)
+    _C.cpu_similarity_forward(inputs=call.inputs, logits=logits.data_ptr())
     return logits
 
 
-def similarity_backward(
-    d_logits: Tensor,
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Needs,
-    allow_half: bool,
-) -> Gradients:
-    inputs = _Inputs(student, bank, weight, bias, logit_scale, allow_half)
-    gradients = inputs.empty_gradients(needs)
+def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
+    call = _Call(inputs, plan)
+    gradients = call.empty_gradients(needs)
     d_logits = _single(d_logits)
     _C.cpu_similarity_backward(
-        *inputs.arguments, d_logits.data_ptr(), *(gradient.data_ptr() for gradient in gradients)
+        inputs=call.inputs,
+        d_logits=d_logits.data_ptr(),
+        d_student=gradients.student.data_ptr(),
+        d_weight=gradients.weight.data_ptr(),
+        d_bias=gradients.bias.data_ptr(),
+        d_logit_scale=gradients.logit_scale.data_ptr(),
     )
-    return _in_dtypes_of(gradients, student, weight, bias)
+    return _in_dtypes_of(gradients, inputs)
 
 
-class _Inputs:
-    """Student, bank, projection and scale as the kernels take them, kept alive during the call.
+class _Call:
+    """The inputs as the kernels take them, kept alive during the call.
 
     The bank is read in place, whatever its dtype and the distance of its rows; the rest is small
     and converted to contiguous float32.
     """
 
-    def __init__(
-        self,
-        student: Tensor,
-        bank: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        logit_scale: Tensor,
-        allow_half: bool,
-    ) -> None:
-        half = allow_half or float32_products("cpu") == "bf16"
-        self.student = _single(student)
-        self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
-        self.weight = _single(weight)
-        self.bias = _single(bias)
-        self.arguments = (
+    def __init__(self, inputs: Inputs, plan: Plan) -> None:
+        half = TIERS[_tier] and (plan.allow_half or float32_products("cpu") == "bf16")
+        student, bank, weight, bias, logit_scale = inputs
+        self.student = student = _single(student)
+        self.bank = bank = bank if bank.stride(1) == 1 else bank.contiguous()
+        self.weight, self.bias = _single(weight), _single(bias)
+        self.inputs = (
             _tier,
-            (
-                (self.student.data_ptr(), *student.shape),
-                (
-                    self.bank.data_ptr(),
-                    ELEMENTS[bank.dtype],
-                    *bank.shape,
-                    self.bank.stride(0),
-                ),
-                _address(self.weight),
-                _address(self.bias),
-                logit_scale.item(),
-                half and TIERS[_tier],
-                torch.get_num_threads(),
-            ),
+            (student.data_ptr(), *student.shape),
+            (bank.data_ptr(), ELEMENTS[bank.dtype], *bank.shape, bank.stride(0)),
+            _address(self.weight),
+            _address(self.bias),
+            logit_scale.item(),
+            half,
+            torch.get_num_threads(),
         )
 
     def empty_gradients(self, needs: Needs) -> Gradients:
@@ -271,22 +225,20 @@ def _workspace(size: int) -> Tensor:
     """Bytes. Many come from the kernels' own memory, which stays allocated: fresh pages cost 4 % of
     a step. Few come from torch, which is faster, and malloc keeps their pages too."""
     if size <= SMALL_WORKSPACE:
-        return torch.empty(size, dtype=torch.uint8, device=_CPU)
+        return _empty_bytes(size)
     return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)
 
 
-def _targets(target: Tensor, options: Options) -> tuple[int, int, float, int]:
-    reduction = REDUCTIONS[options.reduction]
-    return target.data_ptr(), options.ignore_index, options.label_smoothing, reduction
+def _targets(contiguous: Tensor, targets: Targets) -> tuple[int, int, float, int]:
+    reduction = REDUCTIONS[targets.reduction]
+    return contiguous.data_ptr(), targets.ignore_index, targets.label_smoothing, reduction
 
 
-def _in_dtypes_of(
-    gradients: Gradients, student: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Gradients:
+def _in_dtypes_of(gradients: Gradients, inputs: Inputs) -> Gradients:
     return Gradients(
-        _like(gradients.student, student),
-        _like(gradients.weight, weight),
-        _like(gradients.bias, bias),
+        _like(gradients.student, inputs.student),
+        _like(gradients.weight, inputs.weight),
+        _like(gradients.bias, inputs.bias),
         gradients.logit_scale,
     )
 

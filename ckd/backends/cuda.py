@@ -8,33 +8,36 @@ depend on an order: the same bits every time.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ckd.backends import native
+from ckd.backends.device import Gpu, beyond_limits, elsewhere
 from ckd.backends.interface import (
     Forward,
     Gradients,
+    Inputs,
+    Keep,
     Needs,
-    Options,
+    Plan,
     Problem,
     Saved,
+    Targets,
+    Upstream,
     check_targets,
+    zero_gradients,
 )
 
-_missing: str | None = None
-try:
-    from ckd import _C  # type: ignore[attr-defined]
-except ImportError as error:
-    _C: Any = None  # type: ignore[no-redef]
-    _missing = f"ckd._C is not installed ({error}); python -m ckd.info says why"
+_C, _missing = native._C, native.missing
 if _missing is None and not hasattr(_C, "cuda_contrastive_ce_forward"):
     _missing = "ckd._C was built without CUDA; python -m ckd.info says why"
+gpu = Gpu()
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # Element of arguments.h
 WIDTH_MULTIPLE = 16  # of the projected bank's rows
@@ -43,9 +46,12 @@ PIECE_SCALE = 64  # by which pieces of float32 numbers are multiplied
 MAX_PARTS = 16
 LEAST_TERMS = 8 * TILE  # of a part of a long sum: fewer are not worth adding up parts for
 WIDEST = 1 << 20  # a row: 65,535 tiles are the most of a launch
-DEVICE = "cuda"
-# Rows of the bank that are worked on at once; the kernels' own bound is 64 MiB of workspace.
-MOST_CHUNK_ROWS = 1 << 40
+
+
+def use(module: ModuleType, device: Gpu) -> None:
+    """Launch the kernels of another module on another device: for tests."""
+    global _C, _missing, gpu
+    _C, _missing, gpu = module, None, device
 
 
 def missing() -> str | None:
@@ -54,33 +60,26 @@ def missing() -> str | None:
 
 
 def _missing_on(device_index: int | None) -> str | None:
-    if _missing is not None or DEVICE != "cuda":
-        return _missing
-    if torch.version.hip is not None:
+    reason = _missing or gpu.missing()
+    if reason is not None:
+        return reason
+    if gpu.type == "cuda" and torch.version.hip is not None:
         return "the GPU is AMD's"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    major, minor = _capability(device_index)
+    major, minor = gpu.capability(device_index)
     if major < 8:
         return f"the GPU is of compute capability {major}.{minor}; the kernels need 8.0"
     return None
 
 
 def unsupported(problem: Problem) -> str | None:
-    if problem.device_type != DEVICE:  # first: asking for GPUs takes longer
-        return f"the tensors are on {problem.device_type}, not on {DEVICE}"
-    reason = _missing_on(problem.device_index)
-    if reason is not None:
-        return reason
-    if problem.student_dtype not in ELEMENTS:
-        return f"has no {str(problem.student_dtype).removeprefix('torch.')} arithmetic"
-    if max(problem.batch, problem.bank_rows) >= 2**31 - 2 * TILE:  # the next tile's row is one too
-        return "has 32-bit row numbers: less than 2^31 - 128 students and bank rows"
-    if problem.student_dim == 0 or problem.teacher_dim == 0:
-        return "rows of width 0"
-    if max(problem.student_dim, problem.teacher_dim) > WIDEST:
+    reason = (
+        elsewhere(problem, gpu)  # first: asking for GPUs takes longer
+        or _missing_on(problem.device_index)
+        or beyond_limits(problem, spare_rows=2 * TILE)  # the next tile's row is one too
+    )
+    if reason is None and max(problem.student_dim, problem.teacher_dim) > WIDEST:
         return f"rows wider than {WIDEST:,}"
-    return None
+    return reason
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
@@ -91,146 +90,125 @@ def contrastive_ce_cache_bytes(problem: Problem) -> int:
     return needed if needed <= problem.cache_limit else 0
 
 
-def contrastive_ce_forward(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    options: Options,
-    *,
-    save_residual: bool,
-    save_attention: bool,
-    cache_bytes: int,
-) -> Forward:
-    check_targets(target, len(bank), options.ignore_index)
-    call = _Call(student, bank, weight, bias, logit_scale, options.allow_half)
-    batch = len(student)
-    cache = call.empty(cache_bytes, dtype=torch.uint8)
+def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
+    check_targets(targets, len(inputs.bank))
+    call = _Call(inputs, plan)
+    batch, reduction = len(inputs.student), targets.reduction
+    cache = call.empty(keep.cache_bytes, dtype=torch.uint8)
     nll, lse, p_other = (call.empty(batch) for _ in range(3))
-    if options.reduction == "none":
-        loss, kept = call.empty(0), call.empty(0)
-    else:  # of no rows nothing is started
-        loss = call.empty(()).zero_() if batch == 0 else call.empty(())
-        kept = call.empty(0)
-        if options.reduction == "mean":
-            kept = torch.ones_like(loss) if batch == 0 else call.empty(())
-    residual = call.empty(student.shape if save_residual else 0)
-    attention = call.empty(student.shape if save_attention else 0)
-    target = target.contiguous()
+    loss, kept = call.empty(0 if reduction == "none" else ()), call.empty(0)
+    if reduction == "mean":
+        kept = call.empty(())
+    if batch == 0:  # nothing is launched
+        loss.zero_()
+        kept.fill_(1)
+    residual = call.empty(inputs.student.shape if keep.residual else 0)
+    attention = call.empty(inputs.student.shape if keep.attention else 0)
+    target = targets.target.contiguous()
     call.run(
-        _C.cuda_contrastive_ce_forward,
-        (target.data_ptr(), options.ignore_index, options.label_smoothing),
-        *(x.data_ptr() for x in (cache, nll, loss, kept, lse, p_other, residual, attention)),
+        partial(
+            _C.cuda_contrastive_ce_forward,
+            targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
+            cache=cache.data_ptr(),
+            nll=nll.data_ptr(),
+            loss=loss.data_ptr(),
+            kept=kept.data_ptr(),
+            lse=lse.data_ptr(),
+            p_other=p_other.data_ptr(),
+            residual=residual.data_ptr(),
+            attention=attention.data_ptr(),
+        )
     )
-    loss = nll if options.reduction == "none" else loss
+    loss = nll if reduction == "none" else loss
     return Forward(loss, lse, kept, p_other, residual, attention, cache)
 
 
 def contrastive_ce_backward(
-    d_loss: Tensor | None,
-    d_lse: Tensor | None,
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    saved: Saved,
-    needs: Needs,
-    options: Options,
+    upstream: Upstream, inputs: Inputs, targets: Targets, plan: Plan, saved: Saved, needs: Needs
 ) -> Gradients:
-    call = _Call(student, bank, weight, bias, logit_scale, options.allow_half)
-    if len(student) == 0:
-        return call.zero_gradients(needs)
-    target = target.contiguous()
+    if len(inputs.student) == 0:
+        return zero_gradients(inputs, needs)
+    call = _Call(inputs, plan)
+    target = targets.target.contiguous()
     gradients = _Gradients(call, needs)
     call.run(
-        _C.cuda_contrastive_ce_backward,
-        (target.data_ptr(), options.ignore_index, options.label_smoothing),
-        saved.cache.data_ptr(),
-        _strided(d_loss),
-        saved.kept.data_ptr(),
-        _strided(d_lse),
-        *(x.data_ptr() for x in (saved.lse, saved.p_other, saved.residual, saved.attention)),
-        *gradients.of_rows,
-        *gradients.of_projection,
+        partial(
+            _C.cuda_contrastive_ce_backward,
+            targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
+            cache=saved.cache.data_ptr(),
+            d_nll=_strided(upstream.d_loss),
+            kept=saved.kept.data_ptr(),
+            d_lse=_strided(upstream.d_lse),
+            lse=saved.lse.data_ptr(),
+            p_other=saved.p_other.data_ptr(),
+            residual=saved.residual.data_ptr(),
+            attention=saved.attention.data_ptr(),
+            d_student=gradients.student.data_ptr(),
+            along=gradients.along.data_ptr(),
+            d_weight=gradients.weight.data_ptr(),
+            d_bias=gradients.bias.data_ptr(),
+            weight_parts=gradients.parts,
+        )
     )
     return gradients.result()
 
 
-def similarity_forward(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    allow_half: bool,
-) -> Tensor:
-    call = _Call(student, bank, weight, bias, logit_scale, allow_half)
-    logits = call.empty(len(student), len(bank))
-    call.run(_C.cuda_similarity_forward, logits.data_ptr())
+def similarity_forward(inputs: Inputs, plan: Plan) -> Tensor:
+    call = _Call(inputs, plan)
+    logits = call.empty(len(inputs.student), len(inputs.bank))
+    call.run(partial(_C.cuda_similarity_forward, logits=logits.data_ptr()))
     return logits
 
 
-def similarity_backward(
-    d_logits: Tensor,
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Needs,
-    allow_half: bool,
-) -> Gradients:
-    call = _Call(student, bank, weight, bias, logit_scale, allow_half)
-    batch, width = student.shape
+def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
+    batch, width = inputs.student.shape
     if batch == 0:
-        return call.zero_gradients(needs)
+        return zero_gradients(inputs, needs)
+    call = _Call(inputs, plan)
     d_logits = d_logits.float().contiguous()
     gradients = _Gradients(call, needs)
     of_rows, of_bank = needs.student or needs.logit_scale, needs.weight or needs.bias
-    # By which float16 is scaled: each student's slope, and each bank row's gradient, on its own.
-    largest = [
+    # float16 is scaled by these: each student's slope, and each bank row's gradient, on its own.
+    largest_of_student, largest_of_row = (
         torch.linalg.vector_norm(d_logits, torch.inf, dim=dim) if wanted else call.empty(0)
         for dim, wanted in ((1, of_rows), (0, of_bank))
-    ]
-    parts, piece = call.parts(batch, call.row_length, len(bank)), -(-width // 16) * 16
+    )
+    parts = call.parts(batch, call.row_length, len(inputs.bank))
     slope = call.empty((parts, batch, call.row_length) if of_rows else 0)
     call.run(
-        _C.cuda_similarity_backward,
-        d_logits.data_ptr(),
-        (largest[0].data_ptr(), largest[1].data_ptr()),
-        slope.data_ptr(),
-        parts,
-        *gradients.of_projection,
+        partial(
+            _C.cuda_similarity_backward,
+            d_logits=d_logits.data_ptr(),
+            largest_of_student=largest_of_student.data_ptr(),
+            largest_of_row=largest_of_row.data_ptr(),
+            slope=slope.data_ptr(),
+            slope_parts=parts,
+            d_weight=gradients.weight.data_ptr(),
+            d_bias=gradients.bias.data_ptr(),
+            weight_parts=gradients.parts,
+        )
     )
     if of_rows:
         slope = slope.sum(0)
         if call.exact:  # the bank's high and low pieces
+            piece = -(-width // 16) * 16
             slope = (slope[:, :piece] + slope[:, 2 * piece :]) / PIECE_SCALE
         slope = slope[:, :width].contiguous()
         one = call.empty(1).fill_(1)
         call.run(
-            _C.cuda_contrastive_ce_backward,
-            (0, 0, 0.0),
-            0,
-            (one.data_ptr(), 0),
-            0,
-            (0, 0),
-            0,
-            0,
-            slope.data_ptr(),
-            0,
-            *gradients.of_rows,
-            *(0, 0, 1),
+            partial(
+                _C.cuda_contrastive_ce_backward,
+                d_nll=(one.data_ptr(), 0),
+                residual=slope.data_ptr(),
+                d_student=gradients.student.data_ptr(),
+                along=gradients.along.data_ptr(),
+            )
         )
     return gradients.result()
 
 
 class _Gradients:
-    """Room for the gradients that are asked for."""
+    """Outputs of the kernels, [0] for a gradient that is not asked for."""
 
     def __init__(self, call: _Call, needs: Needs) -> None:
         self._call, self._needs = call, needs
@@ -238,47 +216,32 @@ class _Gradients:
         of_rows, projection = needs.student or needs.logit_scale, needs.weight or needs.bias
         # A block of the kernel that multiplies with the bank has two tiles of columns, where half
         # precision is permitted.
-        self._parts = parts = call.parts(width, dim if call.exact else dim / 2, len(call.bank))
-        self._student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
-        self._along = call.empty(batch if of_rows else 0)
-        self._weight = call.empty((parts, width, dim) if projection else 0)
-        self._bias = call.empty((parts, width) if needs.bias else 0)
-
-    @property
-    def of_rows(self) -> tuple[int, int]:
-        return self._student.data_ptr(), self._along.data_ptr()
-
-    @property
-    def of_projection(self) -> tuple[int, int, int]:
-        return self._weight.data_ptr(), self._bias.data_ptr(), self._parts
+        self.parts = parts = call.parts(width, dim if call.exact else dim / 2, len(call.bank))
+        self.student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
+        self.along = call.empty(batch if of_rows else 0)  # its sum is d_logit_scale
+        self.weight = call.empty((parts, width, dim) if projection else 0)
+        self.bias = call.empty((parts, width) if needs.bias else 0)
 
     def result(self) -> Gradients:
         """Each in its input's dtype, [0] where none was asked for."""
         call, needs = self._call, self._needs
         d_weight = d_bias = d_scale = None
         if needs.weight and call.weight_like is not None:
-            d_weight = _sum_of_parts(self._weight).to(call.weight_like.dtype)
+            d_weight = _sum_of_parts(self.weight).to(call.weight_like.dtype)
         if needs.bias and call.bias_like is not None:
-            d_bias = _sum_of_parts(self._bias).to(call.bias_like.dtype)
+            d_bias = _sum_of_parts(self.bias).to(call.bias_like.dtype)
         if needs.logit_scale:
-            d_scale = self._along.sum()
+            d_scale = self.along.sum()
         others = (call.empty(0) if d is None else d for d in (d_weight, d_bias, d_scale))
-        return Gradients(self._student, *others)
+        return Gradients(self.student, *others)
 
 
 class _Call:
-    """The inputs as the kernels take them, kept alive until they are started."""
+    """The inputs as the kernels take them, kept alive until they are launched."""
 
-    def __init__(
-        self,
-        student: Tensor,
-        bank: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        logit_scale: Tensor,
-        allow_half: bool,
-    ) -> None:
-        self.exact, self.dtype = not allow_half, student.dtype
+    def __init__(self, inputs: Inputs, plan: Plan) -> None:
+        student, bank, weight, bias, logit_scale = inputs
+        self.exact, self.dtype = not plan.allow_half, student.dtype
         self.student = student if student.stride(1) == 1 else student.contiguous()
         self.bank = bank if bank.stride(1) == 1 else bank.contiguous()
         self.weight_like, self.bias_like = weight, bias
@@ -317,27 +280,21 @@ class _Call:
         """Into how many parts long sums are cut: with the tiles of [rows, columns], as many as run
         at once, two blocks on each multiprocessor."""
         tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
-        wanted = 2 * _processors(self.student.device) // tiles
+        wanted = 2 * gpu.processors(self.student.device) // tiles
         return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 
-    def run(self, function: Any, *arguments: Any) -> None:
+    def run(self, function: Callable[..., int]) -> None:
+        """Launch the kernels of a function of _C; without a workspace it returns the bytes of one
+        that it needs."""
         device = self.student.device
-        sizes = (_processors(device), MOST_CHUNK_ROWS)
-        needed = function(self._inputs, *arguments, sizes, 0, 0)
+        sizes = (gpu.processors(device), gpu.chunk_rows)
+        needed = function(inputs=self._inputs, launch=(*sizes, 0, 0))
         workspace = self.empty(max(1, needed), dtype=torch.uint8)
-        with _on(device):
-            stream = torch.cuda.current_stream(device).cuda_stream if DEVICE == "cuda" else 0
-            error = function(self._inputs, *arguments, sizes, workspace.data_ptr(), stream)
+        with gpu.current(device):
+            launch = (*sizes, workspace.data_ptr(), gpu.stream(device))
+            error = function(inputs=self._inputs, launch=launch)
         if error != 0:
             raise RuntimeError(_start_failed(device, error))
-
-    def zero_gradients(self, needs: Needs) -> Gradients:
-        """Of no students."""
-        every = (self.student, self.weight_like, self.bias_like, self.scale)
-        pairs = zip(every, needs)
-        return Gradients(
-            *(torch.zeros_like(x) if x is not None and need else self.empty(0) for x, need in pairs)
-        )
 
 
 def _start_failed(device: torch.device, error: int) -> str:
@@ -364,19 +321,3 @@ def _strided(d: Tensor | None) -> tuple[int, int]:
 
 def _rows(matrix: Tensor) -> tuple[int, int, int, int, int]:
     return (matrix.data_ptr(), ELEMENTS[matrix.dtype], *matrix.shape, matrix.stride(0))
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def _capability(device_index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 3  # emulated: enough for several parts
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,21 +1,21 @@
-"""What passes between the ops and the backends."""
+"""The records that pass between the ops and the backends, and the settings that both depend on."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 DEFAULT_CACHE_LIMIT = 128 << 20
 _cache_limit = DEFAULT_CACHE_LIMIT
-settings = 0  # how often something changed on which a backend's choice or memory hangs
+settings_version = 0  # +1 on each change of a setting; part of every plan's cache key
 
 
-def changed_settings() -> None:
-    """To be called after such a change: what examining earlier calls found holds no longer."""
-    global settings
-    settings += 1
+def invalidate_plans() -> None:
+    """Invalidate all cached plans. Call it after a change on which a plan depends."""
+    global settings_version
+    settings_version += 1
 
 
 def cache_limit() -> int:
@@ -29,7 +29,7 @@ def set_cache_limit(limit: int) -> None:
 
     Without it the backward for weight and bias projects the bank again: 2 K D W operations. Kept
     rows take W float16 numbers on a GPU and W bfloat16 ones on the CPU where half precision is
-    permitted, else W float32 ones; a GPU keeps all rows or none. 128 MiB unless it is set.
+    permitted, else W float32 ones; a GPU keeps all rows or none. The default is 128 MiB.
 
     Raises ValueError for a negative limit.
 
@@ -39,13 +39,51 @@ def set_cache_limit(limit: int) -> None:
     if not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit must be a number of bytes, an int >= 0, got {limit!r}")
     _cache_limit = limit
-    changed_settings()
+    invalidate_plans()
+
+
+Reduction = Literal["none", "sum", "mean"]
+BackendName = Literal["auto", "triton", "cuda", "cpu", "reference"]
+
+
+class Inputs(NamedTuple):
+    """The tensors that are compared."""
+
+    student: Tensor  # [B, W]
+    bank: Tensor  # [K, D]
+    weight: Tensor | None  # [W, D]
+    bias: Tensor | None  # [W]
+    logit_scale: Tensor  # 0-dim, float32, or float64 for a float64 student
+
+
+class Targets(NamedTuple):
+    """The targets of the contrastive cross-entropy, and how it treats them."""
+
+    target: Tensor  # [B] int64
+    label_smoothing: float
+    ignore_index: int
+    reduction: Reduction
+
+
+class Plan(NamedTuple):
+    """Who computes a call, and in which precision."""
+
+    backend: str
+    allow_half: bool  # see Problem; permission, not an order
+
+
+class Keep(NamedTuple):
+    """What the forward of the contrastive cross-entropy keeps for its backward; see Forward."""
+
+    residual: bool
+    attention: bool
+    cache_bytes: int
 
 
 class Problem(NamedTuple):
-    """One call of an op: sizes, dtypes and device, no tensors.
+    """The metadata of a call, by which a backend says whether it can serve it: no tensors.
 
-    `allow_half` says that matrix operands may be rounded to half precision (accumulation and the
+    `allow_half` permits rounding the operands of matrix products to half precision (sums and the
     softmax stay float32): the student is half precision, or autocast is on.
     """
 
@@ -60,7 +98,7 @@ class Problem(NamedTuple):
     weight_dtype: torch.dtype | None  # None: no projection
     allow_half: bool
     cache_limit: int  # bytes that the forward may keep of the projected bank
-    device_index: int | None  # which of the devices; None for a type that has one
+    device_index: int | None  # None for a device type that has a single device
 
     @classmethod
     def of(cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None) -> Problem:
@@ -83,23 +121,11 @@ class Problem(NamedTuple):
         )
 
 
-Reduction = Literal["none", "sum", "mean"]
-
-
-class Options(NamedTuple):
-    """How the contrastive cross-entropy treats targets, and what precision it may use."""
-
-    label_smoothing: float
-    ignore_index: int
-    allow_half: bool  # see Problem; permission, not an order
-    reduction: Reduction
-
-
 class Forward(NamedTuple):
     """The forward of the contrastive cross-entropy; float32, or float64 for a float64 student.
 
-    All but the loss and lse is for the backward, which for student and logit_scale then needs no
-    second look at the bank.
+    Everything after lse is for the backward, which then computes the gradients of student and
+    logit_scale without reading the bank again.
     """
 
     loss: Tensor  # [B] for reduction "none": nll, 0 where ignored; else 0-dim
@@ -108,11 +134,11 @@ class Forward(NamedTuple):
     p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
     residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
     attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
-    cache: Tensor  # uint8 [cache_bytes] what the backend leaves for its own backward
+    cache: Tensor  # uint8 [Keep.cache_bytes], in the backend's own format
 
 
 class Saved(NamedTuple):
-    """What the backward gets of Forward."""
+    """The outputs of the forward that the backward reads: all but the loss."""
 
     lse: Tensor
     kept: Tensor
@@ -120,6 +146,13 @@ class Saved(NamedTuple):
     residual: Tensor
     attention: Tensor
     cache: Tensor
+
+
+class Upstream(NamedTuple):
+    """Gradients of the outputs of the contrastive cross-entropy; None: zeros."""
+
+    d_loss: Tensor | None  # shaped as the loss
+    d_lse: Tensor | None  # [B]
 
 
 class Needs(NamedTuple):
@@ -140,31 +173,70 @@ class Gradients(NamedTuple):
     logit_scale: Tensor
 
 
-def reduce_rows(nll: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Forward.loss and Forward.kept of the rows' losses [B]. The mean over no rows is 0."""
-    if options.reduction != "mean":
-        return nll if options.reduction == "none" else nll.sum(), nll.new_empty(0)
-    kept = (target != options.ignore_index).sum().clamp_(min=1).to(nll.dtype)
+class Backend(Protocol):
+    """A module of `ckd.backends`. ckd/backends/reference.py defines the results."""
+
+    def missing(self) -> str | None:
+        """Why this installation cannot run the backend at all, or None."""
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Why the backend cannot serve a problem, in words, or None."""
+
+    def contrastive_ce_cache_bytes(self, problem: Problem) -> int:
+        """The size of Forward.cache, where the backward needs gradients of weight or bias."""
+
+    def contrastive_ce_forward(
+        self, inputs: Inputs, targets: Targets, plan: Plan, keep: Keep
+    ) -> Forward: ...
+
+    def contrastive_ce_backward(
+        self,
+        upstream: Upstream,
+        inputs: Inputs,
+        targets: Targets,
+        plan: Plan,
+        saved: Saved,
+        needs: Needs,
+    ) -> Gradients: ...
+
+    def similarity_forward(self, inputs: Inputs, plan: Plan) -> Tensor: ...
+
+    def similarity_backward(
+        self, d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Needs
+    ) -> Gradients: ...
+
+
+def zero_gradients(inputs: Inputs, needs: Needs) -> Gradients:
+    """The gradients of a batch without students."""
+    differentiable = (inputs.student, inputs.weight, inputs.bias, inputs.logit_scale)
+    pairs = zip(differentiable, needs)
+    nothing = inputs.student.new_empty
+    return Gradients(
+        *(torch.zeros_like(x) if x is not None and need else nothing(0) for x, need in pairs)
+    )
+
+
+def reduce_rows(nll: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Forward.loss and Forward.kept from the losses [B] of the rows. The mean over no rows is 0."""
+    if targets.reduction != "mean":
+        return nll if targets.reduction == "none" else nll.sum(), nll.new_empty(0)
+    kept = (targets.target != targets.ignore_index).sum().clamp_(min=1).to(nll.dtype)
     return nll.sum() / kept, kept
 
 
-def row_weights(d_loss: Tensor | None, kept: Tensor, options: Options) -> Tensor | None:
-    """What is to be taken for d nll, [B] or 0-dim, from d loss."""
-    return d_loss / kept if d_loss is not None and options.reduction == "mean" else d_loss
-
-
-def check_targets(target: Tensor, bank_rows: int, ignore_index: int) -> None:
-    """Raise IndexError for a target that is no row of the bank. On a GPU, where looking would be a
-    synchronisation, nothing is read, and such a row's loss is NaN."""
+def check_targets(targets: Targets, bank_rows: int) -> None:
+    """Raise IndexError for a target that is no row of the bank. On a GPU, where reading it would
+    be a synchronisation, nothing is read, and the loss of such a row is NaN."""
+    target = targets.target
     if target.device.type != "cpu" or len(target) == 0:
         return
-    bad = ((target < 0) | (target >= bank_rows)) & (target != ignore_index)
+    bad = ((target < 0) | (target >= bank_rows)) & (target != targets.ignore_index)
     if bad.any():
-        refuse_target(target, int(bad.nonzero()[0]), bank_rows, ignore_index)
+        refuse_target(targets, int(bad.nonzero()[0]), bank_rows)
 
 
-def refuse_target(target: Tensor, row: int, bank_rows: int, ignore_index: int) -> NoReturn:
+def refuse_target(targets: Targets, row: int, bank_rows: int) -> NoReturn:
     raise IndexError(
-        f"target[{row}] = {int(target[row])} is out of range for a bank of {bank_rows} rows; "
-        f"expected 0 <= target < {bank_rows}, or ignore_index ({ignore_index})"
+        f"target[{row}] = {int(targets.target[row])} is out of range for a bank of {bank_rows} "
+        f"rows; expected 0 <= target < {bank_rows}, or ignore_index ({targets.ignore_index})"
     )

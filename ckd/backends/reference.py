@@ -20,13 +20,16 @@ from torch import Tensor
 from ckd.backends.interface import (
     Forward,
     Gradients,
+    Inputs,
+    Keep,
     Needs,
-    Options,
+    Plan,
     Problem,
     Saved,
+    Targets,
+    Upstream,
     check_targets,
     reduce_rows,
-    row_weights,
 )
 
 MIN_NORM = 1e-6
@@ -49,35 +52,21 @@ def contrastive_ce_cache_bytes(problem: Problem) -> int:
     return 0
 
 
-def contrastive_ce_forward(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    options: Options,
-    *,
-    save_residual: bool,
-    save_attention: bool,
-    cache_bytes: int,
-) -> Forward:
+def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
     """One pass over the bank: loss, lse and what the backward for student and scale needs.
 
     The sums leave the target out: with a = log sum_{k != y} exp(l_k) - l_y, the loss is
     softplus(a) and E - n_y = sigmoid(a) (E' - n_y), E' being the mean of n over k != y. Nothing
     cancels when the softmax is peaked, where lse - l_y and E - n_y would lose every digit.
     """
-    check_targets(target, len(bank), options.ignore_index)
-    label_smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    with _exact(student):
-        u, _ = _student_rows(student)
-        tau = _positive(logit_scale)
-        has_target = _has_target(target, len(bank), ignore_index)
-        keep_values = save_residual or save_attention
-        sums = _sum_over_bank(
-            u, tau, target, has_target, _tiles(u, bank, weight, bias), keep_values
-        )
+    bank_rows, label_smoothing = len(inputs.bank), targets.label_smoothing
+    check_targets(targets, bank_rows)
+    with _exact(inputs.student):
+        u, _ = _student_rows(inputs.student)
+        tau = _positive(inputs.logit_scale)
+        has_target = _has_target(targets, bank_rows)
+        keep_values = keep.residual or keep.attention
+        sums = _sum_over_bank(u, tau, targets.target, has_target, _tiles(u, inputs), keep_values)
 
         log_other = sums.shift + sums.total.log()
         log_odds = log_other - sums.l_target  # of "not the target"; +inf where there is no target
@@ -85,7 +74,7 @@ def contrastive_ce_forward(
         nll = torch.logaddexp(log_odds, torch.zeros_like(log_odds))
         lse = torch.logaddexp(sums.l_target, log_other)
         n_other = sums.values / sums.total.masked_fill(sums.total == 0, 1)
-        n_mean = sums.n_sum / len(bank)
+        n_mean = sums.n_sum / bank_rows
         residual = p_other * (n_other - sums.n_target)
         if label_smoothing > 0:
             l_mean = tau * (u @ n_mean.unsqueeze(1))
@@ -94,17 +83,17 @@ def contrastive_ce_forward(
         residual = residual.masked_fill(~has_target.unsqueeze(1), 0)
         attention = p_other * n_other + (1 - p_other) * sums.n_target
 
-        without = _loss_without_target(target, ignore_index, nll)
+        without = _loss_without_target(targets, nll)
         nothing = u.new_empty(0)
-        loss, kept = reduce_rows(torch.where(has_target, nll.squeeze(1), without), target, options)
+        loss, kept = reduce_rows(torch.where(has_target, nll.squeeze(1), without), targets)
         return Forward(
             loss=loss,
             kept=kept,
             lse=lse.squeeze(1),
             p_other=p_other.squeeze(1),
-            residual=residual if save_residual else nothing,
-            attention=attention if save_attention else nothing.clone(),
-            cache=u.new_empty(cache_bytes, dtype=torch.uint8),
+            residual=residual if keep.residual else nothing,
+            attention=attention if keep.attention else nothing.clone(),
+            cache=u.new_empty(keep.cache_bytes, dtype=torch.uint8),
         )
 
 
@@ -154,24 +143,17 @@ def _sum_over_bank(
 
 
 def contrastive_ce_backward(
-    d_loss: Tensor | None,
-    d_lse: Tensor | None,
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    saved: Saved,
-    needs: Needs,
-    options: Options,
+    upstream: Upstream, inputs: Inputs, targets: Targets, plan: Plan, saved: Saved, needs: Needs
 ) -> Gradients:
-    """Gradients for d_loss and d_lse [B]; only weight and bias read the bank again."""
-    label_smoothing, ignore_index = options.label_smoothing, options.ignore_index
-    d_nll = row_weights(d_loss, saved.kept, options)
+    """Only the gradients of weight and bias read the bank again."""
+    student, bank, _, _, logit_scale = inputs
+    target, label_smoothing = targets.target, targets.label_smoothing
+    d_nll, d_lse = upstream
+    if d_nll is not None and targets.reduction == "mean":
+        d_nll = d_nll / saved.kept
     with _exact(student):
         tau = _positive(logit_scale)
-        has_target = _has_target(target, len(bank), ignore_index).unsqueeze(1)
+        has_target = _has_target(targets, len(bank)).unsqueeze(1)
         zero = saved.lse.new_zeros(len(student), 1)
         g = zero if d_nll is None else d_nll.to(zero.dtype).unsqueeze(-1)
         g = torch.where(has_target, g, 0)
@@ -190,12 +172,12 @@ def contrastive_ce_backward(
             slope = slope.masked_fill(idle, 0)
             d_student, d_logit_scale = _row_gradients(slope, u, inverse_norm, tau, needs)
 
-        projection = _ProjectionGradient(u, bank, weight, bias, needs)
+        projection = _ProjectionGradient(u, inputs, needs)
         if needs.weight or needs.bias:
             query = tau * u
             lse, p_other = (x.unsqueeze(1).masked_fill(idle, 0) for x in (saved.lse, saved.p_other))
             smooth = g * (label_smoothing / len(bank))
-            for tile in _tiles(u, bank, weight, bias):
+            for tile in _tiles(u, inputs):
                 p = (query @ tile.n.T).sub_(lse).exp_()
                 inside, column = tile.locate(target, has_target.squeeze(1))
                 p_target = p.gather(1, column)
@@ -214,41 +196,26 @@ def contrastive_ce_backward(
         )
 
 
-def similarity_forward(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    allow_half: bool,
-) -> Tensor:
+def similarity_forward(inputs: Inputs, plan: Plan) -> Tensor:
     """logit_scale u.n for every pair, [B, K]."""
-    with _exact(student):
-        u, _ = _student_rows(student)
-        query = _positive(logit_scale) * u
-        out = u.new_empty(len(u), len(bank))
-        for tile in _tiles(u, bank, weight, bias):
+    with _exact(inputs.student):
+        u, _ = _student_rows(inputs.student)
+        query = _positive(inputs.logit_scale) * u
+        out = u.new_empty(len(u), len(inputs.bank))
+        for tile in _tiles(u, inputs):
             out[:, tile.start : tile.start + len(tile.n)] = query @ tile.n.T
         return out
 
 
-def similarity_backward(
-    d_logits: Tensor,
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Needs,
-    allow_half: bool,
-) -> Gradients:
+def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
     """Gradients for d_logits [B, K], in one pass over the bank."""
+    student, logit_scale = inputs.student, inputs.logit_scale
     with _exact(student):
         u, inverse_norm = _student_rows(student)
         tau = _positive(logit_scale)
         slope = torch.zeros_like(u)
-        projection = _ProjectionGradient(u, bank, weight, bias, needs)
-        for tile in _tiles(u, bank, weight, bias):
+        projection = _ProjectionGradient(u, inputs, needs)
+        for tile in _tiles(u, inputs):
             d_tile = d_logits[:, tile.start : tile.start + len(tile.n)].to(u.dtype)
             if needs.student or needs.logit_scale:
                 slope = torch.addmm(slope, d_tile, tile.n)
@@ -281,8 +248,9 @@ class _Tile(NamedTuple):
         return inside.unsqueeze(1), column.clamp(0, len(self.n) - 1).unsqueeze(1)
 
 
-def _tiles(u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None) -> Iterator[_Tile]:
+def _tiles(u: Tensor, inputs: Inputs) -> Iterator[_Tile]:
     """The bank in tiles, projected and normalised in the dtype of u."""
+    _, bank, weight, bias, _ = inputs
     widest = max(len(u), u.shape[1], bank.shape[1], 1)
     rows = max(MIN_TILE_ROWS, TILE_ELEMENTS // widest)
     p = None if weight is None else weight.to(u.dtype)
@@ -296,9 +264,8 @@ def _tiles(u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None) 
 class _ProjectionGradient:
     """Accumulates d_weight = dZ^T T and d_bias = sum_k dZ_k tile by tile."""
 
-    def __init__(
-        self, u: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None, needs: Needs
-    ) -> None:
+    def __init__(self, u: Tensor, inputs: Inputs, needs: Needs) -> None:
+        _, bank, weight, bias, _ = inputs
         self._weight = u.new_zeros(u.shape[1], bank.shape[1]) if needs.weight else u.new_empty(0)
         self._bias = u.new_zeros(u.shape[1]) if needs.bias else u.new_empty(0)
         self._needs = needs
@@ -358,15 +325,15 @@ def _positive(logit_scale: Tensor) -> Tensor:
     return torch.where((logit_scale > 0) & logit_scale.isfinite(), logit_scale, torch.nan)
 
 
-def _has_target(target: Tensor, bank_rows: int, ignore_index: int) -> Tensor:
-    return (target != ignore_index) & (target >= 0) & (target < bank_rows)
+def _has_target(targets: Targets, bank_rows: int) -> Tensor:
+    target = targets.target
+    return (target != targets.ignore_index) & (target >= 0) & (target < bank_rows)
 
 
-def _loss_without_target(target: Tensor, ignore_index: int, like: Tensor) -> Tensor:
+def _loss_without_target(targets: Targets, like: Tensor) -> Tensor:
     """0 for ignored rows, NaN for those out of range."""
-    return torch.full_like(target, torch.nan, dtype=like.dtype).masked_fill(
-        target == ignore_index, 0
-    )
+    nan = torch.full_like(targets.target, torch.nan, dtype=like.dtype)
+    return nan.masked_fill(targets.target == targets.ignore_index, 0)
 
 
 def _exact(student: Tensor) -> torch.autocast:

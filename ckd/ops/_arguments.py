@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ckd import _hints
+from ckd.backends.interface import Inputs, Reduction, Targets
 
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 # Only float64 mathematics has a use for float64 data; elsewhere it is a mistake that costs 4x.
 DOUBLE = (*SINGLE, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_matrices(
-    student: Tensor, bank: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> None:
+def check_inputs(inputs: Inputs) -> None:
     """Raise TypeError or ValueError that names the argument, what was expected and the remedy."""
+    student, bank, weight, bias, _ = inputs
     _check_tensor("student", student, ("B", "W"), DOUBLE)
     dtypes = DOUBLE if student.dtype == torch.float64 else SINGLE
     _check_tensor("bank", bank, ("K", "D"), dtypes, student)
@@ -41,24 +41,44 @@ def check_matrices(
             )
         return
     _check_tensor("weight", weight, ("W", "D"), dtypes, student)
+    width, dim = weight.shape
+    if (width, dim) == (bank.shape[1], student.shape[1]) and width != dim:
+        raise ValueError(
+            f"weight must have shape [{dim}, {width}], from the width of the bank to that of the "
+            f"student, got {list(weight.shape)}; pass weight.T"
+        )
+    if dim == bank.shape[1] and width != student.shape[1]:
+        raise ValueError(
+            f"student must have the width that weight {list(weight.shape)} projects the bank to, "
+            f"[B, {width}], got {list(student.shape)}"
+        )
     _check_shape("weight", weight, (student.shape[1], bank.shape[1]))
     if bias is not None:
         _check_tensor("bias", bias, ("W",), dtypes, student)
         _check_shape("bias", bias, (student.shape[1],))
 
 
-def check_target(target: Tensor, student: Tensor) -> None:
-    _check_tensor("target", target, ("B",), (torch.int64,), student)
-    _check_shape("target", target, (student.shape[0],))
+def check_targets(targets: Targets, inputs: Inputs) -> None:
+    target, label_smoothing, ignore_index, reduction = targets
+    _check_type("target", target)
+    if target.is_floating_point() and target.dim() == 2:
+        raise ValueError(
+            f"target must be rows of the bank, int64 [B], got {_words((target.dtype,))} "
+            f"{list(target.shape)}; probabilities are not supported: pass target.argmax(1)"
+        )
+    _check_tensor("target", target, ("B",), (torch.int64,), inputs.student)
+    _check_shape("target", target, (inputs.student.shape[0],))
+    check_options(label_smoothing, ignore_index, reduction)
 
 
 def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
+    """The options of the loss."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(_hints.unknown("reduction", reduction, REDUCTIONS))
+    if reduction not in get_args(Reduction):
+        raise ValueError(_hints.unknown("reduction", reduction, get_args(Reduction)))
 
 
 def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:

@@ -1,33 +1,40 @@
-"""The four gradients that every op's backward returns: student, weight, bias, logit_scale."""
+"""The gradients that every op's backward returns: student, weight, bias, logit_scale."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
+from ckd.backends.interface import Gradients, Inputs, Needs
 
-def fake_gradients(
-    student: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def needs(ctx: Any) -> Needs:
+    """Read from the context of an op whose first arguments are Inputs."""
+    student, _, weight, bias, logit_scale, *_ = ctx.needs_input_grad
+    return Needs(student, weight, bias, logit_scale)
+
+
+def for_autograd(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """A gradient for each argument of such an op: None where none was asked for."""
+    d_student, d_weight, d_bias, d_logit_scale = gradients
+    student, _, weight, bias, logit_scale, *others = ctx.needs_input_grad
+    return (
+        d_student if student else None,
+        None,
+        d_weight if weight else None,
+        d_bias if bias else None,
+        d_logit_scale if logit_scale else None,
+        *[None] * len(others),
+    )
+
+
+def fake(inputs: Inputs, needs: Needs) -> Gradients:
     """Shapes and dtypes alone; [0] where no gradient is asked for."""
+    student, _, weight, bias, logit_scale = inputs
 
     def like(x: Tensor | None, needed: bool) -> Tensor:
         x = student if x is None else x
         return x.new_empty(x.shape if needed else (0,))
 
-    return (
-        like(student, needs[0]),
-        like(weight, needs[1]),
-        like(bias, needs[2]),
-        like(logit_scale, needs[3]),
-    )
-
-
-def or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """What autograd wants: None where no gradient was asked for."""
-    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs))
+    return Gradients(*map(like, (student, weight, bias, logit_scale), needs))

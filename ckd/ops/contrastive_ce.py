@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from ckd import backends
-from ckd.backends.interface import Needs, Options, Problem, Reduction, Saved
-from ckd.ops import _arguments
-from ckd.ops._gradients import fake_gradients, or_none
-from ckd.ops._library import Op
-from ckd.ops._plans import Plan, Plans
+from ckd.backends.interface import (
+    BackendName,
+    Forward,
+    Gradients,
+    Inputs,
+    Keep,
+    Needs,
+    Plan,
+    Problem,
+    Reduction,
+    Saved,
+    Targets,
+    Upstream,
+)
+from ckd.ops import _arguments, _gradients
+from ckd.ops._bypass import shorten
+from ckd.ops._op import GRADIENTS, INPUTS, NEEDS, PLAN, Formula, Op
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(TypedDict, total=False):
+    label_smoothing: float
+    ignore_index: int
+    reduction: Reduction
+    backend: BackendName
 
 
 @overload
@@ -25,11 +46,8 @@ def contrastive_cross_entropy(
     bias: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     *,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     return_lse: Literal[False] = False,
-    backend: str = "auto",
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -42,11 +60,8 @@ def contrastive_cross_entropy(
     bias: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     *,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     return_lse: Literal[True],
-    backend: str = "auto",
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -60,9 +75,9 @@ def contrastive_cross_entropy(
     *,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy over scaled cosine similarities to every row of the bank.
 
@@ -114,199 +129,108 @@ def contrastive_cross_entropy(
         >>> loss.backward()
     """
     scale = _arguments.scale_tensor(logit_scale, student)
-    tensors = (student, bank, target, weight, bias, scale)
-    plan = _plans(tensors, (label_smoothing, ignore_index, reduction, return_lse, backend))
-    loss, lse, *_ = plan.way(plan.options, *tensors)
+    inputs = Inputs(student, bank, weight, bias, scale)
+    targets = Targets(target, label_smoothing, ignore_index, reduction)
+    loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
     return (loss, lse) if return_lse else loss
 
 
-def _examine(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    return_lse: bool,
-    backend: str,
-) -> Plan:
-    _arguments.check_matrices(student, bank, weight, bias)
-    _arguments.check_target(target, student)
-    _arguments.check_options(label_smoothing, ignore_index, reduction)
+def _prepare(
+    inputs: Inputs, targets: Targets, return_lse: bool, backend: BackendName
+) -> tuple[Plan, Keep]:
+    _arguments.check_inputs(inputs)
+    _arguments.check_targets(targets, inputs)
 
-    problem = Problem.of("contrastive_ce", student, bank, weight)
+    problem = Problem.of("contrastive_ce", inputs.student, inputs.bank, inputs.weight)
     name = backends.resolve(backend, problem)
+    learned = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    student, _, weight, bias, logit_scale = learned
     # Without a gradient for student or scale the forward need not accumulate sum_k p_k n_k.
-    row_gradients = torch.is_grad_enabled() and (student.requires_grad or logit_scale.requires_grad)
-    projection_gradients = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (weight, bias)
-    )
-    keep = backends.ORDER[name].contrastive_ce_cache_bytes if projection_gradients else None
-    return Plan(
-        _forward.way((student, bank, target, weight, bias, logit_scale)),
-        (
-            row_gradients,
-            row_gradients and return_lse,
-            0 if keep is None else keep(problem),
-            float(label_smoothing),
-            ignore_index,
-            reduction,
-            problem.allow_half,
-            name,
-        ),
-    )
+    residual = student or logit_scale
+    cache_bytes = 0
+    if weight or bias:
+        cache_bytes = backends.ORDER[name].contrastive_ce_cache_bytes(problem)
+    return Plan(name, problem.allow_half), Keep(residual, residual and return_lse, cache_bytes)
 
 
-def _implementation(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    save_residual: bool,
-    save_attention: bool,
-    cache_bytes: int,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    allow_half: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _arguments.check_scale(logit_scale)
-    return backends.ORDER[backend].contrastive_ce_forward(
-        student,
-        bank,
-        target,
-        weight,
-        bias,
-        logit_scale,
-        Options(label_smoothing, ignore_index, allow_half, cast(Reduction, reduction)),
-        save_residual=save_residual,
-        save_attention=save_attention,
-        cache_bytes=cache_bytes,
+def _compute(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
+    _arguments.check_scale(inputs.logit_scale)
+    return backends.ORDER[plan.backend].contrastive_ce_forward(inputs, targets, plan, keep)
+
+
+def _fake(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
+    new = inputs.logit_scale.new_empty
+    batch, width = inputs.student.shape
+    return Forward(
+        loss=new(batch if targets.reduction == "none" else ()),
+        lse=new(batch),
+        kept=new(() if targets.reduction == "mean" else 0),
+        p_other=new(batch),
+        residual=new((batch, width) if keep.residual else 0),
+        attention=new((batch, width) if keep.attention else 0),
+        cache=new(keep.cache_bytes, dtype=torch.uint8),
     )
 
 
-def _fake(
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    save_residual: bool,
-    save_attention: bool,
-    cache_bytes: int,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    row = logit_scale.new_empty(student.shape[0])
-    matrix, nothing = logit_scale.new_empty(student.shape), logit_scale.new_empty(0)
-    residual = matrix if save_residual else nothing
-    attention = matrix if save_attention else nothing
-    return (
-        logit_scale.new_empty(row.shape if reduction == "none" else ()),
-        row,
-        logit_scale.new_empty(() if reduction == "mean" else 0),
-        torch.empty_like(row),
-        torch.empty_like(residual),
-        torch.empty_like(attention),
-        logit_scale.new_empty(cache_bytes, dtype=torch.uint8),
-    )
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+    tensors, ctx.options = inputs[: _forward.tensors], inputs[_forward.tensors :]
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
 
 
-def _backward_implementation(
-    d_loss: Tensor | None,
-    d_lse: Tensor | None,
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    allow_half: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept, wanted = Saved(*saved), Needs(*needs)
-    if d_lse is not None and (wanted.student or wanted.logit_scale) and kept.attention.dim() < 2:
+def _differentiate(ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: None) -> Any:
+    tensors = ctx.saved_tensors
+    tensors, saved = tensors[: _forward.tensors], tensors[_forward.tensors :]
+    needs = _gradients.needs(ctx)
+    gradients = _backward(d_loss, d_lse, *tensors, *ctx.options, *saved, *needs)
+    return _gradients.for_autograd(ctx, gradients)
+
+
+def _compute_backward(
+    upstream: Upstream,
+    inputs: Inputs,
+    targets: Targets,
+    plan: Plan,
+    keep: Keep,
+    saved: Saved,
+    needs: Needs,
+) -> Gradients:
+    if upstream.d_lse is not None and (needs.student or needs.logit_scale) and not keep.attention:
         raise ValueError(
             "a gradient of lse for student or logit_scale needs what ckd::contrastive_ce keeps "
             "with save_attention=True, but it was called with False"
         )
-    return backends.ORDER[backend].contrastive_ce_backward(
-        d_loss,
-        d_lse,
-        student,
-        bank,
-        target,
-        weight,
-        bias,
-        logit_scale,
-        kept,
-        wanted,
-        Options(label_smoothing, ignore_index, allow_half, cast(Reduction, reduction)),
+    backend = backends.ORDER[plan.backend]
+    return backend.contrastive_ce_backward(upstream, inputs, targets, plan, saved, needs)
+
+
+def _fake_backward(upstream: Upstream, inputs: Inputs, *others: Any) -> Gradients:
+    return _gradients.fake(inputs, others[-1])
+
+
+_TARGETS = "Tensor target, float label_smoothing, SymInt ignore_index, str reduction"
+_KEEP = "bool save_residual, bool save_attention, SymInt cache_bytes"
+_SAVED = "Tensor lse, Tensor kept, Tensor p_other, Tensor residual, Tensor attention, Tensor cache"
+_ARGUMENTS = f"{INPUTS}, {_TARGETS}, {PLAN}, {_KEEP}"
+_RECORDS = (Inputs, Targets, Plan, Keep)
+
+_backward = shorten(
+    Op(
+        "contrastive_ce_backward(Tensor? d_loss, Tensor? d_lse, "
+        f"{_ARGUMENTS}, {_SAVED}, {NEEDS}) -> {GRADIENTS}",
+        (Upstream, *_RECORDS, Saved, Needs),
+        _compute_backward,
+        _fake_backward,
     )
-
-
-def _backward_fake(
-    d_loss: Tensor | None,
-    d_lse: Tensor | None,
-    student: Tensor,
-    bank: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    saved: Sequence[Tensor],
-    needs: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_gradients(student, weight, bias, logit_scale, needs)
-
-
-_forward = Op("contrastive_ce", _implementation, _fake, tensors=6)
-_backward = Op("contrastive_ce_backward", _backward_implementation, _backward_fake, tensors=8)
-_plans = Plans(_examine)
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Callable[..., tuple[Tensor, ...]],
-        options: tuple[Any, ...],
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        output = compute(*tensors, *options)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-        _, _, _, *ctx.options = options
-        return output
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        student, bank, target, weight, bias, logit_scale, *saved = ctx.saved_tensors
-        _, _, wants_student, _, _, wants_weight, wants_bias, wants_scale = ctx.needs_input_grad
-        needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
-        tensors = (student, bank, target, weight, bias, logit_scale)
-        gradients = _backward(d_loss, d_lse, *tensors, saved, needs, *ctx.options)
-        d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return None, None, d_student, None, None, d_weight, d_bias, d_scale
-
-
-_forward.differentiate(_Differentiable)
-_backward.refuse_derivative()
+)
+_forward = shorten(
+    Op(
+        f"contrastive_ce({_ARGUMENTS}) -> (Tensor loss, {_SAVED})",
+        _RECORDS,
+        _compute,
+        _fake,
+        Formula(_setup_context, _differentiate),
+        _prepare,
+    )
+)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ckd import backends
-from ckd.backends.interface import Needs, Problem
-from ckd.ops import _arguments
-from ckd.ops._gradients import fake_gradients, or_none
-from ckd.ops._library import Op
-from ckd.ops._plans import Plan, Plans
+from ckd.backends.interface import BackendName, Gradients, Inputs, Needs, Plan, Problem
+from ckd.ops import _arguments, _gradients
+from ckd.ops._bypass import shorten
+from ckd.ops._op import GRADIENTS, INPUTS, NEEDS, PLAN, Formula, Op
 
 
 def normalized_similarity(
@@ -23,7 +20,7 @@ def normalized_similarity(
     bias: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     """logit_scale u_i.n_k for every pair, with u = s/|s| and n = z/|z|, z = P t + b.
 
@@ -34,106 +31,65 @@ def normalized_similarity(
     Returns:
         [B, K] float32 (float64 for a float64 student).
     """
-    tensors = (student, bank, weight, bias, _arguments.scale_tensor(logit_scale, student))
-    plan = _plans(tensors, (backend,))
-    return plan.way(plan.options, *tensors)
+    scale = _arguments.scale_tensor(logit_scale, student)
+    return _forward.call((Inputs(student, bank, weight, bias, scale),), backend)
 
 
-def _examine(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    backend: str,
-) -> Plan:
-    _arguments.check_matrices(student, bank, weight, bias)
-    problem = Problem.of("similarity", student, bank, weight)
-    name = backends.resolve(backend, problem)
-    way = _forward.way((student, bank, weight, bias, logit_scale))
-    return Plan(way, (problem.allow_half, name))
+def _prepare(inputs: Inputs, backend: BackendName) -> tuple[Plan]:
+    _arguments.check_inputs(inputs)
+    problem = Problem.of("similarity", inputs.student, inputs.bank, inputs.weight)
+    return (Plan(backends.resolve(backend, problem), problem.allow_half),)
 
 
-def _implementation(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    allow_half: bool,
-    backend: str,
-) -> Tensor:
-    _arguments.check_scale(logit_scale)
-    return backends.ORDER[backend].similarity_forward(
-        student, bank, weight, bias, logit_scale, allow_half
+def _compute(inputs: Inputs, plan: Plan) -> Tensor:
+    _arguments.check_scale(inputs.logit_scale)
+    return backends.ORDER[plan.backend].similarity_forward(inputs, plan)
+
+
+def _fake(inputs: Inputs, plan: Plan) -> Tensor:
+    return inputs.logit_scale.new_empty(len(inputs.student), len(inputs.bank))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[: _forward.tensors])
+    ctx.options = inputs[_forward.tensors :]
+
+
+def _differentiate(ctx: Any, d_logits: Tensor) -> Any:
+    needs = _gradients.needs(ctx)
+    return _gradients.for_autograd(
+        ctx, _backward(d_logits, *ctx.saved_tensors, *ctx.options, *needs)
     )
 
 
-def _fake(
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    *options: Any,
-) -> Tensor:
-    return logit_scale.new_empty(student.shape[0], bank.shape[0])
+class _Upstream(NamedTuple):
+    d_logits: Tensor
 
 
-def _backward_implementation(
-    d_logits: Tensor,
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Sequence[bool],
-    allow_half: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.ORDER[backend].similarity_backward(
-        d_logits, student, bank, weight, bias, logit_scale, Needs(*needs), allow_half
+def _compute_backward(upstream: _Upstream, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
+    backend = backends.ORDER[plan.backend]
+    return backend.similarity_backward(upstream.d_logits, inputs, plan, needs)
+
+
+def _fake_backward(upstream: _Upstream, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
+    return _gradients.fake(inputs, needs)
+
+
+_backward = shorten(
+    Op(
+        f"similarity_backward(Tensor d_logits, {INPUTS}, {PLAN}, {NEEDS}) -> {GRADIENTS}",
+        (_Upstream, Inputs, Plan, Needs),
+        _compute_backward,
+        _fake_backward,
     )
-
-
-def _backward_fake(
-    d_logits: Tensor,
-    student: Tensor,
-    bank: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: Tensor,
-    needs: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return fake_gradients(student, weight, bias, logit_scale, needs)
-
-
-_forward = Op("similarity", _implementation, _fake, tensors=5)
-_backward = Op("similarity_backward", _backward_implementation, _backward_fake, tensors=6)
-_plans = Plans(_examine)
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        compute: Callable[..., Tensor],
-        options: tuple[Any, ...],
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.options = options
-        ctx.save_for_backward(*tensors)
-        return compute(*tensors, *options)
-
-    @staticmethod
-    def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, wants_student, _, wants_weight, wants_bias, wants_scale = ctx.needs_input_grad
-        needs = Needs(wants_student, wants_weight, wants_bias, wants_scale)
-        gradients = _backward(d_logits, *ctx.saved_tensors, needs, *ctx.options)
-        d_student, d_weight, d_bias, d_scale = or_none(gradients, needs)
-        return None, None, d_student, None, d_weight, d_bias, d_scale
-
-
-_forward.differentiate(_Differentiable)
-_backward.refuse_derivative()
+)
+_forward = shorten(
+    Op(
+        f"similarity({INPUTS}, {PLAN}) -> Tensor",
+        (Inputs, Plan),
+        _compute,
+        _fake,
+        Formula(_setup_context, _differentiate),
+        _prepare,
+    )
+)

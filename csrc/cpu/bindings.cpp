@@ -20,14 +20,20 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (student, B, W), (bank, element, K, D, stride), weight, bias, logit_scale, half, threads.
+// Tuples, as ckd/_C.pyi has them.
 using StudentArguments = std::tuple<Address, std::int64_t, std::int64_t>;
 using BankArguments = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
 using InputArguments =
-    std::tuple<StudentArguments, BankArguments, Address, Address, float, bool, int>;
+    std::tuple<std::string, StudentArguments, BankArguments, Address, Address, float, bool, int>;
+using TargetArguments = std::tuple<Address, std::int64_t, float, int>;
+using CacheArguments = std::tuple<Address, std::int64_t>;
+
+const Kernels* kernels(const InputArguments& arguments) {
+  return tier(std::get<0>(arguments)).kernels;
+}
 
 Inputs inputs(const InputArguments& arguments) {
-  const auto& [student, bank, weight, bias, logit_scale, half, threads] = arguments;
+  const auto& [name, student, bank, weight, bias, logit_scale, half, threads] = arguments;
   Inputs in;
   in.student = at<const float>(std::get<0>(student));
   in.batch = std::get<1>(student);
@@ -45,11 +51,6 @@ Inputs inputs(const InputArguments& arguments) {
   return in;
 }
 
-using Pair = std::tuple<Address, std::int64_t>;
-
-// target, ignore_index, label_smoothing, reduction.
-using TargetArguments = std::tuple<Address, std::int64_t, float, int>;
-
 template <class Op>
 void set_targets(Op& op, const TargetArguments& arguments) {
   op.target = at<const std::int64_t>(std::get<0>(arguments));
@@ -66,11 +67,9 @@ std::int64_t first_bad_target(const ContrastiveCeForward& op) {
   return -1;
 }
 
-// The row of the first target that is no row of the bank, and then nothing is computed; or -1.
-std::int64_t contrastive_ce_forward(const std::string& name, const InputArguments& in,
-                                    const TargetArguments& targets, Pair cache, Address loss,
-                                    Address kept, Address lse, Address p_other, Address residual,
-                                    Address attention) {
+std::int64_t contrastive_ce_forward(const InputArguments& in, const TargetArguments& targets,
+                                    CacheArguments cache, Address loss, Address kept, Address lse,
+                                    Address p_other, Address residual, Address attention) {
   ContrastiveCeForward op;
   op.in = inputs(in);
   set_targets(op, targets);
@@ -81,18 +80,18 @@ std::int64_t contrastive_ce_forward(const std::string& name, const InputArgument
   op.p_other = at<float>(p_other);
   op.residual = at<float>(residual);
   op.attention = at<float>(attention);
-  const Kernels* kernels = tier(name).kernels;
+  const Kernels* tier = kernels(in);
   py::gil_scoped_release release;
   const std::int64_t bad = first_bad_target(op);
-  if (bad < 0) kernels->contrastive_ce_forward(op);
+  if (bad < 0) tier->contrastive_ce_forward(op);
   return bad;
 }
 
-void contrastive_ce_backward(const std::string& name, const InputArguments& in,
-                             const TargetArguments& targets, Pair cache, Address d_loss,
-                             Address kept, Address d_lse, Address lse, Address p_other,
-                             Address residual, Address attention, Address d_student,
-                             Address d_weight, Address d_bias, Address d_logit_scale) {
+void contrastive_ce_backward(const InputArguments& in, const TargetArguments& targets,
+                             CacheArguments cache, Address d_loss, Address kept, Address d_lse,
+                             Address lse, Address p_other, Address residual, Address attention,
+                             Address d_student, Address d_weight, Address d_bias,
+                             Address d_logit_scale) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
   set_targets(op, targets);
@@ -108,27 +107,26 @@ void contrastive_ce_backward(const std::string& name, const InputArguments& in,
   op.d_weight = at<float>(d_weight);
   op.d_bias = at<float>(d_bias);
   op.d_logit_scale = at<float>(d_logit_scale);
-  const Kernels* kernels = tier(name).kernels;
+  const Kernels* tier = kernels(in);
   py::gil_scoped_release release;
-  kernels->contrastive_ce_backward(op);
+  tier->contrastive_ce_backward(op);
 }
 
-void similarity_forward(const std::string& name, const InputArguments& in, Address logits) {
+void similarity_forward(const InputArguments& in, Address logits) {
   const SimilarityForward op{inputs(in), at<float>(logits)};
-  const Kernels* kernels = tier(name).kernels;
+  const Kernels* tier = kernels(in);
   py::gil_scoped_release release;
-  kernels->similarity_forward(op);
+  tier->similarity_forward(op);
 }
 
-void similarity_backward(const std::string& name, const InputArguments& in, Address d_logits,
-                         Address d_student, Address d_weight, Address d_bias,
-                         Address d_logit_scale) {
+void similarity_backward(const InputArguments& in, Address d_logits, Address d_student,
+                         Address d_weight, Address d_bias, Address d_logit_scale) {
   const SimilarityBackward op{inputs(in),           at<const float>(d_logits),
                               at<float>(d_student), at<float>(d_weight),
                               at<float>(d_bias),    at<float>(d_logit_scale)};
-  const Kernels* kernels = tier(name).kernels;
+  const Kernels* tier = kernels(in);
   py::gil_scoped_release release;
-  kernels->similarity_backward(op);
+  tier->similarity_backward(op);
 }
 
 double gemm_peak(const std::string& name, bool half, int threads, double seconds) {
@@ -170,10 +168,20 @@ void bind(py::module_& m) {
   py::class_<Workspace>(m, "CpuWorkspace", py::buffer_protocol(), "Bytes, not initialised.")
       .def(py::init<std::size_t>())
       .def_buffer(&Workspace::buffer);
-  m.def("cpu_contrastive_ce_forward", &contrastive_ce_forward);
-  m.def("cpu_contrastive_ce_backward", &contrastive_ce_backward);
-  m.def("cpu_similarity_forward", &similarity_forward);
-  m.def("cpu_similarity_backward", &similarity_backward);
+  const py::kw_only named;
+  using arg = py::arg;
+  m.def("cpu_contrastive_ce_forward", &contrastive_ce_forward, named, arg("inputs"), arg("targets"),
+        arg("cache"), arg("loss"), arg("kept"), arg("lse"), arg("p_other"), arg("residual"),
+        arg("attention"),
+        "The row of the first target that is no row of the bank, and then nothing is computed; "
+        "or -1.");
+  m.def("cpu_contrastive_ce_backward", &contrastive_ce_backward, named, arg("inputs"),
+        arg("targets"), arg("cache"), arg("d_loss"), arg("kept"), arg("d_lse"), arg("lse"),
+        arg("p_other"), arg("residual"), arg("attention"), arg("d_student"), arg("d_weight"),
+        arg("d_bias"), arg("d_logit_scale"));
+  m.def("cpu_similarity_forward", &similarity_forward, named, arg("inputs"), arg("logits"));
+  m.def("cpu_similarity_backward", &similarity_backward, named, arg("inputs"), arg("d_logits"),
+        arg("d_student"), arg("d_weight"), arg("d_bias"), arg("d_logit_scale"));
 }
 
 }  // namespace ckd::cpu

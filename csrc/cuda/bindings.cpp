@@ -23,15 +23,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (address, element, rows, width, stride).
+// Tuples, as ckd/_C.pyi has them.
 using RowsArguments = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
-// (student, bank, (weight, stride), bias, logit_scale, exact).
 using InputArguments = std::tuple<RowsArguments, RowsArguments, std::tuple<Address, std::int64_t>,
                                   Address, Address, bool>;
-// (target, ignore_index, label_smoothing).
 using TargetArguments = std::tuple<Address, std::int64_t, float>;
-// (processors, most rows of a chunk).
-using DeviceArguments = std::tuple<int, std::int64_t>;
+using StridedArguments = std::tuple<Address, std::int64_t>;
+// (processors, most rows of a chunk, workspace, stream).
+using LaunchArguments = std::tuple<int, std::int64_t, Address, Address>;
 
 Rows rows(const RowsArguments& arguments) {
   const auto& [data, element, count, width, stride] = arguments;
@@ -56,9 +55,9 @@ Targets targets(const TargetArguments& arguments) {
 
 // Calls f with the op's record; with no workspace it is asked how much it needs.
 template <class Op, class Count, class Run>
-std::int64_t count_or_run(const Op& op, const DeviceArguments& device, Address workspace,
-                          Address stream, const Count& count, const Run& run) {
-  const auto& [processors, chunk_rows] = device;
+std::int64_t count_or_run(const Op& op, const LaunchArguments& launch, const Count& count,
+                          const Run& run) {
+  const auto& [processors, chunk_rows, workspace, stream] = launch;
   if (workspace == 0) return count(op, processors, chunk_rows);
   py::gil_scoped_release release;
   return run(op, processors, chunk_rows, at<void>(workspace), at<CUstream_st>(stream));
@@ -66,8 +65,7 @@ std::int64_t count_or_run(const Op& op, const DeviceArguments& device, Address w
 
 std::int64_t forward(const InputArguments& in, const TargetArguments& target, Address cache,
                      Address nll, Address loss, Address kept, Address lse, Address p_other,
-                     Address residual, Address attention, const DeviceArguments& device,
-                     Address workspace, Address stream) {
+                     Address residual, Address attention, const LaunchArguments& launch) {
   ContrastiveCeForward op;
   op.in = inputs(in);
   op.targets = targets(target);
@@ -80,16 +78,14 @@ std::int64_t forward(const InputArguments& in, const TargetArguments& target, Ad
   op.residual = at<float>(residual);
   op.attention = at<float>(attention);
   return count_or_run(
-      op, device, workspace, stream, [](auto... a) { return forward_workspace(a...); },
-      contrastive_ce_forward);
+      op, launch, [](auto... a) { return forward_workspace(a...); }, contrastive_ce_forward);
 }
 
 std::int64_t backward(const InputArguments& in, const TargetArguments& target, Address cache,
-                      std::tuple<Address, std::int64_t> d_nll, Address kept,
-                      std::tuple<Address, std::int64_t> d_lse, Address lse, Address p_other,
-                      Address residual, Address attention, Address d_student, Address along,
-                      Address d_weight, Address d_bias, int weight_parts,
-                      const DeviceArguments& device, Address workspace, Address stream) {
+                      StridedArguments d_nll, Address kept, StridedArguments d_lse, Address lse,
+                      Address p_other, Address residual, Address attention, Address d_student,
+                      Address along, Address d_weight, Address d_bias, int weight_parts,
+                      const LaunchArguments& launch) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
   op.targets = targets(target);
@@ -109,48 +105,53 @@ std::int64_t backward(const InputArguments& in, const TargetArguments& target, A
   op.d_bias = at<float>(d_bias);
   op.weight_parts = weight_parts;
   return count_or_run(
-      op, device, workspace, stream, [](auto... a) { return backward_workspace(a...); },
-      contrastive_ce_backward);
+      op, launch, [](auto... a) { return backward_workspace(a...); }, contrastive_ce_backward);
 }
 
-std::int64_t table_forward(const InputArguments& in, Address logits, const DeviceArguments& device,
-                           Address workspace, Address stream) {
+std::int64_t table_forward(const InputArguments& in, Address logits,
+                           const LaunchArguments& launch) {
   const SimilarityForward op = {inputs(in), at<float>(logits)};
   return count_or_run(
-      op, device, workspace, stream, [](auto... a) { return forward_workspace(a...); },
-      similarity_forward);
+      op, launch, [](auto... a) { return forward_workspace(a...); }, similarity_forward);
 }
 
-// largest: (of each student, of each row of the bank).
-std::int64_t table_backward(const InputArguments& in, Address d_logits,
-                            std::tuple<Address, Address> largest, Address slope, int slope_parts,
+std::int64_t table_backward(const InputArguments& in, Address d_logits, Address largest_of_student,
+                            Address largest_of_row, Address slope, int slope_parts,
                             Address d_weight, Address d_bias, int weight_parts,
-                            const DeviceArguments& device, Address workspace, Address stream) {
+                            const LaunchArguments& launch) {
   const SimilarityBackward op = {inputs(in),
                                  at<const float>(d_logits),
-                                 at<const float>(std::get<0>(largest)),
-                                 at<const float>(std::get<1>(largest)),
+                                 at<const float>(largest_of_student),
+                                 at<const float>(largest_of_row),
                                  at<float>(slope),
                                  slope_parts,
                                  at<float>(d_weight),
                                  at<float>(d_bias),
                                  weight_parts};
   return count_or_run(
-      op, device, workspace, stream, [](auto... a) { return backward_workspace(a...); },
-      similarity_backward);
+      op, launch, [](auto... a) { return backward_workspace(a...); }, similarity_backward);
 }
 
 }  // namespace
 
 void bind(py::module_& m) {
-  m.def("cuda_contrastive_ce_forward", &forward,
-        "Starts the forward; with workspace 0 returns the bytes of workspace that it needs.");
-  m.def("cuda_contrastive_ce_backward", &backward,
-        "Starts the backward; with workspace 0 returns the bytes of workspace that it needs.");
-  m.def("cuda_similarity_forward", &table_forward,
-        "Starts the forward; with workspace 0 returns the bytes of workspace that it needs.");
-  m.def("cuda_similarity_backward", &table_backward,
-        "Starts the backward; with workspace 0 returns the bytes of workspace that it needs.");
+  const py::kw_only named;
+  using arg = py::arg;
+  const StridedArguments zeros = {0, 0};
+  const TargetArguments no_targets = {0, 0, 0};
+  m.def("cuda_contrastive_ce_forward", &forward, named, arg("inputs"), arg("targets"), arg("cache"),
+        arg("nll"), arg("loss"), arg("kept"), arg("lse"), arg("p_other"), arg("residual"),
+        arg("attention"), arg("launch"));
+  m.def("cuda_contrastive_ce_backward", &backward, named, arg("inputs"),
+        arg("targets") = no_targets, arg("cache") = 0, arg("d_nll") = zeros, arg("kept") = 0,
+        arg("d_lse") = zeros, arg("lse") = 0, arg("p_other") = 0, arg("residual") = 0,
+        arg("attention") = 0, arg("d_student") = 0, arg("along") = 0, arg("d_weight") = 0,
+        arg("d_bias") = 0, arg("weight_parts") = 1, arg("launch"));
+  m.def("cuda_similarity_forward", &table_forward, named, arg("inputs"), arg("logits"),
+        arg("launch"));
+  m.def("cuda_similarity_backward", &table_backward, named, arg("inputs"), arg("d_logits"),
+        arg("largest_of_student"), arg("largest_of_row"), arg("slope"), arg("slope_parts"),
+        arg("d_weight"), arg("d_bias"), arg("weight_parts"), arg("launch"));
   m.def("cuda_error", &error_text, "What a cudaError means.");
   m.def("cuda_error_is_of_earlier_work", &is_of_earlier_work,
         "Whether a cudaError comes from work that was started before.");

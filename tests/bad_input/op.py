@@ -83,6 +83,12 @@ CASES = [
         ("bank", "gradient", "bank.detach()"),
     ),
     Case("bank empty", loss(bank=torch.randn(0, D)), ValueError, ("bank", "at least one row")),
+    Case(
+        "target of probabilities",
+        loss(target=torch.rand(B, K)),
+        ValueError,
+        ("target", "[4, 7]", "float32", "target.argmax(1)"),
+    ),
     Case("target rank", loss(target=torch.zeros(B, 1).long()), ValueError, ("target", "[4, 1]")),
     Case(
         "target length",
@@ -120,6 +126,12 @@ CASES = [
         loss(weight=torch.randn(W, D + 1)),
         ValueError,
         ("weight", "[5, 6]", "[5, 7]"),
+    ),
+    Case(
+        "student width",
+        loss(student=torch.randn(B, W + 1)),
+        ValueError,
+        ("student must", "weight [5, 6]", "[B, 5]", "[4, 6]"),
     ),
     Case(
         "weight transposed",

@@ -1,0 +1,97 @@
+"""The ops in Triton kernels (triton_kernels/, installed as ckd._triton), for any GPU it serves.
+
+The bank is projected and normalised a chunk at a time into a workspace, in float16 where half
+precision is permitted, else float32 ("ieee", or "tf32" as torch's float32 matmul precision says);
+then every kernel reads unit rows. No logits in memory, no atomics on results, no host
+synchronisation but for measuring which tiles are fastest, once for each kind of problem.
+
+With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, for tests.
+
+Triton takes a second to import, so functions here import the modules that launch kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+from ckd.backends.device import Gpu, Simulated, beyond_limits, elsewhere
+from ckd.backends.interface import (
+    Forward,
+    Gradients,
+    Inputs,
+    Keep,
+    Needs,
+    Plan,
+    Problem,
+    Saved,
+    Targets,
+    Upstream,
+    check_targets,
+)
+from ckd.backends.triton import layout
+
+_installed = importlib.util.find_spec("triton") is not None
+# As Triton reads it, once.
+_interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+gpu = Simulated() if _interpreted else Gpu()
+
+
+def missing() -> str | None:
+    """Why no problem at all can be served here."""
+    if not _installed:
+        return "triton is not installed; pip install triton"
+    reason = gpu.missing()
+    return reason and f"{reason} (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter."""
+    return _interpreted
+
+
+def unsupported(problem: Problem) -> str | None:
+    return (
+        elsewhere(problem, gpu)  # first: asking for GPUs takes longer
+        or missing()
+        or beyond_limits(problem, spare_rows=1024)
+    )
+
+
+def contrastive_ce_cache_bytes(problem: Problem) -> int:
+    return layout.cache_bytes(
+        problem.batch,
+        problem.bank_rows,
+        problem.student_dim,
+        problem.allow_half,
+        problem.cache_limit,
+    )
+
+
+def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
+    from ckd.backends.triton import contrastive_ce
+
+    check_targets(targets, len(inputs.bank))
+    return contrastive_ce.forward(gpu, inputs, targets, plan, keep)
+
+
+def contrastive_ce_backward(
+    upstream: Upstream, inputs: Inputs, targets: Targets, plan: Plan, saved: Saved, needs: Needs
+) -> Gradients:
+    from ckd.backends.triton import contrastive_ce
+
+    return contrastive_ce.backward(gpu, upstream, inputs, targets, plan, saved, needs)
+
+
+def similarity_forward(inputs: Inputs, plan: Plan) -> Tensor:
+    from ckd.backends.triton import similarity
+
+    return similarity.forward(gpu, inputs, plan)
+
+
+def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Needs) -> Gradients:
+    from ckd.backends.triton import similarity
+
+    return similarity.backward(gpu, d_logits, inputs, plan, needs)

@@ -1,0 +1,188 @@
+"""A shorter way through torch to the same results, for calls that nothing else has to see.
+
+The public way of `Op` checks every call anew and passes `torch.autograd.Function.apply` and the
+dispatcher: together they take longer than the loss against a small bank. The shortcut caches the
+checks and the choice of a backend, and calls the implementation itself. It is taken where no
+compiler, tracer, transform, mode, profiler or tensor subclass has to see the op.
+
+All names that are private to torch stand here. Where torch lacks one of them, or this module is
+deleted and `shorten` with it, every call takes the public way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ckd.backends import interface
+from ckd.ops._op import Op
+
+try:
+    from torch._C import (
+        _dispatch_keys,
+        _is_any_autocast_enabled,
+        _is_tracing,
+        _len_torch_dispatch_stack,
+        _len_torch_function_stack,
+    )
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.autograd import forward_ad
+
+    _enabled = forward_ad._current_level < 0
+except (ImportError, AttributeError):
+    _enabled = False
+
+MOST = 256  # cached plans of an op
+PLAIN = (Tensor, torch.nn.Parameter)
+_VALUES = (float, int, str, bool, type(None))
+_dense_keys: set[int] = set()  # dispatch keys of tensors that torch dispatches by device alone
+
+
+def shorten(op: Op) -> Op | Shortcut:
+    """The op with a shortcut, where torch has the names that it needs."""
+    return Shortcut(op) if _enabled else op
+
+
+def is_enabled() -> bool:
+    return _enabled
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Every call takes the public way: for tests. Not thread-safe."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+class Shortcut:
+    """An op as `Op` is: `shortcut(*arguments)` and `shortcut.call(records, *options)`."""
+
+    def __init__(self, op: Op) -> None:
+        self.op, self.tensors = op, op.tensors
+        # apply of the C++ base class: that of torch.autograd.Function looks for transforms first.
+        self._apply = super(torch.autograd.Function, _direct(op)).apply  # type: ignore[misc]
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors = arguments[: self.tensors]
+        if is_observed() or not _are_plain(tensors):
+            return self.op(*arguments)
+        if _needs_gradient(tensors):
+            return self._apply(*arguments, partial(self.op.flat, *arguments))
+        return self.op.flat(*arguments)
+
+    def call(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> Any:
+        if is_observed():
+            return self.op.call(records, *options)
+        key = _key(records, options)
+        plan = self._plans.get(key) if key is not None else None
+        if plan is None:
+            prepared = self.op.prepare(*records, *options)
+            arguments = tuple(chain(*records))
+            tensors = arguments[: self.tensors]
+            if key is None or not _are_plain(tensors):
+                return self.op(*arguments, *chain(*prepared))
+            if len(self._plans) >= MOST:
+                self._plans.clear()
+            plan = _Plan(_needs_gradient(tensors), prepared, tuple(chain(*prepared)))
+            self._plans[key] = plan
+        if not plan.recorded:
+            return self.op.implementation(*records, *plan.prepared)
+        compute = partial(self.op.implementation, *records, *plan.prepared)
+        return self._apply(*chain(*records), *plan.flat, compute)
+
+
+def _direct(op: Op) -> type[torch.autograd.Function]:
+    """op.function, with what computes the result as an argument behind those of the op."""
+    setup_context = op.function.setup_context
+
+    class Direct(torch.autograd.Function):
+        backward = op.function.backward
+
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = arguments[-1]()
+            setup_context(ctx, arguments[:-1], output)
+            return output
+
+    return Direct
+
+
+class _Plan(NamedTuple):
+    recorded: bool  # by autograd
+    prepared: tuple[tuple[Any, ...], ...]  # the records of Op.prepare
+    flat: tuple[Any, ...]  # their fields
+
+
+def is_observed() -> bool:
+    """Whether something other than reverse-mode autograd has to see the ops that are called now."""
+    return (
+        torch.compiler.is_dynamo_compiling()  # other compilers trace, by a dispatch mode
+        or not _enabled
+        or _is_tracing()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0  # torch.device(...) as a context is one
+        or peek_interpreter_stack() is not None  # torch.func
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+    )
+
+
+def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _key(records: tuple[tuple[Any, ...], ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The cache key of a plan: all that it may depend on, so all metadata of the tensors except
+    strides and address. None: the call is not cached."""
+    student = records[0][0]
+    if type(student) not in PLAIN or student.is_meta:
+        return None
+    key: list[Any] = [
+        torch.is_grad_enabled(),
+        _is_any_autocast_enabled() and torch.is_autocast_enabled(student.device.type),
+        interface.settings_version,
+    ]
+    for x in chain(*records, options):
+        kind = type(x)
+        if kind in PLAIN:
+            keys = _dispatch_keys(x).raw_repr()
+            key += (kind, keys, x.dtype, x.device, x.shape, x.requires_grad)
+        elif kind in _VALUES:
+            key += (kind, x)  # with the type: 1, 1.0 and True are equal
+        else:
+            return None
+    return tuple(key)
+
+
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether the memory of the tensors holds their values, as implementations take for granted:
+    not so for subclasses, and for meta, lazily negated and batched tensors."""
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in PLAIN:
+            return False
+        if _dispatch_keys(x).raw_repr() not in _dense_keys and not _is_dense(x):
+            return False
+    return True
+
+
+def _is_dense(x: Tensor) -> bool:
+    """By comparison with a new tensor on the same device."""
+    if x.is_meta:
+        return False
+    with torch.inference_mode(False):
+        _dense_keys.add(_dispatch_keys(torch.empty(0, device=x.device)).raw_repr())
+    return _dispatch_keys(x).raw_repr() in _dense_keys

@@ -1,0 +1,120 @@
+"""How an op is registered with torch: schema, implementation, fake and autograd formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, takewhile
+from typing import Any, NamedTuple
+
+import torch
+
+# The records that all ops share, field by field, as schemas have them.
+INPUTS = "Tensor student, Tensor bank, Tensor? weight, Tensor? bias, Tensor logit_scale"
+PLAN = "str backend, bool allow_half"
+NEEDS = "bool needs_student, bool needs_weight, bool needs_bias, bool needs_logit_scale"
+GRADIENTS = "(Tensor d_student, Tensor d_weight, Tensor d_bias, Tensor d_logit_scale)"
+
+_library = torch.library.Library("ckd", "FRAGMENT")
+
+
+class Formula(NamedTuple):
+    """The reverse-mode derivative of an op, as `torch.library.register_autograd` takes it."""
+
+    setup_context: Callable[..., None]  # (ctx, inputs, output)
+    backward: Callable[..., Any]  # (ctx, *gradients of the outputs)
+
+
+class Op:
+    """`torch.ops.ckd.<name>`.
+
+    The schema is flat. `implementation` and `fake` take records (NamedTuples), whose fields, one
+    record after another, are the arguments of the schema. Tensors of the caller come first.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        records: Sequence[type[Any]],
+        implementation: Callable[..., Any],
+        fake: Callable[..., Any],
+        formula: Formula | None = None,
+        prepare: Callable[..., tuple[tuple[Any, ...], ...]] = lambda *records: (),
+    ) -> None:
+        """Without a formula the op has no derivative, and asking for one is an error.
+
+        `prepare(*records, *options)` checks the records of a caller and returns those that follow.
+        """
+        self.name, _, arguments = schema.partition("(")
+        self.tensors = len(list(takewhile(_is_tensor, arguments.split(","))))
+        self.implementation, self.prepare = implementation, prepare
+        self.flat = _flat(implementation, records)
+        formula = formula or _no_derivative(self.name)
+        name = f"ckd::{self.name}"
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self.flat, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, _flat(fake, records), lib=_library)
+        torch.library.register_autograd(
+            name, formula.backward, setup_context=formula.setup_context, lib=_library
+        )
+        self.registered = getattr(torch.ops.ckd, self.name).default
+        self.function = _function(self, formula)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The op on the arguments of its schema."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return self.registered(*arguments)
+        # An autograd.Function around the op: the formula that is registered with the dispatcher
+        # does not serve torch.func, and in forward mode it gives zero tangents without an error.
+        return self.function.apply(*arguments)
+
+    def call(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> Any:
+        """The op on the caller's records and those that `prepare` adds."""
+        return self(*chain(*records, *self.prepare(*records, *options)))
+
+
+def _is_tensor(argument: str) -> bool:
+    return argument.split()[0].rstrip("?") == "Tensor"
+
+
+def _flat(function: Callable[..., Any], records: Sequence[type[Any]]) -> Callable[..., Any]:
+    """A function of the records' fields in place of the records."""
+    ends = list(accumulate(len(record._fields) for record in records))
+    parts = [(r, slice(end - len(r._fields), end)) for r, end in zip(records, ends)]
+    make = tuple.__new__  # a third of the time of `record(*fields)`
+
+    def call(*arguments: Any) -> Any:
+        return function(*[make(record, arguments[part]) for record, part in parts])
+
+    return call
+
+
+def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+        setup_context = staticmethod(formula.setup_context)
+        backward = staticmethod(formula.backward)
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return op.registered(*arguments)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(
+                f"ckd::{op.name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+                "linearize, torch.autograd.forward_ad); use reverse mode: backward, or "
+                "torch.func.grad, vjp or jacrev"
+            )
+
+    Function.__name__ = Function.__qualname__ = op.name
+    return Function
+
+
+def _no_derivative(name: str) -> Formula:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(
+            f"ckd::{name} has no derivative: second derivatives of the ops of ckd are not "
+            "implemented; call backward without create_graph"
+        )
+
+    return Formula(lambda ctx, inputs, output: None, backward)

@@ -1,0 +1,117 @@
+"""torch.func on the ops: reverse mode is right, forward mode is refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import ckd
+from tests import oracle
+from tests.oracle import Case, make_case
+
+Function = Callable[[Tensor], Tensor]
+
+
+def functions(case: Case, backend: str) -> dict[str, tuple[Function, Function]]:
+    """Functions of the student with a scalar result: by an op, and by torch."""
+    others = case.arguments[1:]
+    pair = (case.bank, case.weight, case.bias, case.logit_scale)
+    slope = torch.randn(len(case.student), len(case.bank))
+
+    def eager(student: Tensor) -> Case:
+        return Case(student, *others)  # type: ignore[arg-type]
+
+    def loss_and_lse(student: Tensor) -> Tensor:
+        loss, lse = ckd.contrastive_cross_entropy(
+            student, *others, return_lse=True, backend=backend
+        )
+        return loss + lse.sin().sum()
+
+    def eager_loss_and_lse(student: Tensor) -> Tensor:
+        loss, lse = oracle.loss_and_lse(eager(student))
+        return loss + lse.sin().sum()
+
+    return {
+        "loss": (
+            lambda x: ckd.contrastive_cross_entropy(x, *others, backend=backend),
+            lambda x: oracle.loss_and_lse(eager(x))[0],
+        ),
+        "loss and lse": (loss_and_lse, eager_loss_and_lse),
+        "similarity": (
+            lambda x: (ckd.normalized_similarity(x, *pair, backend=backend) * slope).sum(),
+            lambda x: (oracle.logits(eager(x)) * slope).sum(),
+        ),
+    }
+
+
+REVERSE: dict[str, Callable[[Function, Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(2.0))[0],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, x.flip(0)])),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f))(torch.stack([x, 2 * x.flip(1)])),
+    "grad and value": lambda f, x: torch.func.grad_and_value(f)(x)[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the ops in turn
+@pytest.mark.parametrize("transform", REVERSE)
+def test_reverse_mode_is_right(transform: str, backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    for name, (ours, theirs) in functions(case, backend).items():
+        found, expected = (REVERSE[transform](f, case.student) for f in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_grad_of_every_input_is_that_of_backward(backend: str) -> None:
+    case = make_case(4, 10, 8, 6).requiring(*oracle.GRADIENTS)
+
+    def loss(student: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        moved = (student, case.bank, case.target, weight, bias, scale)
+        return ckd.contrastive_cross_entropy(*moved, backend=backend)
+
+    inputs = [getattr(case, name) for name in oracle.GRADIENTS]
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*inputs)
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    for mine, theirs in zip(found, expected):
+        assert torch.equal(mine, theirs)
+
+
+def forward_mode(f: Function, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        dual = f(forward_ad.make_dual(x, torch.ones_like(x)))
+        return forward_ad.unpack_dual(dual).tangent
+
+
+FORWARD: dict[str, Callable[[Function, Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "forward_ad": forward_mode,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("transform", FORWARD)
+def test_forward_mode_is_refused_by_name(transform: str, requires_grad: bool, backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    x = case.student.requires_grad_(requires_grad)
+    for ours, _ in functions(case, backend).values():
+        ours(x)  # what a plain call left must not serve this one
+        with pytest.raises(NotImplementedError, match=rf"ckd::.*{transform}.*reverse mode"):
+            FORWARD[transform](ours, x)
+
+
+def test_second_derivatives_are_refused_under_transforms(backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    for ours, _ in functions(case, backend).values():
+        twice = torch.func.grad(lambda x, f=ours: torch.func.grad(f)(x).sum())
+        with pytest.raises(NotImplementedError, match="second derivatives"):
+            twice(case.student)
