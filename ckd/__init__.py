@@ -1,6 +1,7 @@
 """Knowledge distillation from stored teacher embeddings, with a fused contrastive loss."""
 
 from ckd import backends
+from ckd._errors import CkdError
 from ckd._version import __version__
 from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.losses import EmbeddingDistillationLoss
@@ -9,6 +10,7 @@ from ckd.ops import contrastive_cross_entropy, normalized_similarity
 __all__ = [
     "BankError",
     "BankWriter",
+    "CkdError",
     "EmbeddingBank",
     "EmbeddingDistillationLoss",
     "__version__",

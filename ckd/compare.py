@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ckd import CkdError
 from ckd.train.errors import TrainError
 from ckd.train.figures import (
     BLUE,
@@ -206,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.out is not None:
             draw(results, command.out)
             print(f"\nfigure: {command.out}")
-    except (TrainError, ImportError, OSError) as error:
+    except (CkdError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

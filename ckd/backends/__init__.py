@@ -12,6 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from ckd import _hints
+from ckd._errors import CkdError
 from ckd.backends import cpu, cuda, reference, triton
 from ckd.backends.interface import Backend, BackendName, Problem, cache_limit, set_cache_limit
 
@@ -37,7 +38,7 @@ __all__ = [
 OPS = ("contrastive_ce", "similarity")
 
 
-class BackendError(RuntimeError):
+class BackendError(CkdError, RuntimeError):
     """A backend that was asked for by name cannot serve the call; the message says why."""
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from ckd import data, models
+from ckd import CkdError, data, models
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
 from ckd.bank.npy import import_npy
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         command.run()
-    except (BankError, data.DataError, models.ModelError, OSError, ImportError) as error:
+    except (CkdError, ImportError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -15,6 +15,8 @@ from typing import Any
 
 import xxhash
 
+from ckd._errors import CkdError
+
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 DTYPE = "float16"
@@ -32,7 +34,7 @@ SETTINGS = (
 )
 
 
-class BankError(ValueError):
+class BankError(CkdError, ValueError):
     """A bank that is damaged, incomplete or does not fit; says which file and rows, or what."""
 
 

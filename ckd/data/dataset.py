@@ -11,8 +11,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ckd._errors import CkdError
 
-class DataError(ValueError):
+
+class DataError(CkdError, ValueError):
     """Data that cannot be used as asked; the message names the file, row or argument."""
 
 

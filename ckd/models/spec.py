@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckd._errors import CkdError
 from ckd._hints import unknown
 
 
-class ModelError(ValueError):
+class ModelError(CkdError, ValueError):
     """A model or its weights that cannot be had as asked; the message names what does not fit."""
 
 

@@ -11,26 +11,16 @@ from typing import Annotated
 
 import tyro
 
-from ckd.bank import BankError
-from ckd.data import DataError
-from ckd.models import ModelError
+from ckd import CkdError
 from ckd.train.config import Config
 from ckd.train.demo import run_demo
-from ckd.train.errors import ConfigError, Interrupted, TrainError
+from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
 from ckd.train.run import CONFIG
 
 # What a user can cause, and its message explains; anything else is a bug and keeps its traceback.
-USER_ERRORS = (
-    BankError,
-    ConfigError,
-    DataError,
-    ModelError,
-    TrainError,
-    ImportError,
-    OSError,
-)
+USER_ERRORS = (CkdError, ImportError, OSError)
 
 # `--resume` or `--resume RUN`
 _OptionalPath = Annotated[

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ckd._errors import CkdError, ConfigError
 
-class ConfigError(ValueError):
-    """A setting that cannot work; names the flag, what was expected and what came."""
+__all__ = ["CheckpointError", "ConfigError", "Interrupted", "TrainError"]
 
 
-class TrainError(RuntimeError):
+class TrainError(CkdError, RuntimeError):
     """A run that cannot begin or go on."""
 
 
