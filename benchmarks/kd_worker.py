@@ -293,7 +293,7 @@ def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
 def config_of(method: str, setting: Setting) -> Config:
     """What `python -m ckd.train` would be told."""
     config = Config(
-        method=method,
+        method=method,  # type: ignore[arg-type]  # `check` refuses others
         data=str(setting.images),
         student=setting.student,
         teacher=setting.teacher_file if method in ("logit-kd", "teacher-kd") else None,
@@ -301,7 +301,7 @@ def config_of(method: str, setting: Setting) -> Config:
         targets="centroids",  # as published: what the paper's claims of cost are about
         out=setting.folder,
         batch_size=setting.batch_size,
-        amp=setting.amp,
+        amp=setting.amp,  # type: ignore[arg-type]
         compile=setting.compile,
         device=setting.device,
         checkpoint_minutes=1e9,

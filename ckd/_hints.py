@@ -6,12 +6,36 @@ import difflib
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ckd._errors import ConfigError
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+def unknown(kind: str, name: str, known: Iterable[str], takes: str = "known") -> str:
     """The message for a name that is not in a table, the known ones listed nearest first."""
     names = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name), k).ratio())
-    return f"unknown {kind} {name!r}; known, nearest first: {', '.join(names)}"
+    return f"unknown {kind} {name!r}; {takes}, nearest first: {', '.join(names)}"
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a dataclass's field."""
+    return "--" + field.replace("_", "-")
+
+
+def check_choices(settings: Any) -> None:
+    """Raise ConfigError for the first field of a dataclass whose value its Literal type excludes.
+
+    Types are not checked when an object is made, so this is for what comes from Python, from a
+    file or, since `ckd.cli.parsing` leaves it to this function, from the command line.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
+        value = getattr(settings, name)
+        if not literals or (value is None and type(None) in get_args(hint)):
+            continue
+        known = [choice for literal in literals for choice in get_args(literal)]
+        if value not in known:
+            raise ConfigError(unknown(name.replace("_", " "), value, known, f"{flag(name)} takes"))
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

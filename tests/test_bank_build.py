@@ -294,6 +294,11 @@ def test_the_command_line_imports(tmp_path, capsys):
         ),
         (["build", "--out", "TMP/new", "--from-npy", "x", "--workers", "2"], "--workers has no"),
         (["info", "BANK", "--method", "umap"], "--method has no effect without --plot"),
+        (["info", "BANK", "--plot", "TMP/a.png", "--method", "umap"], "--method takes, nearest"),
+        (
+            ["build", "--out", "TMP/n", "--teacher", "t", "--data", "d", "--split", "tain"],
+            "unknown split 'tain'; --split takes, nearest first: train, test",
+        ),
         (["info", "BANK", "--per-class", "3"], "--per-class has no effect without --plot"),
         (
             ["build", "--out", "TMP/n", "--data", "d", "--teacher", "t", "--device", "meta"],

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ckd"
 BASE = {"ckd._errors", "ckd._files", "ckd._hints", "ckd._lock", "ckd._version"}
 LAYERS: dict[str, set[str]] = {
     "ckd._errors": set(),
-    "ckd._hints": set(),
+    "ckd._hints": {"ckd._errors"},
     "ckd._files": set(),
     "ckd._lock": set(),
     "ckd._version": set(),
@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.train": {"ckd"},
     "ckd.compare": {"ckd"},
     "ckd.info": {"ckd"},
+    "ckd.cli": {"ckd"},
 }
 # The package itself exports the library and none of the programs.
 LAYERS["ckd"] = {"ckd._errors", "ckd._version"}

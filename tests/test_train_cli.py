@@ -39,6 +39,8 @@ def test_help_describes_every_flag(capsys):
     text = capsys.readouterr().out
     for field in (*Config.__dataclass_fields__, "resume", "eval"):
         assert f"--{field.replace('_', '-')}" in text
+    assert "--method {plain,logit-kd,teacher-kd,embed-kd}" in text
+    assert "--targets {None,samples,centroids}" in text
 
 
 def test_trains_then_evaluates_the_run_folder_to_the_same_accuracy(tmp_path, capsys):
@@ -92,6 +94,17 @@ def test_resume_with_another_setting_or_another_place_is_refused(tmp_path, capsy
     assert "leave out one" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_stored_setting_that_is_no_choice_is_one_line_and_status_2(tmp_path, capsys):
+    config = tiny_config(tmp_path, method="embed-dk")
+    config.folder.mkdir()
+    config.save(config.folder / "config.json")
+    assert main(["--resume", str(config.folder)]) == 2
+    error = capsys.readouterr().err
+    assert "config.json: unknown method 'embed-dk'; --method takes, nearest first: emb" in error
+    assert error.count("\n") == 1
+
+
 def test_a_moved_run_resumes_where_it_lies(tmp_path, capsys):
     config = tiny_config(tmp_path)
     train(config, verbose=False)
@@ -104,6 +117,9 @@ def test_a_moved_run_resumes_where_it_lies(tmp_path, capsys):
     ("argv", "says"),
     [
         (["--method", "embed-dk"], "unknown method 'embed-dk'"),
+        (["--method", "plain", "--amp", "bfloat16"], "--amp takes, nearest first: bf16"),
+        (["--targets", "sample"], "unknown targets 'sample'; --targets takes"),
+        (["--eval", "nowhere", "--method", "plane"], "unknown method 'plane'; --method takes"),
         (["--data", "nowhere", "--method", "plain"], "nowhere"),
         (["--method", "plain", "--student", "resnet21"], "resnet21"),
         (["--bank", "nowhere"], "nowhere is not a bank"),

@@ -5,16 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 
 from ckd.train import Config, ConfigError
-from ckd.train.config import MAY_DIFFER_ON_RESUME, differences
+from ckd.train.config import MAY_DIFFER_ON_RESUME, MethodName, differences
+from ckd.train.methods import METHODS
 
 
 def test_defaults_are_valid():
     Config().check()
     Config(paper_compat=True).check()
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"method": "embed-dk"}, "unknown method 'embed-dk'; --method takes, nearest first: embed"),
+        ({"method": None}, "unknown method None; --method takes"),
+        ({"targets": "centroid"}, "--targets takes, nearest first: centroids, samples"),
+        ({"amp": 16}, "unknown amp 16; --amp takes, nearest first: "),
+    ],
+)
+def test_a_value_that_is_no_choice_names_the_flag_and_the_choices(
+    setting: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**setting).check()
+    assert says in str(caught.value)
+
+
+def test_every_method_can_be_chosen():
+    assert get_args(MethodName) == tuple(METHODS)
 
 
 def test_paper_compat_fills_in_what_was_left_at_its_default():

@@ -198,8 +198,8 @@ class _Poisoned(METHODS["plain"]):
 
 
 def test_a_non_finite_term_stops_the_run_before_the_step(tmp_path, monkeypatch, no_figures):
-    monkeypatch.setitem(METHODS, "poisoned", _Poisoned)
-    config = tiny_config(tmp_path, method="poisoned", checkpoint_steps=1)
+    monkeypatch.setitem(METHODS, "plain", _Poisoned)
+    config = tiny_config(tmp_path, method="plain", checkpoint_steps=1)
     with pytest.raises(TrainError, match=r"^poison is not finite at step 2 .*nonfinite\.json"):
         train(config, verbose=False)
     report = json.loads((config.folder / "nonfinite.json").read_text())
@@ -216,8 +216,8 @@ def test_a_non_finite_gradient_stops_the_run_before_the_step(tmp_path, monkeypat
             # 0 for the loss, an infinite slope for the gradient
             return {"steep": (output.embedding - output.embedding.detach()).abs().sum().sqrt()}
 
-    monkeypatch.setitem(METHODS, "steep", Steep)
-    config = tiny_config(tmp_path, method="steep")
+    monkeypatch.setitem(METHODS, "plain", Steep)
+    config = tiny_config(tmp_path, method="plain")
     with pytest.raises(TrainError, match=r"gradient norm is not finite at step 0"):
         train(config, verbose=False)
     assert len(json.loads((config.folder / "nonfinite.json").read_text())["sample_ids"]) == 14

@@ -7,16 +7,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from ckd import CkdError, data, models
+from ckd._hints import check_choices, flag
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
 from ckd.bank.npy import import_npy
-from ckd.bank.picture import draw_bank
+from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
+from ckd.cli.parsing import parse
 
 _TEACHER_FLAGS = {
     *("teacher", "teacher_weights", "teacher_image_size", "data", "split", "image_size"),
@@ -42,8 +45,8 @@ class Build:
     """The teacher's input size, to which images are resized; default: what it was made for."""
     data: str | None = None
     """The data set: digits, an image folder, parquet file(s) or .npz."""
-    split: str = "train"
-    """train or test."""
+    split: Literal["train", "test"] = "train"
+    """Which part of it."""
     image_size: int | None = None
     """Resize and centre-crop the images, as in training; default: their own size."""
 
@@ -70,6 +73,7 @@ class Build:
     """Processes that decode images; sets that fit in memory need none."""
 
     def run(self) -> None:
+        check_choices(self)
         bank = self._import() if self.from_npy is not None else self._build()
         print(
             f"{bank.path} is complete: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
@@ -120,14 +124,15 @@ class Info:
     """As JSON."""
     plot: Path | None = None
     """Also draw its rows and class centroids into this image file (.png, .pdf, .svg)."""
-    method: str = "pca"
-    """--plot: pca, or tsne (needs scikit-learn)."""
+    method: Projection = "pca"
+    """--plot: principal components, or t-SNE (needs scikit-learn)."""
     per_class: int | None = None
     """--plot: centroids of the first so many rows of each class; default: of all."""
 
     def run(self) -> None:
         if self.plot is None:
             _refuse(self, {"method", "per_class"}, "has no effect without --plot")
+        check_choices(self)
         bank = EmbeddingBank.open(self.bank)
         print(json.dumps(summarize(bank), indent=2) if self.json else describe(bank))
         if self.plot is not None:
@@ -156,11 +161,9 @@ class Verify:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code. Expected errors are one line on stderr, and code 2."""
-    command: Build | Info | Verify = tyro.cli(
-        Build | Info | Verify,
-        prog="python -m ckd.bank",
-        description=__doc__,
-        args=arguments,
+    argv = sys.argv[1:] if arguments is None else arguments
+    command: Build | Info | Verify = parse(
+        Build | Info | Verify, argv, "python -m ckd.bank", description=__doc__
     )
     try:
         command.run()
@@ -177,7 +180,7 @@ def _refuse(command: Build | Info, flags: set[str], why: str) -> None:
     """BankError for the first of these flags that is not left at its default."""
     for field in fields(command):
         if field.name in flags and getattr(command, field.name) != field.default:
-            raise BankError(f"--{field.name.replace('_', '-')} {why}")
+            raise BankError(f"{flag(field.name)} {why}")
 
 
 def _device(name: str) -> torch.device:

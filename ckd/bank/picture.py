@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ckd._hints import require, unknown
 from ckd.bank.manifest import BankError
 from ckd.bank.reader import EmbeddingBank
 
-METHODS = ("pca", "tsne")
+Projection = Literal["pca", "tsne"]
 
 # Beyond this many classes neither colours nor a legend can tell them apart.
 _NAMED_CLASSES = 20
@@ -28,7 +28,7 @@ def draw_bank(
     bank: EmbeddingBank,
     path: str | os.PathLike[str],
     *,
-    method: str = "pca",
+    method: Projection = "pca",
     per_class: int | None = None,
     max_rows: int = 3000,
     seed: int = 0,
@@ -42,8 +42,8 @@ def draw_bank(
     Raises BankError for a bank that is too small to draw or whose rows are all the same, and for an
     unknown method or image format, ImportError for a missing package.
     """
-    if method not in METHODS:
-        raise BankError(unknown("method", method, METHODS))
+    if method not in get_args(Projection):
+        raise BankError(unknown("method", method, get_args(Projection)))
     if len(bank) < 3 or bank.dim < 2:
         raise BankError(f"a picture needs 3 rows of width 2 at least, {bank.path} has fewer")
     figures = require("matplotlib.figure", extra="plots", purpose="drawing a bank")
@@ -88,7 +88,7 @@ def _centroids(bank: EmbeddingBank, per_class: int | None) -> Tensor:
 
 
 def _project(
-    rows: Tensor, centroids: Tensor, method: str, seed: int
+    rows: Tensor, centroids: Tensor, method: Projection, seed: int
 ) -> tuple[Tensor, tuple[str, str]]:
     """Rows and centroids in the plane [n + C, 2], and what the two axes are."""
     if method == "tsne":
@@ -183,7 +183,7 @@ def _colors(classes: int) -> list[Any]:
     return [colormaps["turbo"](label / (classes - 1)) for label in range(classes)]
 
 
-def _title(axes: Any, bank: EmbeddingBank, drawn: int, method: str) -> None:
+def _title(axes: Any, bank: EmbeddingBank, drawn: int, method: Projection) -> None:
     teacher = (bank.meta["teacher"] or {}).get("name", "an unnamed teacher")
     dataset = bank.meta["dataset"] or "imported embeddings"
     rows = f"{drawn:,} of {len(bank):,} rows" if drawn < len(bank) else f"all {drawn:,} rows"

@@ -12,6 +12,8 @@ from typing import Annotated
 import tyro
 
 from ckd import CkdError
+from ckd._hints import check_choices
+from ckd.cli import parsing
 from ckd.train.config import Config
 from ckd.train.demo import run_demo
 from ckd.train.errors import ConfigError, Interrupted
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         command = parse(argv)
         if command.eval is not None:
+            check_choices(command.config)
             print(evaluate_source(command.config, command.eval))
             return 0
         result = train(command.config, resume=command.resume is not None)
@@ -92,7 +95,7 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _cli(argv: Sequence[str], defaults: Config) -> Command:
-    return tyro.cli(Command, prog="python -m ckd.train", args=argv, default=Command(defaults))
+    return parsing.parse(Command, argv, "python -m ckd.train", default=Command(defaults))
 
 
 def stored_run(command: Command) -> Path | None:

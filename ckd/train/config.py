@@ -8,14 +8,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ckd._files import atomic_write
-from ckd._hints import unknown
+from ckd._hints import check_choices, flag
 from ckd.train.errors import ConfigError
 
-TARGETS = ("samples", "centroids")
-AMP_MODES = ("off", "bf16", "fp16")
+MethodName = Literal["plain", "logit-kd", "teacher-kd", "embed-kd"]
+Targets = Literal["samples", "centroids"]
+AmpMode = Literal["off", "bf16", "fp16"]
+AMP_MODES = get_args(AmpMode)
 
 # Under `paper_compat`, a field that was left at its default takes the value of the paper's code.
 # Beyond these, the class head's softmax is applied twice and logit-kd is a cross-entropy against
@@ -41,8 +43,8 @@ MAY_DIFFER_ON_RESUME = frozenset(
 class Config:
     """Settings of one training run."""
 
-    method: str = "embed-kd"
-    """plain, logit-kd, teacher-kd or embed-kd: where the teacher's signal comes from."""
+    method: MethodName = "embed-kd"
+    """Where the teacher's signal comes from."""
     data: str = "digits"
     """The data set: digits, an image folder, parquet file(s) or .npz."""
     image_size: int | None = None
@@ -83,7 +85,7 @@ class Config:
 
     distill_weight: float = 0.5
     """Weight of the distillation term beside the cross-entropy against the labels."""
-    targets: str | None = None
+    targets: Targets | None = None
     """embed-kd: contrast with all rows of the bank, each image with its own (`samples`), or with
     the class `centroids`: as published, less accurate, and the cheaper the larger the bank
     (docs/results/accuracy.md); default: samples, centroids under --paper-compat."""
@@ -100,8 +102,8 @@ class Config:
 
     seed: int = 0
     """Of the initial weights, the data order, augmentation and dropout."""
-    amp: str = "off"
-    """Mixed precision: off, bf16 or fp16."""
+    amp: AmpMode = "off"
+    """Mixed precision."""
     compile: bool = False
     """Run the student, and a teacher beside it, through torch.compile."""
     deterministic: bool = False
@@ -137,14 +139,11 @@ class Config:
 
         What the method needs is checked by `ckd.train.methods.method_class`.
         """
-        for name, known in (("targets", TARGETS), ("amp", AMP_MODES)):
-            value = getattr(self, name)
-            if value not in known and (name, value) != ("targets", None):
-                raise ConfigError(unknown(name, value, known))
+        check_choices(self)
         for name, expected in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not expected.holds(value):
-                raise ConfigError(f"{_flag(name)} must be {expected.words}, got {value}")
+                raise ConfigError(f"{flag(name)} must be {expected.words}, got {value}")
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
@@ -169,7 +168,12 @@ class Config:
         if settings.keys() != known:
             misfits = ", ".join(sorted(settings.keys() ^ known))
             raise ConfigError(f"{source} was written by another version of ckd (fields: {misfits})")
-        return cls(**settings)
+        config = cls(**settings)
+        try:
+            check_choices(config)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        return config
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -191,10 +195,6 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
         for name in before
         if name not in MAY_DIFFER_ON_RESUME and before[name] != after[name]
     }
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 
 from ckd import data, models
 from ckd.bank.build import build_bank
-from ckd.train.config import Config
+from ckd.train.config import Config, MethodName
 from ckd.train.loop import train
 from ckd.train.report import markdown
 
@@ -74,7 +74,7 @@ def _run_demo(folder: Path) -> None:
     print(f"   {len(bank):,} x {bank.dim} float16, {bank.nbytes / 1024:.0f} KiB in {bank.path}")
 
     print(f"\n3. the same student, with and without them, from {len(SEEDS)} seeds")
-    students: dict[str, list[dict[str, Any]]] = {"plain": [], "embed-kd": []}
+    students: dict[MethodName, list[dict[str, Any]]] = {"plain": [], "embed-kd": []}
     for seed in SEEDS:
         for method, results in students.items():
             config = replace(

@@ -17,7 +17,6 @@ import xxhash
 from torch import Tensor, nn
 
 from ckd import models
-from ckd._hints import unknown
 from ckd.bank import BankError, EmbeddingBank
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss
@@ -235,9 +234,8 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_class(config: Config) -> type[Method]:
-    """The method that `config` names. Raises ConfigError: unknown, or without what it needs."""
-    if config.method not in METHODS:
-        raise ConfigError(unknown("method", config.method, METHODS))
+    """The method that `config`, which was checked, names. Raises ConfigError if what it needs is
+    not there."""
     method = METHODS[config.method]
     if method.needs == "bank" and config.bank is None:
         raise ConfigError(
