@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from ckd import CkdError
+from ckd.cli.command import parse, run
 from ckd.train.errors import TrainError
 from ckd.train.figures import (
     BLUE,
@@ -190,27 +190,24 @@ class Command:
     seeds: tyro.conf.FlagCreatePairsOff[bool] = False
     """One row for runs that differ only in their seed: mean and spread."""
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status: 0, or 2 for an error."""
-    command = tyro.cli(Command, prog="python -m ckd.compare", args=argv)
-    try:
-        if not command.runs:
+    def run(self) -> None:
+        if not self.runs:
             raise TrainError("name at least one run folder: python -m ckd.compare RUN...")
-        if command.seeds:
-            if command.out is not None:
+        if self.seeds:
+            if self.out is not None:
                 raise TrainError("--out draws single runs; leave out --seeds")
-            print(seed_table(group_seeds(command.runs)))
-            return 0
-        results = [{**read_result(run), "run": run.name} for run in command.runs]
+            print(seed_table(group_seeds(self.runs)))
+            return
+        results = [{**read_result(folder), "run": folder.name} for folder in self.runs]
         print(table(results))
-        if command.out is not None:
-            draw(results, command.out)
-            print(f"\nfigure: {command.out}")
-    except (CkdError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        if self.out is not None:
+            draw(results, self.out)
+            print(f"\nfigure: {self.out}")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.compare") -> int:
+    """The command line; the exit status."""
+    return run(lambda given: parse(Command, given, prog), argv)
 
 
 if __name__ == "__main__":

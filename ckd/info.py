@@ -6,12 +6,16 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import ckd
 from ckd.backends import cpu
+from ckd.cli.command import parse, run
 
 CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow", "tyro")
 # extra -> the distributions that it brings
@@ -89,9 +93,18 @@ def report() -> str:
     return "\n".join([*lines, "", "for float32 tensors on the CPU:", explanation])
 
 
-def main() -> None:
-    print(report())
+@dataclass(frozen=True)
+class Command:
+    """Say what is installed, which backends work, and why the others do not."""
+
+    def run(self) -> None:
+        print(report())
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.info") -> int:
+    """The command line; the exit status."""
+    return run(lambda given: parse(Command, given, prog), argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

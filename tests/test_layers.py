@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ckd.cli import COMMANDS
+
 PACKAGE = Path(__file__).parents[1] / "ckd"
 
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
@@ -34,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.compare": {"ckd"},
     "ckd.info": {"ckd"},
     "ckd.cli": {"ckd"},
+    "ckd.__main__": {"ckd"},
 }
 # The package itself exports the library and none of the programs.
 LAYERS["ckd"] = {"ckd._errors", "ckd._version"}
@@ -76,9 +79,24 @@ def test_module_imports_only_what_lies_below(name: str, path: Path) -> None:
         assert target in allowed, f"{name} imports {imported}, which is not below it"
 
 
+def test_only_commands_import_the_command_line() -> None:
+    commands = {module for module, _ in COMMANDS.values()} | {"ckd.__main__"}
+    for name, path in modules():
+        if any(layer_of(imported) == "ckd.cli" for imported in imports(path)):
+            assert name in commands or layer_of(name) == "ckd.cli", f"{name} is no command"
+
+
+def test_every_package_is_installed() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    found = {name for name, path in modules() if path.name == "__init__.py"}
+    assert {*settings["tool"]["setuptools"]["packages"]} == found | {"ckd._triton"}
+
+
 def test_importing_the_package_loads_no_program_and_no_extra() -> None:
     heavy = ["ckd.train", "ckd.compare", "ckd.data", "ckd.models", "tyro", "pyarrow", "matplotlib"]
     heavy += ["timm", "transformers", "PIL", "tensorboard", "torchvision", "triton.language"]
+    heavy += ["ckd.cli", "ckd.info"]
     code = "import torch, sys; before = set(sys.modules); import ckd; "
     code += f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

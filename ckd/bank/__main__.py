@@ -12,14 +12,16 @@ from typing import Literal
 import torch
 import tyro
 
-from ckd import CkdError, data, models
+from ckd import data, models
 from ckd._hints import check_choices, flag
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
-from ckd.cli.parsing import parse
+from ckd.cli.command import parse, run
+
+DESCRIPTION = "Make a bank, say what it is, check every byte of it."
 
 _TEACHER_FLAGS = {
     *("teacher", "teacher_weights", "teacher_image_size", "data", "split", "image_size"),
@@ -159,21 +161,13 @@ class Verify:
         )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit code. Expected errors are one line on stderr, and code 2."""
-    argv = sys.argv[1:] if arguments is None else arguments
-    command: Build | Info | Verify = parse(
-        Build | Info | Verify, argv, "python -m ckd.bank", description=__doc__
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.bank") -> int:
+    """The command line; the exit status."""
+    return run(
+        lambda given: parse(Build | Info | Verify, given, prog, description=DESCRIPTION),
+        argv,
+        interrupted="interrupted; the same command goes on from the last full shard",
     )
-    try:
-        command.run()
-    except (CkdError, ImportError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last full shard", file=sys.stderr)
-        return 130
-    return 0
 
 
 def _refuse(command: Build | Info, flags: set[str], why: str) -> None:

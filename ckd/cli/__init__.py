@@ -1,1 +1,48 @@
-"""The commands: what they share."""
+"""`ckd COMMAND ...`: the commands by name, and (`command.py`) what they share."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ckd._hints import unknown
+
+# name -> (module, summary). The module has `main(argv, prog) -> exit status`, and is imported when
+# its command is called.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("ckd.train.__main__", "train a student, resume or evaluate a run"),
+    "demo": ("ckd.train.demo", "what distillation buys on handwritten digits, in two minutes"),
+    "bank": ("ckd.bank.__main__", "build, describe or verify a bank of teacher embeddings"),
+    "compare": ("ckd.compare", "a table and a figure of finished runs"),
+    "info": ("ckd.info", "what is installed, and which backends work"),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "ckd") -> int:
+    """The command line; the exit status. SystemExit from the help and the flags of a command."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help(prog))
+        return 0
+    if name not in COMMANDS:
+        print(f"error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(rest, f"{prog} {name}")
+
+
+def _help(prog: str) -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND ...",
+            "",
+            "Knowledge distillation from stored teacher embeddings.",
+            "",
+            *lines,
+            "",
+            f"{prog} COMMAND --help describes a command.",
+        ]
+    )

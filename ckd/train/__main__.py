@@ -11,18 +11,17 @@ from typing import Annotated
 
 import tyro
 
-from ckd import CkdError
 from ckd._hints import check_choices
-from ckd.cli import parsing
+from ckd.cli.command import parse as parse_flags
+from ckd.cli.command import run
 from ckd.train.config import Config
-from ckd.train.demo import run_demo
+from ckd.train.demo import Demo
 from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
 from ckd.train.run import CONFIG
 
-# What a user can cause, and its message explains; anything else is a bug and keeps its traceback.
-USER_ERRORS = (CkdError, ImportError, OSError)
+PROG = "python -m ckd.train"
 
 # `--resume` or `--resume RUN`
 _OptionalPath = Annotated[
@@ -47,46 +46,38 @@ class Command:
     eval: str | None = None
     """Only score this run folder, .safetensors file or model spec on the test data."""
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; the exit status: 0, 2 for an error, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if not argv:
-            run_demo()
-            return 0
-        command = parse(argv)
-        if command.eval is not None:
-            check_choices(command.config)
-            print(evaluate_source(command.config, command.eval))
-            return 0
-        result = train(command.config, resume=command.resume is not None)
+    def run(self) -> None:
+        if self.eval is not None:
+            check_choices(self.config)
+            print(evaluate_source(self.config, self.eval))
+            return
+        result = train(self.config, resume=self.resume is not None)
         print(
-            f"{command.config.folder}: test accuracy {result['test_accuracy']:.2%} after "
+            f"{self.config.folder}: test accuracy {result['test_accuracy']:.2%} after "
             f"{result['epochs']} epochs, {result['train_time_s']:.0f} s of training"
         )
-        return 0
-    except Interrupted as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("\ninterrupted; what the last checkpoint holds is safe", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
-def parse(argv: Sequence[str]) -> Command:
+def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
+    """The command line; the exit status."""
+    return run(
+        lambda given: parse(given, prog) if given else Demo(),
+        argv,
+        interrupted="interrupted; what the last checkpoint holds is safe",
+        interruptions=(KeyboardInterrupt, Interrupted),
+    )
+
+
+def parse(argv: Sequence[str], prog: str = PROG) -> Command:
     """Flags, over the settings of the run folder that is resumed or evaluated, if one is named."""
-    command = _cli(argv, Config())
+    command = _parse(argv, prog, Config())
     folder = stored_run(command)
     if folder is None:
         return command
     stored = Config.load(folder / CONFIG)
     if command.resume is not None:
         stored = dataclasses.replace(stored, out=str(folder))  # it may have been moved
-    command = _cli(argv, stored)
+    command = _parse(argv, prog, stored)
     if command.resume is not None and command.config.folder != folder:
         raise ConfigError(
             f"--resume names the run {folder}, --out names {command.config.folder}; leave out one"
@@ -94,8 +85,8 @@ def parse(argv: Sequence[str]) -> Command:
     return command
 
 
-def _cli(argv: Sequence[str], defaults: Config) -> Command:
-    return parsing.parse(Command, argv, "python -m ckd.train", default=Command(defaults))
+def _parse(argv: Sequence[str], prog: str, defaults: Config) -> Command:
+    return parse_flags(Command, argv, prog, default=Command(defaults))
 
 
 def stored_run(command: Command) -> Path | None:

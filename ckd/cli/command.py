@@ -1,12 +1,47 @@
-"""From a command line to a dataclass, and its help."""
+"""What the commands share: flags and help from a dataclass, errors and exit statuses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from ckd._errors import CkdError
+
+# What a user can cause, and its message explains; anything else is a bug and keeps its traceback.
+USER_ERRORS = (CkdError, ImportError, OSError)
+
+
+class Command(Protocol):
+    """A parsed command line."""
+
+    def run(self) -> None: ...
+
+
+def run(
+    parse: Callable[[Sequence[str]], Command],
+    argv: Sequence[str] | None,
+    *,
+    interrupted: str = "interrupted",
+    interruptions: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+) -> int:
+    """Parse `argv` (None: that of the process) and run the command; the exit status.
+
+    That is 0; 2 after a line on stderr for an error that the user can put right; or 130 after one
+    of `interruptions`, whose own message, or `interrupted`, says what is kept.
+    """
+    try:
+        parse(sys.argv[1:] if argv is None else argv).run()
+    except interruptions as stop:
+        print(f"\n{str(stop) or interrupted}", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print("error:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    return 0
 
 
 def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
