@@ -24,12 +24,13 @@ from torch import Tensor
 from worker import KILLED, OUT_OF_MEMORY, reason_of
 
 from ckd import data, models
+from ckd._device import pick_device
 from ckd._hints import require
 from ckd.bank import BankWriter
 from ckd.bank.build import build_bank
 from ckd.models import catalog
 from ckd.train.config import Config
-from ckd.train.device import pick_device, torch_state
+from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
 from ckd.train.run import set_up

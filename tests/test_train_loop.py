@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ckd import data, models
+from ckd._device import pick_device
 from ckd.models import ModelError
 from ckd.train import Config, TrainError, checkpoint, evaluate, train
 from ckd.train import loop as loop_module
-from ckd.train.device import pick_device, torch_state
+from ckd.train.device import torch_state
 from ckd.train.methods import METHODS, method_class
 from ckd.train.run import run_folder, set_up
 from tests.train_runs import tiny_config

@@ -26,7 +26,8 @@ import torch
 from kd_gauge import Enough
 from kd_worker import Setting
 
-from ckd.train.device import pick_device, torch_state
+from ckd._device import pick_device
+from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import METHODS, method_class
 from ckd.train.run import set_up

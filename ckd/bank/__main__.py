@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from ckd import data, models
+from ckd._device import pick_device
 from ckd._hints import check_choices, flag
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
@@ -100,7 +100,7 @@ class Build:
         if self.teacher is None or self.data is None:
             raise BankError("build needs --teacher and --data, or --from-npy")
         _refuse(self, _IMPORT_FLAGS, "goes with --from-npy only")
-        device = _device(self.device)  # before anything that takes its time
+        device = pick_device(self.device)  # before anything that takes its time
         dataset = data.load(self.data, self.split, image_size=self.image_size)
         return build_bank(
             dataset,
@@ -175,18 +175,6 @@ def _refuse(command: Build | Info, flags: set[str], why: str) -> None:
     for field in fields(command):
         if field.name in flags and getattr(command, field.name) != field.default:
             raise BankError(f"{flag(field.name)} {why}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # meta tensors can be made, but hold nothing
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise BankError(f"--device {name} cannot be used here: {reason}; try auto") from error
-    return device
 
 
 if __name__ == "__main__":

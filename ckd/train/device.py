@@ -1,4 +1,4 @@
-"""Where a run computes, and torch's own switches for it, put back afterwards."""
+"""Torch's own switches for a run, put back afterwards."""
 
 from __future__ import annotations
 
@@ -9,25 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from ckd.train.config import Config
-from ckd.train.errors import ConfigError
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else the CPU. Raises ConfigError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device must be auto, cpu, cuda, cuda:1, ..., got {name}") from error
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name} is not here ({reason}); try auto") from error
-    return device
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ckd import data, models
+from ckd._device import pick_device
 from ckd.data import Dataset
 from ckd.train.config import Config
-from ckd.train.device import pick_device
 from ckd.train.errors import ConfigError
 
 

@@ -22,12 +22,13 @@ import torch
 from tqdm import tqdm
 
 from ckd import models
+from ckd._device import pick_device
 from ckd._files import atomic_write
 from ckd.data import Batch, epoch_order, step_generator
 from ckd.train import report
 from ckd.train.config import Config
 from ckd.train.curves import draw_curves
-from ckd.train.device import autocast, pick_device, torch_state
+from ckd.train.device import autocast, torch_state
 from ckd.train.errors import Interrupted, TrainError
 from ckd.train.evaluation import evaluate
 from ckd.train.interrupt import stop_on_signals
