@@ -21,6 +21,6 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.zeros(1, device=device).cpu()  # a meta tensor can be made, but not copied
     except (RuntimeError, AssertionError, ImportError) as error:  # torch built without the device
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(f"--device {name} cannot be used here: {reason}; try auto") from error
     return device

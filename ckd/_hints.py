@@ -25,8 +25,8 @@ def flag(field: str) -> str:
 def check_choices(settings: Any) -> None:
     """Raise ConfigError for the first field of a dataclass whose value its Literal type excludes.
 
-    Types are not checked when an object is made, so this is for what comes from Python, from a
-    file or, since `ckd.cli.parsing` leaves it to this function, from the command line.
+    Python does not check types when an object is made, and `ckd.cli.command.parse` leaves choices
+    to this function, so that one message serves settings from Python, files and command lines.
     """
     for name, hint in get_type_hints(type(settings)).items():
         literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]

@@ -144,7 +144,7 @@ class Raises:
     "error",
     [
         ckd.CkdError("one\n  two"),
-        ckd.BankError("one\ntwo"),
+        ckd.BankError("one\n\ntwo"),
         ImportError("one two"),
         OSError("one two"),
     ],

@@ -39,7 +39,8 @@ def run(
         print(f"\n{str(stop) or interrupted}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
-        print("error:", *(line.strip() for line in str(error).splitlines()), file=sys.stderr)
+        lines = filter(None, map(str.strip, str(error).splitlines()))
+        print("error:", *lines, file=sys.stderr)
         return 2
     return 0
 
@@ -52,7 +53,7 @@ def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
     instance whose values hold where no flag is given). Values of Literal fields are not checked:
     the command calls `ckd._hints.check_choices`, which suggests the nearest choice.
 
-    Raises SystemExit: status 0 after --help, 2 after a line on stderr for what cannot be parsed.
+    Raises SystemExit: status 0 after --help, 2 after tyro's message on stderr.
     """
     registry = ConstructorRegistry()
     registry.primitive_rule(_choice)
