@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import command
+from common import command
 
 from ckd.compare import group_seeds, seed_table
 

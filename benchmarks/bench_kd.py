@@ -25,12 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import command
-import kd_report
-import machine
 import torch
-from kd_report import Record
-from kd_worker import (
+from common import command, machine
+from loss.bench import KILLED, OUT_OF_MEMORY
+from training import report
+from training.report import Record
+from training.tasks import (
     CLASSES,
     VITS,
     Process,
@@ -42,7 +42,6 @@ from kd_worker import (
     take_turns,
     write_images,
 )
-from worker import KILLED, OUT_OF_MEMORY
 
 from ckd.train.config import AMP_MODES
 from ckd.train.methods import METHODS
@@ -54,7 +53,7 @@ IMAGE_SIZES = (32, 64)
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        status = command.show(options, kd_report.show)
+        status = command.show(options, report.show)
         if status == 0:
             write_files(options.record, options)
         return status
@@ -73,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "cases": [],
     }
-    kd_report.show_machine(record)
+    report.show_machine(record)
     for size in options.image_size:
         for teacher in options.teacher:
             record["cases"].append(run_case(teacher, size, options))
-            kd_report.show_case(record["cases"][-1], record["settings"])
+            report.show_case(record["cases"][-1], record["settings"])
             write_files(record, options)
     return 1 if any(broken(case) for case in record["cases"]) else 0
 
@@ -90,11 +89,11 @@ def broken(case: Record) -> bool:
 
 def write_files(record: Record, options: argparse.Namespace) -> None:
     if options.out:
-        kd_report.atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+        report.atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
     if options.csv:
-        kd_report.write_csv(record, options.csv)
+        report.write_csv(record, options.csv)
     if options.plot:
-        kd_report.plot(record, options.plot)
+        report.plot(record, options.plot)
 
 
 def run_case(teacher: str, size: int, options: argparse.Namespace) -> Record:
@@ -119,7 +118,7 @@ def run_case(teacher: str, size: int, options: argparse.Namespace) -> Record:
     rows = [{"method": method, **results[method]} for method in options.methods]
     case = {"teacher": teacher, "image_size": size, "about": about, "bank": results["bank"]}
     case["rows"] = rows
-    kd_report.derive(case, {"epoch_images": options.epoch_images, "batch_size": options.batch_size})
+    report.derive(case, {"epoch_images": options.epoch_images, "batch_size": options.batch_size})
     return case
 
 

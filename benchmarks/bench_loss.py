@@ -28,13 +28,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import command
-import machine
-import providers
-import report
 import torch
-from problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
-from worker import FORWARD, KILLED, OUT_OF_MEMORY, STEP, Errors, Failed, Worker
+from common import command, machine
+from loss import providers, report
+from loss.bench import FORWARD, KILLED, OUT_OF_MEMORY, STEP, Errors, Failed, Worker
+from loss.problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
 
 from ckd._files import atomic_write
 

@@ -26,16 +26,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import command
-import machine
 import numpy as np
 import torch
-from kd_gauge import Enough
-from kd_worker import Setting, config_of, write_bank, write_images
+from common import command, machine
+from loss.report import duration
 from PIL import Image
-from report import duration
 from torch import Tensor
 from torch.utils import data as torch_data
+from training.gauge import Enough
+from training.tasks import Setting, config_of, write_bank, write_images
 
 from ckd import data, models
 from ckd._files import atomic_write

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import bench_kd
-import kd_gauge
-import kd_report
-import kd_worker
 import pytest
 import torch
-from kd_worker import Process, Setting, finish, take_turns
+from training import report, tasks
+from training.gauge import EnergyMeter, Enough, Gauge
+from training.tasks import Process, Setting, finish, take_turns
 
 SETTINGS = {"epoch_images": 1000, "batch_size": 10}
 TINY = [
@@ -84,7 +83,7 @@ def test_measures_every_method_by_the_trainer_and_shows_what_it_wrote(
 
 def test_epochs_ratios_and_break_even_of_planted_numbers() -> None:
     case = planted_case()
-    kd_report.derive(case, SETTINGS)
+    report.derive(case, SETTINGS)
     plain, logit, teacher, embed = case["rows"]
     assert [row["epoch_s_extrapolated"] for row in case["rows"]] == [50, 200, 300, 100]
     assert case["bank"]["images_per_s"] == 2.5
@@ -104,9 +103,9 @@ def test_a_method_that_is_no_slower_never_pays_for_a_bank(
 ) -> None:
     case = planted_case()
     case["rows"][2] = planted("teacher-kd", 1.0, 400.0)
-    kd_report.derive(case, SETTINGS)
+    report.derive(case, SETTINGS)
     assert case["rows"][2]["break_even_epochs"] is None
-    kd_report.show_case(case, SETTINGS | {"student": "vit"})
+    report.show_case(case, SETTINGS | {"student": "vit"})
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| teacher-kd")]
     assert line.endswith("| unknown or never |")
 
@@ -164,13 +163,13 @@ def test_a_teacher_that_cannot_be_made_fails_all_that_need_it(
 
 def test_embeddings_of_random_weights_fit_into_a_bank(tmp_path: Path) -> None:
     setting = Setting(str(tmp_path), "vit", "resnet56", 32, 16, 2, 1.0, "off", False, 1, "cpu")
-    kd_worker.write_images(setting)
-    about = kd_worker.make_teacher(lambda: None, setting)
+    tasks.write_images(setting)
+    about = tasks.make_teacher(lambda: None, setting)
     assert about["weights"] == "random"
-    teacher = kd_worker.models.load(setting.teacher_file)
+    teacher = tasks.models.load(setting.teacher_file)
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        embeddings = teacher(kd_worker.models.prepare(teacher, images)).embedding
+        embeddings = teacher(tasks.models.prepare(teacher, images)).embedding
     assert embeddings.abs().max() < 1000  # of 65,504
 
 
@@ -229,7 +228,7 @@ def test_an_error_in_the_process_is_one_line(capsys: pytest.CaptureFixture[str])
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (torch.OutOfMemoryError("CUDA"), "out of memory"),
     ):
-        kd_worker._serve(pipe, fail, (error,), threads)  # type: ignore[arg-type]
+        tasks._serve(pipe, fail, (error,), threads)  # type: ignore[arg-type]
         assert pipe.sent == ("failed", reason)
     assert "a reason" in capsys.readouterr().err
 
@@ -253,8 +252,8 @@ def test_gauge_measures_so_many_steps_after_the_warm_up(
 ) -> None:
     memory: Any = NoMemory()
     turns: list[int] = []
-    monkeypatch.setattr(kd_gauge, "TURN", 0.0)  # one step each
-    gauge = kd_gauge.Gauge(
+    monkeypatch.setattr("training.gauge.TURN", 0.0)  # one step each
+    gauge = Gauge(
         memory,
         lambda: turns.append(1),
         warm_up=3,
@@ -264,7 +263,7 @@ def test_gauge_measures_so_many_steps_after_the_warm_up(
     )
     for _ in range(3 + measured - 1):
         assert gauge() is False
-    with pytest.raises(kd_gauge.Enough):
+    with pytest.raises(Enough):
         gauge()
     assert memory.restarts == 1
     assert len(turns) == measured
@@ -283,12 +282,12 @@ def test_energy_is_the_difference_of_the_device_counter(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     properties = types.SimpleNamespace(uuid="1-2-3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    meter = kd_gauge.EnergyMeter(torch.device("cuda"))
+    meter = EnergyMeter(torch.device("cuda"))
     for joules in (7.5, 8.0):
         meter.start()
         meter.stop()
         assert meter.joules == joules
-    absent = kd_gauge.EnergyMeter(torch.device("cpu"))
+    absent = EnergyMeter(torch.device("cpu"))
     absent.start()
     absent.stop()
     assert absent.joules is None
@@ -300,19 +299,19 @@ def test_energy_is_the_difference_of_the_device_counter(monkeypatch: pytest.Monk
 def test_vits_are_built_from_their_shape_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(kd_worker.VITS, "ViT-B/32", (16, 1, 2, 32))
-    spec = kd_worker._spec("ViT-B/32", str(tmp_path))
-    model = kd_worker.models.create(spec, num_classes=5, image_size=None)
+    monkeypatch.setitem(tasks.VITS, "ViT-B/32", (16, 1, 2, 32))
+    spec = tasks._spec("ViT-B/32", str(tmp_path))
+    model = tasks.models.create(spec, num_classes=5, image_size=None)
     assert (model.embedding_dim, model.image_size, model.num_classes) == (16, 224, 5)
 
 
 def test_figure_has_the_papers_numbers_beside_the_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     case = planted_case()
-    kd_report.derive(case, SETTINGS)
+    report.derive(case, SETTINGS)
     about = {"processor": "a processor", "threads": 1, "date": "2024-01-01"}
     record = {"machine": about, "settings": SETTINGS, "cases": [case, case | {"image_size": 64}]}
-    kd_report.plot(record, tmp_path / "kd.png")
+    report.plot(record, tmp_path / "kd.png")
     assert (tmp_path / "kd.png").read_bytes().startswith(b"\x89PNG")
 
 

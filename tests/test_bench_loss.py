@@ -12,13 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bench_loss
-import peers
-import problem
-import providers
 import pytest
 import torch
+from loss import peers, problem, providers
+from loss.bench import Errors, Failed, Worker
 from torch import Tensor
-from worker import Errors, Failed, Worker
 
 import ckd
 from tests import oracle

@@ -9,7 +9,7 @@ from pathlib import Path
 import bench_trainer
 import pytest
 import torch
-from kd_worker import Setting, write_images
+from training.tasks import Setting, write_images
 
 from ckd import models
 

@@ -1,4 +1,4 @@
-"""benchmarks/command.py: what is refused before anything is measured, and how a command stops."""
+"""common/command.py: what is refused before anything is measured, and how a command stops."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from types import ModuleType
 import bench_kd
 import bench_loss
 import bench_trainer
-import command
 import pytest
+from common import command
 
-BENCHMARKS = Path(command.__file__).parent
+BENCHMARKS = Path(bench_kd.__file__).parent
 ALL = [bench_loss, bench_kd, bench_trainer]
 NAMES = {bench_loss: "loss", bench_kd: "kd", bench_trainer: "trainer"}
 
@@ -93,7 +93,7 @@ MAIN = """
 import signal, sys, tempfile, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {folder!r})
-import command
+from common import command
 
 def main():
     with tempfile.TemporaryDirectory(dir={place!r}) as folder:

@@ -17,11 +17,11 @@ from typing import Any
 
 import gpu_check
 import pytest
+from common.workers import Failed, each
 from gpu import right, table
 from gpu.checks import Task
 from gpu.device import Device
 from gpu.job import Job, read_records
-from gpu.workers import Failed, each
 from gpu_check import Rung
 
 from tests.worker_tasks import some_items

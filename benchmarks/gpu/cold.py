@@ -10,7 +10,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from problem import Problem
+from loss.problem import Problem
 
 from gpu.contenders import OWN
 from gpu.device import BACKENDS, Device
@@ -22,7 +22,7 @@ start = time.perf_counter()
 import ckd
 from gpu.device import Device
 from gpu.timed import Bench
-from problem import Problem
+from loss.problem import Problem
 from pathlib import Path
 bench = Bench(Device({rehearse}, Path({emulated!r})), {provider!r})
 imported = time.perf_counter()

@@ -1,8 +1,8 @@
 """Who is timed in rung `fast`: ours, eager torch, peers and rivals.
 
-Peers (benchmarks/peers.py) compute the same loss. Rivals compute another one, over two towers of a
-batch whose rows are pairs: their rows say what such a step costs, on the case of pairs alone. They
-get the unit rows in half precision, as their documentation shows, from plain torch.
+Peers (loss/peers.py) compute the same loss. Rivals compute another one, over two towers of a batch
+whose rows are pairs: their rows say what such a step costs, on the case of pairs alone. They get
+the unit rows in half precision, as their documentation shows, from plain torch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import peers
 import torch
-from problem import LOGIT_SCALE, Inputs, unit_rows
+from loss import peers
+from loss.problem import LOGIT_SCALE, Inputs, unit_rows
 from torch import Tensor
 
 from gpu.device import BACKENDS, Device

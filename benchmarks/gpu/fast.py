@@ -1,7 +1,7 @@
 """Rung 4: the table of targets. Providers of the loss take turns, each in a process of its own.
 
 Times are multiples of F0, one cuBLAS float16 product of the logits' shape in the same run. A peer
-gets the unit rows of students and bank from plain torch, whose time counts (benchmarks/peers.py);
+gets the unit rows of students and bank from plain torch, whose time counts (loss/peers.py);
 where a provider has no room for a bank, it gets an eighth of it and its times count eightfold.
 """
 
@@ -12,15 +12,15 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
-import providers
-from problem import Problem
+from common.workers import Failed, Worker
+from loss import providers
+from loss.problem import Problem
 
 from gpu.cold import cold_starts
 from gpu.contenders import CUBLAS, EAGER, NOTES, OWN, PEERS, RIVALS, absent_text, contenders
 from gpu.device import Device
 from gpu.job import Job, Record, pack
 from gpu.timed import FORWARD, STEP, Bench
-from gpu.workers import Failed, Worker
 
 LARGE = {
     "learned": Problem(4096, 1_280_000, 1024, 256),

@@ -20,7 +20,7 @@ QUERY = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,te
 
 
 def run(job: Job) -> None:
-    import machine
+    from common import machine
 
     job.put(commit=machine.commit(), versions=versions())
     if not job.rehearse and not torch.cuda.is_available():

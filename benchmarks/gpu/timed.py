@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import providers
 import torch
 import torch.nn.functional as F
-from problem import Inputs, Problem, make_inputs
+from loss import providers
+from loss.problem import Inputs, Problem, make_inputs
 from torch import Tensor
 
 from gpu.contenders import CUBLAS, EAGER, RIVALS

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import bench_kd
-import kd_report
-import kd_worker
-import machine
 import torch
-from kd_gauge import Enough
-from kd_worker import Setting
+from common import machine
+from common.workers import Failed, Worker
+from training import report, tasks
+from training.gauge import Enough
+from training.tasks import Setting
 
 from ckd._device import pick_device
 from ckd.train.device import torch_state
@@ -33,7 +33,6 @@ from ckd.train.methods import METHODS, method_class
 from ckd.train.run import set_up
 from gpu.device import Device
 from gpu.job import Job, Record
-from gpu.workers import Failed, Worker
 
 TEACHERS = ("ViT-B/16", "ViT-L/16")
 PLAIN_STEPS, PROFILED_STEPS = 40, 10
@@ -62,7 +61,7 @@ def run(job: Job) -> None:
             case = measure(methods, setting, job)
             record["cases"].append(case)
             job.put(bench_kd=record)
-            report(case, job)
+            summarise(case, job)
             draw(record, job)
             busy_shares(case, setting, device, job)
 
@@ -80,7 +79,7 @@ def setting_of(teacher: str, folder: str, job: Job) -> Setting:
     }
     usual = {
         "student": "vit",
-        "image_size": kd_report.PAPER_SIZE,
+        "image_size": report.PAPER_SIZE,
         "batch_size": 64,
         "steps": 60,
         "seconds": 3.0,
@@ -101,17 +100,17 @@ def settings(setting: Setting) -> Record:
 
 def measure(methods: list[str], setting: Setting, job: Job) -> Record:
     """A case of bench_kd."""
-    kd_worker.write_images(setting)
-    about = kd_worker.finish(bench_kd.start(setting, kd_worker.make_teacher, setting))
+    tasks.write_images(setting)
+    about = tasks.finish(bench_kd.start(setting, tasks.make_teacher, setting))
     results = bench_kd.measure(methods, about, setting)
     rows = [{"method": method, **results[method]} for method in methods]
     case = {"teacher": setting.teacher, "image_size": setting.image_size, "about": about}
     case |= {"bank": results["bank"], "rows": rows}
-    kd_report.derive(case, {"epoch_images": EPOCH_IMAGES, "batch_size": setting.batch_size})
+    report.derive(case, {"epoch_images": EPOCH_IMAGES, "batch_size": setting.batch_size})
     return case
 
 
-def report(case: Record, job: Job) -> None:
+def summarise(case: Record, job: Job) -> None:
     """One line: of each method a step, its memory, and both as multiples of embed-kd's."""
     texts = []
     for row in case["rows"]:
@@ -161,9 +160,9 @@ class Steps:
     def measure(self) -> Record:
         """Of a step: its time, its kernels' time and number, and the mean power meanwhile."""
         device, setting = pick_device(self._setting.device), self._setting
-        config = kd_worker.config_of(self._method, setting)
+        config = tasks.config_of(self._method, setting)
         if self._method == "embed-kd" and not Path(f"{setting.folder}/bank").exists():
-            kd_worker.write_bank(Path(f"{setting.folder}/bank"), self._dim)
+            tasks.write_bank(Path(f"{setting.folder}/bank"), self._dim)
         counter = Counter(self._device, setting)
         with torch_state(config, device):
             run = set_up(config, device, method_class(config))
@@ -254,4 +253,4 @@ def draw(record: Record, job: Job) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         job.put(figure="needs matplotlib")
     else:
-        kd_report.plot(record, job.file.parent / FIGURE)
+        report.plot(record, job.file.parent / FIGURE)

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from kd_gauge import Enough, Gauge, Memory, Result, TurnOver
+from loss.bench import KILLED, OUT_OF_MEMORY, reason_of
 from torch import Tensor
-from worker import KILLED, OUT_OF_MEMORY, reason_of
 
 from ckd import data, models
 from ckd._device import pick_device
@@ -34,6 +33,7 @@ from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
 from ckd.train.run import set_up
+from training.gauge import Enough, Gauge, Memory, Result, TurnOver
 
 CLASSES = 100
 

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from problem import Problem
-from worker import FORWARD, STEP
-
 from ckd._files import atomic_write
+from loss.bench import FORWARD, STEP
+from loss.problem import Problem
 
 Record = dict[str, Any]
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import peers
 import torch
 import torch.nn.functional as F
-from problem import Inputs, Problem, eager
 from torch import Tensor
 
 import ckd
 from ckd import backends
 from ckd.backends import cpu
+from loss import peers
+from loss.problem import Inputs, Problem, eager
 
 Loss = Callable[[Inputs], Tensor]
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import providers
 import torch
-from problem import Inputs, Problem, checked_students, make_inputs
 from torch import Tensor
+
+from loss import providers
+from loss.problem import Inputs, Problem, checked_students, make_inputs
 
 MIB = 1 << 20
 GRADIENTS = ("student", "weight", "bias", "logit_scale")

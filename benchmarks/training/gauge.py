@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from worker import MIB, status_bytes
+from loss.bench import MIB, status_bytes
 
 LEAST_STEPS = 2  # measured, however long they take
 TURN = 1.0  # seconds of steps after which another process may have the machine

@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from problem import Inputs, Problem, unit_rows
 from torch import Tensor
+
+from loss.problem import Inputs, Problem, unit_rows
 
 Loss = Callable[[Inputs], Tensor]
 HEAD_DIMS = (256, 128, 64, 32, 16)  # parts of a row that Inf-CL's kernels take

@@ -1,0 +1,1 @@
+"""What all benchmarks share: commands, machines, worker processes, memory, times, tables."""

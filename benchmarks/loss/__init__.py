@@ -1,0 +1,1 @@
+"""What bench_loss.py measures: problems, providers of the loss, and their report."""
