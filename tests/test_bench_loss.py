@@ -329,6 +329,24 @@ def test_cpu_row_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512"
+    or bool(providers.PROVIDERS["compile"].missing()),
+    reason="needs AVX-512 and a C++ compiler",
+)
+def test_compiled_code_for_narrower_vectors_is_not_taken_from_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for capability in ("avx2", "avx512"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        done = run("--device", "cpu", "--case", "1,10,64,64", "--providers", "compile")
+        assert done.returncode == 0, done.stderr
+        (row,) = [line for line in done.stdout.splitlines() if line.startswith("| compile ")]
+        assert " to " in row, row + done.stderr  # quantiles of its time
+
+
+@pytest.mark.slow
 def test_providers_of_another_device_are_refused_in_words() -> None:
     done = run("--device", "cpu", "--case", TINY, "--providers", "eager,triton-half")
     assert done.returncode == 2

@@ -49,6 +49,13 @@ def eager_malloc() -> Loss:
     return eager
 
 
+def compiled() -> Loss:
+    """Without torch's cache of generated code on disk: its key lacks the width of vectors (torch
+    2.13). Code that another process generated for AVX2 (ATEN_CPU_CAPABILITY) would be compiled for
+    AVX-512, and its stores would pass the ends of arrays."""
+    return torch.compile(eager, dynamic=False, options={"fx_graph_cache": False})
+
+
 def eager_bf16(inputs: Inputs) -> Tensor:
     """Autocast; the bank, which autocast would convert to bfloat16 by way of float32, at once."""
     with torch.autocast(inputs.student.device.type, dtype=torch.bfloat16):
@@ -114,7 +121,7 @@ PROVIDERS = {
     ),
     "compile": Provider(
         "torch.compile of eager",
-        lambda: torch.compile(eager, dynamic=False),
+        compiled,
         compiles=True,
         missing=_no_compiler,
         devices=BOTH,
