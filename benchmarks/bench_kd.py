@@ -20,28 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import command, machine
-from loss.bench import KILLED, OUT_OF_MEMORY
+from common.workers import NO_MEMORY
 from training import report
+from training.case import measure_case, settings_of
 from training.report import Record
-from training.tasks import (
-    CLASSES,
-    VITS,
-    Process,
-    Setting,
-    finish,
-    make_teacher,
-    measure_bank,
-    measure_training,
-    take_turns,
-    write_images,
-)
+from training.tasks import VITS, Setting
 
 from ckd.train.config import AMP_MODES
 from ckd.train.methods import METHODS
@@ -60,16 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: Record = {
         "benchmark": "kd",
         "machine": machine.describe(options.threads, options.device),
-        "settings": {
-            "student": options.student,
-            "batch_size": options.batch_size,
-            "amp": options.amp,
-            "compile": options.compile,
-            "steps": options.steps,
-            "seconds": options.seconds,
-            "epoch_images": options.epoch_images,
-            "images": f"synthetic (random uint8, {CLASSES} classes)",
-        },
+        "settings": settings_of(options, options.epoch_images),
         "cases": [],
     }
     report.show_machine(record)
@@ -84,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def broken(case: Record) -> bool:
     """Whether something that was asked for could not be measured; want of memory is a result."""
     failures = [part["failed"] for part in (*case["rows"], case["bank"]) if "failed" in part]
-    return any(failure not in (KILLED, OUT_OF_MEMORY) for failure in failures)
+    return any(failure not in NO_MEMORY for failure in failures)
 
 
 def write_files(record: Record, options: argparse.Namespace) -> None:
@@ -97,46 +76,11 @@ def write_files(record: Record, options: argparse.Namespace) -> None:
 
 
 def run_case(teacher: str, size: int, options: argparse.Namespace) -> Record:
-    """All methods with one teacher at one size."""
+    names = ("student", "batch_size", "steps", "seconds", "amp", "compile", "threads", "device")
+    shared = {name: getattr(options, name) for name in names}
     with tempfile.TemporaryDirectory(prefix="bench_kd-") as folder:
-        setting = Setting(
-            folder=folder,
-            student=options.student,
-            teacher=teacher,
-            image_size=size,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            seconds=options.seconds,
-            amp=options.amp,
-            compile=options.compile,
-            threads=options.threads,
-            device=options.device,
-        )
-        write_images(setting)
-        about = finish(start(setting, make_teacher, setting))
-        results = measure(options.methods, about, setting)
-    rows = [{"method": method, **results[method]} for method in options.methods]
-    case = {"teacher": teacher, "image_size": size, "about": about, "bank": results["bank"]}
-    case["rows"] = rows
-    report.derive(case, {"epoch_images": options.epoch_images, "batch_size": options.batch_size})
-    return case
-
-
-def measure(methods: list[str], about: Record, setting: Setting) -> dict[str, Record]:
-    """The methods and the bank by name; where there is no teacher, why not."""
-    waiting: dict[str, Callable[[], Process]] = {}
-    dim = about.get("embedding_dim", 0)
-    for method in methods:
-        waiting[method] = partial(start, setting, measure_training, method, dim, setting)
-    waiting["bank"] = partial(start, setting, measure_bank, setting)
-    if "failed" not in about:
-        return take_turns(waiting)
-    able = {name: begin for name, begin in waiting.items() if name == "plain"}
-    return {name: dict(about) for name in waiting} | take_turns(able)
-
-
-def start(setting: Setting, task: Callable[..., Record], *arguments: Any) -> Process:
-    return Process(task, *arguments, threads=setting.threads)
+        setting = Setting(folder=folder, teacher=teacher, image_size=size, **shared)
+        return measure_case(options.methods, setting, options.epoch_images)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

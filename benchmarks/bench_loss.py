@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -30,8 +29,10 @@ from typing import Any, NamedTuple
 
 import torch
 from common import command, machine
+from common.timing import quantiles
+from common.workers import NO_MEMORY, Failed, Worker
 from loss import providers, report
-from loss.bench import FORWARD, KILLED, OUT_OF_MEMORY, STEP, Errors, Failed, Worker
+from loss.bench import FORWARD, STEP, Bench, Errors
 from loss.problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
 
 from ckd._files import atomic_write
@@ -170,7 +171,7 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                     continue
                 rows.append({"provider": provider, "half": found.half})
                 # All of them load torch at once, which takes longer than what is measured.
-                workers[provider] = Worker(provider, problem, options.threads, options.device)
+                workers[provider] = start(provider, problem, options)
             for row in [row for row in rows if "failed" not in row]:
                 truth = providers.find(row["provider"]).truth
                 if truth not in truths:
@@ -198,6 +199,10 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
     }
 
 
+def start(provider: str, problem: Problem, options: argparse.Namespace) -> Worker:
+    return Worker(Bench, provider, problem, options.device, threads=options.threads)
+
+
 def named(provider: str, options: argparse.Namespace) -> bool:
     """Whether a reader expects a row of it: one who asked for it, or for what belongs to ckd."""
     return options.asked or not providers.find(provider).is_peer
@@ -211,13 +216,13 @@ class Truth(NamedTuple):
 
 
 def write_truth(problem: Problem, name: str, path: str, options: argparse.Namespace) -> Truth:
-    worker = Worker("eager", problem, options.threads, options.device)
+    worker = start("eager", problem, options)
     try:
         worker.ask("truth", name, path)
     except Failed as failure:
-        if str(failure) not in (KILLED, OUT_OF_MEMORY):
+        if failure.result not in NO_MEMORY:
             raise  # a mistake, and nothing would be compared with anything
-        return Truth(path, str(failure))
+        return Truth(path, failure.result)
     finally:
         worker.stop()
     return Truth(path)
@@ -229,7 +234,7 @@ def examine(worker: Worker, row: Record, truth: str) -> None:
         row["peak_mib"] = worker.ask("memory")
         errors: Errors = worker.ask("errors", truth)
     except Failed as failure:
-        row["failed"] = str(failure)
+        row["failed"] = failure.result
         return
     row["errors"] = errors.values
     if not errors.worst <= ALLOWED[row["half"]]:
@@ -245,16 +250,10 @@ def take_turns(mode: str, rows: list[Record], workers: dict[str, Worker], second
             try:
                 times[row["provider"]] += workers[row["provider"]].ask("time", mode, TURN)
             except Failed as failure:
-                row["failed"] = str(failure)
+                row["failed"] = failure.result
     for row in rows:
         if "failed" not in row:
-            row[mode] = quantiles(times[row["provider"]])
-
-
-def quantiles(times: list[float]) -> Record:
-    """Seconds."""
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7], "calls": len(times)}
+            row[mode] = quantiles(times[row["provider"]], "calls")
 
 
 @contextmanager

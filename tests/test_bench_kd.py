@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import json
 import os
@@ -14,9 +15,11 @@ from typing import Any
 import bench_kd
 import pytest
 import torch
+from common import workers
+from common.workers import Process, finish, take_turns
 from training import report, tasks
 from training.gauge import EnergyMeter, Enough, Gauge
-from training.tasks import Process, Setting, finish, take_turns
+from training.tasks import Setting
 
 SETTINGS = {"epoch_images": 1000, "batch_size": 10}
 TINY = [
@@ -53,7 +56,7 @@ class Inline:
 def test_measures_every_method_by_the_trainer_and_shows_what_it_wrote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_kd, "start", Inline)
+    monkeypatch.setattr("training.case.start", Inline)
     out, table = tmp_path / "kd.json", tmp_path / "kd.csv"
     assert bench_kd.main([*TINY, "--out", str(out), "--csv", str(table)]) == 0
     printed = capsys.readouterr().out
@@ -126,13 +129,13 @@ def test_failures_are_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start(setting: Setting, task: Any, *arguments: Any) -> Planted:
-        if task is bench_kd.make_teacher:
+        if task is tasks.make_teacher:
             return Planted(planted_case()["about"])
-        if task is bench_kd.measure_bank or arguments[0] == "teacher-kd":
+        if task is tasks.measure_bank or arguments[0] == "teacher-kd":
             return Planted({"failed": "out of memory"})
         return Planted({k: v for k, v in planted("", 1.0, 10.0).items() if k != "method"})
 
-    monkeypatch.setattr(bench_kd, "start", start)
+    monkeypatch.setattr("training.case.start", start)
     out, table = tmp_path / "kd.json", tmp_path / "kd.csv"
     assert bench_kd.main([*TINY, "--out", str(out), "--csv", str(table)]) == 0
     (case,) = json.loads(out.read_text())["cases"]
@@ -148,12 +151,12 @@ def test_a_teacher_that_cannot_be_made_fails_all_that_need_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def start(setting: Setting, task: Any, *arguments: Any) -> Planted:
-        if task is bench_kd.make_teacher:
+        if task is tasks.make_teacher:
             return Planted({"failed": "transformers is missing"})
         assert arguments[0] == "plain"
         return Planted({k: v for k, v in planted("", 1.0, 1.0).items() if k != "method"})
 
-    monkeypatch.setattr(bench_kd, "start", start)
+    monkeypatch.setattr("training.case.start", start)
     out = tmp_path / "kd.json"
     assert bench_kd.main([*TINY, "--out", str(out)]) == 1
     (case,) = json.loads(out.read_text())["cases"]
@@ -213,8 +216,10 @@ def test_an_error_in_the_process_is_one_line(capsys: pytest.CaptureFixture[str])
     class Pipe:
         sent: Any = None
 
-        def recv(self) -> str:
-            return "go"
+        def recv(self) -> Any:
+            if self.sent is not None:
+                raise EOFError  # the parent has left
+            return "call", (), True
 
         def send(self, answer: Any) -> None:
             self.sent = answer
@@ -222,13 +227,15 @@ def test_an_error_in_the_process_is_one_line(capsys: pytest.CaptureFixture[str])
     def fail(turn_over: Any, error: Exception) -> None:
         raise error
 
-    threads, pipe = torch.get_num_threads(), Pipe()
+    threads = torch.get_num_threads()
     for error, reason in (
         (ValueError("a reason\nand more"), "ValueError: a reason"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (torch.OutOfMemoryError("CUDA"), "out of memory"),
     ):
-        tasks._serve(pipe, fail, (error,), threads)  # type: ignore[arg-type]
+        pipe = Pipe()
+        held = functools.partial(fail, error=error)
+        workers._serve(pipe, workers._Function, (held,), threads)  # type: ignore[arg-type]
         assert pipe.sent == ("failed", reason)
     assert "a reason" in capsys.readouterr().err
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import bench_loss
 import pytest
 import torch
+from common.workers import Failed, Worker
 from loss import peers, problem, providers
-from loss.bench import Errors, Failed, Worker
+from loss.bench import Bench, Errors
 from torch import Tensor
 
 import ckd
@@ -89,7 +90,7 @@ def test_wrong_and_failing_providers_are_rows_and_never_timed(
     monkeypatch.setattr(
         providers, "PROVIDERS", {**providers.PROVIDERS, **planted, "absent": absent}
     )
-    monkeypatch.setattr(bench_loss, "Worker", InProcess)
+    monkeypatch.setattr(bench_loss, "start", InProcess)
     out = tmp_path / "result.json"
     every = ",".join(["eager", *names, "absent"])
     arguments = ["--case", TINY, "--providers", every, "--seconds", "0.001", "--out", str(out)]
@@ -105,7 +106,7 @@ def test_wrong_and_failing_providers_are_rows_and_never_timed(
 
 
 def test_worker_that_is_killed_says_so() -> None:
-    worker = Worker("eager", problem.Problem.parse(TINY), 1)
+    worker = Worker(Bench, "eager", problem.Problem.parse(TINY), threads=1)
     worker._process.kill()
     with pytest.raises(Failed, match="killed"):
         worker.ask("memory")
@@ -228,7 +229,7 @@ def test_peers_that_cannot_run_are_rows_only_where_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unfit one likewise; and its row says why."""
-    monkeypatch.setattr(bench_loss, "Worker", NoWorker)
+    monkeypatch.setattr(bench_loss, "start", NoWorker)
     peer = providers.Provider(
         "", lambda: problem.eager, is_peer=True, unfit=lambda problem: "unfit"
     )
@@ -279,7 +280,7 @@ def test_without_memory_for_the_truth_nothing_is_timed(
                 raise Failed(reason)
             return super().ask(call, *arguments)
 
-    monkeypatch.setattr(bench_loss, "Worker", Small)
+    monkeypatch.setattr(bench_loss, "start", Small)
     out = tmp_path / "result.json"
     cases = ["--case", "4,20,8,8", "--case", "4,10,8,8"]
     few = ["--providers", "eager,reference", "--seconds", "0.001", "--device", "cpu"]
@@ -294,7 +295,7 @@ def test_without_memory_for_the_truth_nothing_is_timed(
 
 @pytest.mark.slow
 def test_csv_and_curves_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_loss, "Worker", NoWorker)
+    monkeypatch.setattr(bench_loss, "start", NoWorker)
     table, picture = tmp_path / "rows.csv", tmp_path / "curves.png"
     few = ["--providers", "eager,reference", "--seconds", "0.001", "--device", "cpu"]
     outputs = ["--csv", str(table), "--plot", str(picture)]

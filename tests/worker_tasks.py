@@ -1,4 +1,4 @@
-"""What test_gpu_check.py gives to workers; it imports little, so that they start at once."""
+"""What tests give to the workers of benchmarks; it imports little, so that they start at once."""
 
 from __future__ import annotations
 
@@ -17,3 +17,22 @@ def some_items(task: str) -> Iterator[str]:
     if task == "hangs":
         time.sleep(600)
     yield f"{task} ends"
+
+
+class Counter:
+    """Held by a worker."""
+
+    def __init__(self, count: int) -> None:
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}\nand more")
+        self.count = count
+
+    def add(self, number: int) -> int:
+        self.count += number
+        return self.count
+
+    def die(self, number: int) -> None:
+        os.kill(os.getpid(), number)
+
+    def hang(self) -> None:
+        time.sleep(600)

@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 import ckd
 from ckd.backends import cpu
+from common.timing import seconds_of
 
 
 def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -82,15 +82,10 @@ def _limits_of_gpu() -> dict[str, float]:
     found: dict[str, float] = {}
     for name, dtype in (("gemm_float32", torch.float32), ("gemm_bfloat16", torch.bfloat16)):
         a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
-        found[name] = 2 * 8192**3 / _best(partial(_wait_for, partial(torch.mm, a, b))) / 1e9
+        found[name] = 2 * 8192**3 / _best(partial(torch.mm, a, b), "cuda") / 1e9
     block = torch.ones(256 << 20, device="cuda")
-    found["read"] = 4 * block.numel() / _best(partial(_wait_for, block.sum)) / 1e9
+    found["read"] = 4 * block.numel() / _best(block.sum, "cuda") / 1e9
     return found
-
-
-def _wait_for(function: Callable[[], Any]) -> None:
-    function()
-    torch.cuda.synchronize()
 
 
 def _limits_of_cpu(threads: int) -> dict[str, float]:
@@ -116,10 +111,5 @@ def _limits_of_cpu(threads: int) -> dict[str, float]:
     return found
 
 
-def _best(function: Callable[[], Any], repeats: int = 15) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _best(call: Callable[[], Any], device: str = "cpu", repeats: int = 15) -> float:
+    return min(seconds_of(call, device) for _ in range(repeats))

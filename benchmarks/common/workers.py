@@ -1,64 +1,88 @@
-"""Processes of their own for what may crash or hang, so that it takes nothing else along.
+"""Child processes that hold an object and call its methods: the one protocol of all benchmarks.
 
-A sticky CUDA error ends a whole process's use of the GPU; here it ends one worker's, and the next
-task gets a fresh one.
+What a worker does to memory, threads, malloc or a GPU, no other process sees. One that runs out of
+memory, crashes or hangs takes nothing else along, and the reason is a result. A sticky CUDA error
+ends a whole process's use of the GPU: here one worker's, and the next task gets a fresh one.
+
+The parent sends (method, arguments, gives); the child answers (DONE, result) or (FAILED, reason). A
+method that was begun with `gives` gets a function `give` as its first argument: it sends (ITEM,
+item) and returns when the parent says GO, so that processes can take turns.
+
+torch is imported only where threads are set: a torch that cannot be imported is a finding too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from gpu.job import reason_of
-
-ITEM, DONE, FAILED = "item", "done", "failed"
-STOPPING = 5.0  # seconds in which a worker that was killed has to end
+GO, ITEM, DONE, FAILED = "go", "item", "done", "failed"
+KILLED, OUT_OF_MEMORY = "killed, out of memory?", "out of memory"
+NO_MEMORY = (KILLED, OUT_OF_MEMORY)  # results, where other failures are mistakes
+STOPPING = 5.0  # seconds in which a process that was killed has to end
+Result = dict[str, Any]
 
 
 class Failed(Exception):
     """What was asked of a worker could not be done; the message is the reason, in one line."""
 
+    killed = False  # the process died of SIGKILL
+
+    @property
+    def result(self) -> str:
+        """The reason in a table: Linux kills a process that takes the last memory."""
+        return KILLED if self.killed else str(self)
+
 
 class Worker:
-    """A process that holds `make(*arguments)` and calls its methods."""
+    """A process that holds `make(*arguments)`, which its first call makes, and calls its methods.
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+    `threads`: of torch. Results and items come in the order in which they were asked for.
+    """
+
+    def __init__(
+        self, make: Callable[..., Any], *arguments: Any, threads: int | None = None
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, make, arguments), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(child, make, arguments, threads), daemon=True
+        )
         self._process.start()
         self._owed = 0  # answers to calls that were sent
         child.close()
 
-    def send(self, call: str, *arguments: Any) -> None:
-        """Begins a call; `receive` has its outcome. Raises Failed if the process is dead."""
-        try:
-            self.pipe.send((call, arguments))
-        except (OSError, ValueError):
-            raise Failed(self._death()) from None
+    def send(self, call: str, *arguments: Any, gives: bool = False) -> None:
+        """Begin a call; `receive` has its outcome, also if the process is dead."""
         self._owed += 1
+        self._tell((call, arguments, gives))
 
-    def receive(self, seconds: float) -> tuple[str, Any]:
-        """(ITEM, what the call yielded) or (DONE, what it returned). Raises Failed with the reason
-        if the call raised, the process died, or nothing came for so long (then it is killed)."""
-        if not self.pipe.poll(max(0.0, seconds)):
-            self.kill()
-            raise Failed(f"nothing came for {seconds:.0f} s")
+    def go_on(self) -> None:
+        """Let a method that gave an item continue."""
+        self._tell(GO)
+
+    def receive(self, seconds: float | None = None) -> tuple[str, Any]:
+        """(ITEM, what the call gave) or (DONE, what it returned). Raises Failed with the reason if
+        the call raised, the process died, or nothing came for so long (then it is killed)."""
         try:
+            if not self.pipe.poll(None if seconds is None else max(0.0, seconds)):
+                self.kill()
+                raise Failed(f"nothing came for {seconds:.0f} s")
             kind, content = self.pipe.recv()
         except (EOFError, OSError):
-            raise Failed(self._death()) from None
+            raise self._death() from None
         self._owed -= kind != ITEM
         if kind == FAILED:
             raise Failed(content)
         return kind, content
 
-    def ask(self, call: str, *arguments: Any, seconds: float) -> Any:
+    def ask(self, call: str, *arguments: Any, seconds: float | None = None) -> Any:
         """What a method returns, after all that was sent before. Raises Failed, of that too."""
         while self._owed > 0:
             self.receive(seconds)
@@ -68,25 +92,127 @@ class Worker:
     def is_alive(self) -> bool:
         return self._process.is_alive()
 
+    def stop(self, seconds: float = 10.0) -> None:
+        """Let it end by itself, once its call is done; after so long, kill it."""
+        self.pipe.close()
+        self._process.join(seconds)
+        self.kill()
+
     def kill(self) -> None:
         if self._process.is_alive():
             self._process.kill()
             self._process.join(STOPPING)
 
-    def _death(self) -> str:
+    def _tell(self, message: Any) -> None:
+        with contextlib.suppress(OSError):  # it is dead, as `receive` will say
+            self.pipe.send(message)
+
+    def _death(self) -> Failed:
         self._process.join(STOPPING)
         code = self._process.exitcode
-        return f"killed by signal {-code}" if code and code < 0 else f"died, exit status {code}"
+        by_signal = f"killed by signal {-code}" if code and code < 0 else ""
+        failure = Failed(by_signal or f"died, exit status {code}")
+        failure.killed = code == -signal.SIGKILL
+        return failure
+
+
+def _serve(
+    pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...], threads: int | None
+) -> None:
+    def give(item: Any = None) -> None:
+        pipe.send((ITEM, item))
+        pipe.recv()
+
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    held: Any = None
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while True:
+            call, values, gives = pipe.recv()
+            try:
+                held = make(*arguments) if held is None else held
+                method = getattr(held, call)
+                answer = (DONE, method(give, *values) if gives else method(*values))
+            except Exception as error:  # noqa: BLE001  # whatever it raises is its result
+                traceback.print_exc()
+                answer = (FAILED, reason_of(error))
+            pipe.send(answer)
+
+
+def reason_of(error: BaseException) -> str:
+    """In one line."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    lost = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return OUT_OF_MEMORY if lost or "allocate memory" in text else text[:200]
 
 
 class _Function:
-    """What a worker of `each` holds."""
+    """Held by the workers of functions."""
 
-    def __init__(self, function: Callable[[Any], Iterator[Any]]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def items(self, task: Any) -> Iterator[Any]:
-        return self._function(task)
+    def call(self, give: Callable[..., None], *arguments: Any) -> Any:
+        return self._function(give, *arguments)
+
+    def items(self, give: Callable[..., None], task: Any) -> None:
+        for item in self._function(task):
+            give(item)
+
+
+class Process(Worker):
+    """Calls `task(turn_over, *arguments)`, and computes only while `proceed` waits for it.
+
+    The task calls `turn_over()` where its turn may end.
+    """
+
+    def __init__(self, task: Callable[..., Result], *arguments: Any, threads: int) -> None:
+        super().__init__(_Function, task, threads=threads)
+        self._arguments = arguments
+
+    def proceed(self) -> Result | None:
+        """Let it compute until its turn ends (None) or it is done: its result, or why it failed."""
+        try:
+            if self._owed:
+                self.go_on()
+            else:
+                self.send("call", *self._arguments, gives=True)
+            kind, content = self.receive()
+        except Failed as failure:
+            kind, content = FAILED, {"failed": failure.result}
+        except BaseException:
+            self.kill()
+            raise
+        if kind == ITEM:
+            return None
+        self.stop()  # its memory is for the others
+        return content
+
+
+def finish(process: Process) -> Result:
+    """The result of a process that shares the machine with no other."""
+    while (result := process.proceed()) is None:
+        pass
+    return result
+
+
+def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
+    """The results of processes that take turns, so that all share the machine's good and bad
+    moments. One that runs out of memory beside the others is tried again alone."""
+    running = {name: begin() for name, begin in start.items()}
+    results: dict[str, Result] = {}
+    while running:
+        for name, process in list(running.items()):
+            result = process.proceed()
+            if result is not None:
+                results[name] = result
+                del running[name]
+    for name, result in results.items():
+        if result.get("failed") in NO_MEMORY:
+            results[name] = finish(start[name]())
+    return {name: results[name] for name in start}
 
 
 def each(
@@ -101,22 +227,16 @@ def each(
         while waiting or running:
             while waiting and len(running) < workers:
                 worker, task = idle.pop() if idle else Worker(_Function, function), waiting.pop(0)
-                try:
-                    worker.send("items", task)
-                except Failed as failure:
-                    yield task, failure
-                    continue
+                worker.send("items", task, gives=True)
                 running[worker.pipe] = worker, task, time.monotonic() + patience
             ready = wait(list(running), timeout=1.0)
             now = time.monotonic()
             for pipe in [p for p, (_, _, end) in running.items() if p in ready or now > end]:
                 worker, task, _ = running.pop(pipe)
-                if pipe not in ready:
-                    worker.kill()
-                    yield task, Failed(f"nothing came for {patience:.0f} s")
-                    continue
                 try:
-                    kind, item = worker.receive(0)
+                    if pipe not in ready:
+                        raise Failed(f"nothing came for {patience:.0f} s")
+                    kind, item = worker.receive()
                 except Failed as failure:
                     worker.kill()  # its GPU may be lost to it
                     yield task, failure
@@ -124,27 +244,9 @@ def each(
                 if kind == DONE:
                     idle.append(worker)
                     continue
+                worker.go_on()
                 running[worker.pipe] = worker, task, time.monotonic() + patience
                 yield task, item
     finally:
         for worker in [*idle, *(worker for worker, _, _ in running.values())]:
             worker.kill()
-
-
-def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    held: Any = None
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        while True:
-            call, values = pipe.recv()
-            try:
-                held = make(*arguments) if held is None else held
-                result = getattr(held, call)(*values)
-                if isinstance(result, Iterator):
-                    for item in result:
-                        pipe.send((ITEM, item))
-                    result = None
-                answer = (DONE, result)
-            except Exception as error:  # noqa: BLE001  # whatever it raises is its result
-                traceback.print_exc()
-                answer = (FAILED, reason_of(error))
-            pipe.send(answer)

@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu.job import Job, NotHere, reason_of
+from common.workers import reason_of
+
+from gpu.job import Job, NotHere
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common.workers import reason_of
 from torch import Tensor
 
 import ckd
@@ -28,7 +29,6 @@ from gpu.cases import (
     unit_rows,
 )
 from gpu.device import Device
-from gpu.job import reason_of
 from gpu.modes import check_mode
 
 CONTRASTIVE, SIMILAR, MODE = "contrastive", "similarity", "mode"

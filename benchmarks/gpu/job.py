@@ -120,11 +120,5 @@ def read_records(file: Path) -> dict[str, Record]:
     return found if isinstance(found, dict) else {}
 
 
-def reason_of(error: BaseException) -> str:
-    """In one line."""
-    text = f"{type(error).__name__}: {error}".strip()
-    return text.splitlines()[0][:200]
-
-
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

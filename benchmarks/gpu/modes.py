@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from common.workers import reason_of
 from torch import Tensor
 
 import ckd
 from gpu.cases import Case, Shape, make_case
 from gpu.device import Device
-from gpu.job import reason_of
 
 # Tuned tiles and a whole number of blocks; ragged, in the first candidates' tiles.
 PAPER = Shape("1,000 classes", 256, 1000, 1024, 256)

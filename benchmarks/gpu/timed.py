@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common.memory import peak_mib_of
+from common.timing import seconds_of
 from loss import providers
 from loss.problem import Inputs, Problem, make_inputs
 from torch import Tensor
@@ -21,7 +23,6 @@ from gpu.device import Device
 FORWARD, STEP = "forward", "step"
 PRODUCT_ROWS = 160_000  # of the bank, that cuBLAS multiplies at once
 QUEUE_MS = 25.0  # in which a step of hundreds of launches is queued
-MIB = 1 << 20
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Bench:
         if self._loss is None and self.provider != CUBLAS:
             self._loss = loss_of(self.provider)
 
-    def load(self, problem: Problem) -> dict[str, float]:
+    def load(self, problem: Problem) -> dict[str, float | None]:
         """Makes the inputs; the first step, then the first forward without gradients: seconds,
         memory, the loss."""
         self._inputs, self._call = None, {}
@@ -68,14 +69,10 @@ class Bench:
             )
 
         self._call = {FORWARD: forward, STEP: step}
-        found = {"first_step_s": self._seconds(STEP), "first_forward_s": self._seconds(FORWARD)}
-        found["loss"] = float(forward())
+        found: dict[str, float | None] = {"first_step_s": self._seconds(STEP)}
+        found |= {"first_forward_s": self._seconds(FORWARD), "loss": float(forward())}
         if on_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            step()
-            found["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / MIB
+            found["peak_mib"] = peak_mib_of(step, self.device.name)
         return found
 
     def time(self, mode: str, calls: int) -> list[float]:
@@ -139,11 +136,7 @@ class Bench:
         return sorted(table, key=lambda row: -row[2])
 
     def _seconds(self, mode: str) -> float:
-        self.device.sync()
-        start = time.perf_counter()
-        self._call[mode]()
-        self.device.sync()
-        return time.perf_counter() - start
+        return seconds_of(self._call[mode], self.device.name)
 
 
 def loss_of(provider: str) -> Callable[[Inputs], Tensor]:

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench_kd
 import torch
 from common import machine
 from common.workers import Failed, Worker
 from training import report, tasks
+from training.case import measure_case, settings_of
 from training.gauge import Enough
 from training.tasks import Setting
 
@@ -57,8 +57,8 @@ def run(job: Job) -> None:
             continue
         with tempfile.TemporaryDirectory(prefix="train-", dir=job.work) as folder:
             setting = setting_of(teacher, folder, job)
-            record["settings"] = settings(setting)
-            case = measure(methods, setting, job)
+            record["settings"] = settings_of(setting, EPOCH_IMAGES)
+            case = measure_case(methods, setting, EPOCH_IMAGES)
             record["cases"].append(case)
             job.put(bench_kd=record)
             summarise(case, job)
@@ -89,25 +89,6 @@ def setting_of(teacher: str, folder: str, job: Job) -> Setting:
     values: dict[str, Any] = tiny if job.rehearse else usual
     threads = torch.get_num_threads()
     return Setting(folder=folder, teacher=teacher, compile=False, threads=threads, **values)
-
-
-def settings(setting: Setting) -> Record:
-    """Of bench_kd's record."""
-    names = ("student", "batch_size", "amp", "compile", "steps", "seconds")
-    own = {name: getattr(setting, name) for name in names}
-    return own | {"epoch_images": EPOCH_IMAGES, "images": "synthetic (random uint8)"}
-
-
-def measure(methods: list[str], setting: Setting, job: Job) -> Record:
-    """A case of bench_kd."""
-    tasks.write_images(setting)
-    about = tasks.finish(bench_kd.start(setting, tasks.make_teacher, setting))
-    results = bench_kd.measure(methods, about, setting)
-    rows = [{"method": method, **results[method]} for method in methods]
-    case = {"teacher": setting.teacher, "image_size": setting.image_size, "about": about}
-    case |= {"bank": results["bank"], "rows": rows}
-    report.derive(case, {"epoch_images": EPOCH_IMAGES, "batch_size": setting.batch_size})
-    return case
 
 
 def summarise(case: Record, job: Job) -> None:

@@ -1,91 +1,22 @@
-"""A process for each provider: what one does to memory, threads or malloc, no other one sees.
-
-The parent asks the workers in turn, so that they share a machine's good and bad moments, and only
-one computes at a time. A worker that dies (out of memory, say) is a result.
-"""
+"""One provider of the loss on one problem, in a worker of its own: memory, errors, times."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
-import multiprocessing
-import sys
 import time
-import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import torch
+from common.memory import peak_mib_of
+from common.timing import seconds_of
 from torch import Tensor
 
 from loss import providers
 from loss.problem import Inputs, Problem, checked_students, make_inputs
 
-MIB = 1 << 20
 GRADIENTS = ("student", "weight", "bias", "logit_scale")
 STEP, FORWARD = "step", "forward"
-KILLED, OUT_OF_MEMORY = "killed, out of memory?", "out of memory"
-
-
-class Failed(Exception):
-    """The provider could not do what it was asked."""
-
-
-class Worker:
-    """The parent's end."""
-
-    def __init__(self, provider: str, problem: Problem, threads: int, device: str = "cpu") -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(child, provider, problem, threads, device), daemon=True
-        )
-        self._process.start()
-        child.close()
-
-    def ask(self, call: str, *arguments: Any) -> Any:
-        """The result of a method of Bench in the worker. Raises Failed with the reason."""
-        try:
-            self._pipe.send((call, arguments))
-            worked, result = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode
-            reason = KILLED if code == -9 else f"died, exit code {code}"
-            raise Failed(reason) from None
-        if not worked:
-            raise Failed(result)
-        return result
-
-    def stop(self) -> None:
-        self._pipe.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-def _serve(pipe: Connection, provider: str, problem: Problem, threads: int, device: str) -> None:
-    torch.set_num_threads(threads)
-    bench = Bench(provider, problem, device)
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        while True:
-            call, arguments = pipe.recv()
-            try:
-                answer = (True, getattr(bench, call)(*arguments))
-            except Exception as error:  # noqa: BLE001  # whatever it raises is its result
-                traceback.print_exc(file=sys.stderr)
-                answer = (False, reason_of(error))
-            pipe.send(answer)
-
-
-def reason_of(error: Exception) -> str:
-    """In one line."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    lost = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text
-    return OUT_OF_MEMORY if lost else text[:200]
 
 
 @dataclass
@@ -100,7 +31,7 @@ class Errors:
 
 
 class Bench:
-    """The worker's end: one provider on one problem."""
+    """The inputs, which the first call makes, and the loss, which `memory` makes."""
 
     def __init__(self, provider: str, problem: Problem, device: str = "cpu") -> None:
         self._provider, self._problem = providers.find(provider), problem
@@ -130,22 +61,7 @@ class Bench:
         self._loss = self._provider.make()
         small = make_inputs(Problem(2, 3, 4, 4, self._problem.learned), self._device)
         self._call(STEP, inputs if self._provider.compiles else small)
-        gc.collect()
-        if self._device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            self._call(STEP, inputs)
-            return (torch.cuda.max_memory_allocated() - held) / MIB
-        if sys.platform != "linux":
-            self._call(STEP, inputs)
-            return None
-        ctypes.CDLL(None).malloc_trim(0)
-        before = status_bytes("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # VmHWM := VmRSS
-        self._call(STEP, inputs)
-        return (status_bytes("VmHWM") - before) / MIB
+        return peak_mib_of(partial(self._call, STEP, inputs), self._device)
 
     def errors(self, path: str) -> Errors:
         """Against what truth() wrote."""
@@ -172,18 +88,14 @@ class Bench:
         return times
 
     def _call(self, mode: str, inputs: Inputs) -> float:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        if mode == FORWARD:
-            with torch.no_grad():
-                self._loss(inputs)
-        else:
-            _loss_and_gradients(self._loss, inputs)
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        self._last = time.perf_counter() - start
+        call = _loss_alone if mode == FORWARD else _loss_and_gradients
+        self._last = seconds_of(partial(call, self._loss, inputs), self._device)
         return self._last
+
+
+def _loss_alone(loss: providers.Loss, inputs: Inputs) -> None:
+    with torch.no_grad():
+        loss(inputs)
 
 
 def _loss_and_gradients(loss: providers.Loss, inputs: Inputs) -> dict[str, Tensor]:
@@ -196,12 +108,3 @@ def _loss_and_gradients(loss: providers.Loss, inputs: Inputs) -> dict[str, Tenso
 def _relative(value: Tensor, truth: Tensor) -> float:
     error = torch.linalg.vector_norm(value.double() - truth)
     return (error / torch.linalg.vector_norm(truth)).item()
-
-
-def status_bytes(field: str) -> int:
-    """Bytes, of /proc/self/status."""
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    raise LookupError(field)

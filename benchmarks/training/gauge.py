@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import importlib
-import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from loss.bench import MIB, status_bytes
+from common.memory import Memory
+from common.timing import quantiles
+from common.workers import Result
 
 LEAST_STEPS = 2  # measured, however long they take
 TURN = 1.0  # seconds of steps after which another process may have the machine
 
-Result = dict[str, Any]
 TurnOver = Callable[[], None]  # returns when this process may go on
 
 
@@ -86,52 +81,10 @@ class Gauge:
             raise RuntimeError(f"the images ended after {len(self._times)} measured steps")
         images = len(self._times) * self._batch_size
         return {
-            "step_s": quantiles(self._times),
+            "step_s": quantiles(self._times, "steps"),
             "peak_mib": self._peak,
             "image_j": None if self._energy.joules is None else self._energy.joules / images,
         }
-
-
-def quantiles(times: list[float]) -> Result:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7], "steps": len(times)}
-
-
-class Memory:
-    """Peak of the steps after `restart` above what the process held when this object was made.
-
-    What was only needed to load models does not count, nor do `held` bytes (the images). On the CPU
-    by the resident size (Linux only), on a GPU by what torch's allocator has handed out.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.held = 0
-        self._trim()
-        if device.type == "cuda":
-            self.held = torch.cuda.memory_allocated(device)
-        elif sys.platform == "linux":
-            self.held = status_bytes("VmRSS")
-
-    def restart(self) -> None:
-        self._trim()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
-
-    def peak_mib(self) -> float | None:
-        if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self.device) - self.held) / MIB
-        return (status_bytes("VmHWM") - self.held) / MIB if sys.platform == "linux" else None
-
-    def _trim(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif sys.platform == "linux":
-            with contextlib.suppress(AttributeError):  # glibc has it, musl has not
-                ctypes.CDLL(None).malloc_trim(0)
 
 
 class EnergyMeter:

@@ -1,4 +1,4 @@
-"""One measurement of bench_kd.py: a process of its own, in which the trainer itself trains.
+"""The measurements of bench_kd.py, each for a process of its own: the trainer itself trains.
 
 Nothing of a training step is written here again. `ckd.train` sets the run up and goes through an
 epoch, `ckd.bank` builds a bank; both call back once a step, and that is where the clock is read.
@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
-import sys
-import traceback
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from loss.bench import KILLED, OUT_OF_MEMORY, reason_of
+from common.memory import Memory
+from common.workers import Result
 from torch import Tensor
 
 from ckd import data, models
@@ -33,11 +29,9 @@ from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
 from ckd.train.run import set_up
-from training.gauge import Enough, Gauge, Memory, Result, TurnOver
+from training.gauge import Enough, Gauge, TurnOver
 
 CLASSES = 100
-
-GO, TURN_OVER, DONE, FAILED = "go", "turn over", "done", "failed"
 
 # Vision transformers at 224 px: width, layers, heads, patch (Dosovitskiy et al. 2021, table 1).
 VITS = {
@@ -90,84 +84,6 @@ class Setting:
         if self.teacher in VITS or catalog.is_spec(self.teacher):
             return f"{self.folder}/teacher.safetensors"
         return self.teacher
-
-
-class Process:
-    """A task in a new process, which computes only while `proceed` waits for it.
-
-    The task's first argument is a function that it calls where its turn may end.
-    """
-
-    def __init__(self, task: Callable[..., Result], *arguments: Any, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(child, task, arguments, threads), daemon=True
-        )
-        self._process.start()
-        child.close()
-
-    def proceed(self) -> Result | None:
-        """Let it compute until its turn ends (None) or it is done: its result, or why it failed."""
-        try:
-            self._pipe.send(GO)
-            kind, content = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            code = self._process.exitcode
-            return {"failed": KILLED if code == -9 else f"died, exit code {code}"}
-        except BaseException:
-            self._process.kill()
-            raise
-        if kind == TURN_OVER:
-            return None
-        self._process.join()
-        return {"failed": content} if kind == FAILED else content
-
-
-def finish(process: Process) -> Result:
-    """The result of a process that shares the machine with no other."""
-    while (result := process.proceed()) is None:
-        pass
-    return result
-
-
-def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
-    """The results of processes that take turns, so that all share the machine's good and bad
-    moments. One that runs out of memory beside the others is tried again alone."""
-    running = {}
-    results: dict[str, Result] = {}
-    for name, begin in start.items():
-        running[name] = begin()
-    while running:
-        for name, process in list(running.items()):
-            result = process.proceed()
-            if result is not None:
-                results[name] = result
-                del running[name]
-    for name, result in results.items():
-        if result.get("failed") in (KILLED, OUT_OF_MEMORY):
-            results[name] = finish(start[name]())
-    return {name: results[name] for name in start}
-
-
-def _serve(
-    pipe: Connection, task: Callable[..., Result], arguments: tuple[Any, ...], threads: int
-) -> None:
-    def turn_over() -> None:
-        pipe.send((TURN_OVER, None))
-        pipe.recv()
-
-    torch.set_num_threads(threads)
-    with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
-        pipe.recv()
-        try:
-            answer: tuple[str, Any] = (DONE, task(turn_over, *arguments))
-        except Exception as error:  # noqa: BLE001  # whatever it raises is its result
-            answer = (FAILED, reason_of(error))
-            if answer[1] != OUT_OF_MEMORY:
-                traceback.print_exc(file=sys.stderr)
-        pipe.send(answer)
 
 
 def write_images(setting: Setting) -> None:
