@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import command
-
 from ckd.compare import group_seeds, seed_table
+from common import command
 
 LONGER = 11 / 6  # about what a step with a ResNet-56 teacher takes of one without
 TEACHER = ("--teacher", "{teacher}", "--teacher-weights", "{weights}")
@@ -67,8 +66,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(description=summary)
+    parser = command.parser(__doc__)
     parser.add_argument("--data", required=True, help="a data set, as for python -m ckd.train")
     parser.add_argument("--teacher", required=True, help="a model spec, such as resnet56")
     parser.add_argument("--teacher-weights", required=True)

@@ -18,21 +18,18 @@ default takes an hour or more, nearly all of it for the teachers.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from ckd.train.config import AMP_MODES
+from ckd.train.methods import METHODS
 from common import command, machine
+from common.report import Record, write_record
 from common.workers import NO_MEMORY
 from training import report
 from training.case import measure_case, settings_of
-from training.report import Record
 from training.tasks import VITS, Setting
-
-from ckd.train.config import AMP_MODES
-from ckd.train.methods import METHODS
 
 QUICK_TEACHER = "resnet56"
 IMAGE_SIZES = (32, 64)
@@ -68,7 +65,7 @@ def broken(case: Record) -> bool:
 
 def write_files(record: Record, options: argparse.Namespace) -> None:
     if options.out:
-        report.atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(options.out, record)
     if options.csv:
         report.write_csv(record, options.csv)
     if options.plot:
@@ -84,8 +81,7 @@ def run_case(teacher: str, size: int, options: argparse.Namespace) -> Record:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(description=summary)
+    parser = command.parser(__doc__)
     parser.add_argument(
         "--teacher",
         action="append",
@@ -117,13 +113,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--amp", choices=AMP_MODES, default="off", help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="the student, as the trainer does")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)",
-    )
+    command.add_threads(parser)
+    command.add_device(parser)
     parser.add_argument(
         "--quick", action="store_true", help=f"teacher {QUICK_TEACHER}, 32 px, few small steps"
     )
@@ -133,19 +124,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=50_000,
         help="to which an epoch is extrapolated (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
-    parser.add_argument("--csv", type=Path, help="write a line for each method")
-    parser.add_argument("--plot", type=Path, help="draw memory and time an epoch (PNG)")
-    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    return command.parse(parser, arguments, check)
+    command.add_files(
+        parser, csv="write a line for each method", plot="draw memory and time an epoch (PNG)"
+    )
+    return command.parse(parser, arguments, check, "kd")
 
 
 def check(options: argparse.Namespace) -> None:
     """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
-    command.check_outputs(options, "out", "csv", "plot")
-    if options.show:
-        options.record = command.read_record(options.show, "kd")
-        return
     quick = options.quick
     options.teacher = options.teacher or ([QUICK_TEACHER] if quick else list(VITS))
     options.image_size = options.image_size or list(IMAGE_SIZES[:1] if quick else IMAGE_SIZES)
@@ -160,8 +146,7 @@ def check(options: argparse.Namespace) -> None:
     command.check_seconds(options.seconds)
     command.check_names("--methods", options.methods)
     command.check_names("--teacher", options.teacher)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: expected cpu, got cuda: torch sees no GPU")
+    command.check_device(options)
     for size in options.image_size:
         command.check_model("--student", options.student, size)
         for teacher in options.teacher:

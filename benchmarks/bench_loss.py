@@ -15,7 +15,6 @@ the columns.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -24,25 +23,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from common import command, machine
+from common.report import Record, write_record
 from common.timing import quantiles
 from common.workers import NO_MEMORY, Failed, Worker
 from loss import providers, report
 from loss.bench import FORWARD, STEP, Bench, Errors
 from loss.problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
 
-from ckd._files import atomic_write
-
 TURN = 0.05  # seconds for which a provider computes before the next one does
 LEAST_ROUNDS = 7
 # The worst relative error of loss and gradients with which a result still counts as right. Eager
 # reaches 1e-6 and 1e-2 on these problems; a mistake gives 0.1 or more.
 ALLOWED = {False: 1e-4, True: 5e-2}
-Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record["cases"].append(run_case(name, problem, options))
         report.show_case(record["cases"][-1], record["limits"])
         if options.out:
-            atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+            write_record(options.out, record)
     wrong = [row for case in record["cases"] for row in case["rows"] if row.get("wrong")]
     return finish(record, options) or (1 if wrong else 0)
 
@@ -81,8 +76,7 @@ def finish(record: Record, options: argparse.Namespace) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(description=summary)
+    parser = command.parser(__doc__)
     parser.add_argument(
         "--case",
         action="append",
@@ -93,19 +87,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sweep", action="store_true", help=f"banks from {SWEEP[0]} to {SWEEP[-1]}, for --plot"
     )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)",
-    )
+    command.add_device(parser)
     parser.add_argument(
         "--providers",
         help="comma-separated, the first is what the others are compared with; also cpu:TIER and "
         f"cpu-bf16:TIER (default on the CPU: {','.join(providers.of_device('cpu'))}; on a GPU: "
         f"{','.join(providers.of_device('cuda'))})",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_threads(parser)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -114,27 +103,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
     )
-    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
-    parser.add_argument("--csv", type=Path, help="write a line for each measured time")
-    parser.add_argument(
-        "--plot", type=Path, help="draw time and memory over the rows of the bank (PNG)"
+    command.add_files(
+        parser,
+        csv="write a line for each measured time",
+        plot="draw time and memory over the rows of the bank (PNG)",
     )
-    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    return command.parse(parser, arguments, check)
+    return command.parse(parser, arguments, check, "loss")
 
 
 def check(options: argparse.Namespace) -> None:
     """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
-    command.check_outputs(options, "out", "csv", "plot")
-    if options.show:
-        options.record = command.read_record(options.show, "loss")
-        return
     if options.seconds is None:
         options.seconds = 0.3 if options.quick else 2.0
     command.check_seconds(options.seconds)
     command.check_least(options, threads=1, competitors=0)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU")
+    command.check_device(options)
     known = CASES | GPU_CASES
     every = CASES if options.device == "cpu" else known
     names = options.case or (QUICK if options.quick else SWEEP if options.sweep else every)

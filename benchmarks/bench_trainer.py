@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -28,20 +27,19 @@ from unittest import mock
 
 import numpy as np
 import torch
-from common import command, machine
-from loss.report import duration
 from PIL import Image
 from torch import Tensor
 from torch.utils import data as torch_data
-from training.gauge import Enough
-from training.tasks import Setting, config_of, write_bank, write_images
 
 from ckd import data, models
-from ckd._files import atomic_write
 from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
 from ckd.train.run import Run, set_up
+from common import command, machine
+from common.report import Record, duration, show_machine, write_record
+from training.gauge import Enough
+from training.tasks import Setting, config_of, write_bank, write_images
 
 PARTS = ("forward", "loss", "backward", "optimizer")
 PIL_WORKERS = 2
@@ -50,7 +48,6 @@ BATCHES = 40  # of a turn of the loaders
 TURNS = 5
 REST = 0.3  # seconds in which the workers make what they hold in advance; nobody is timed
 IN_ADVANCE = 2 * PIL_WORKERS  # batches that a DataLoader holds; not counted
-Record = dict[str, Any]
 
 
 class Clock:
@@ -177,8 +174,8 @@ def measure_loading(setting: Setting) -> Record:
 
 def show(record: Record) -> None:
     about, setting, step = record["machine"], record["setting"], record["step"]
-    print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
-    print(f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, {about['date']}\n")
+    show_machine(about)
+    print()
     print(
         f"### {setting['method']}, {setting['student']}, {setting['image_size']} px, batch "
         f"{setting['batch_size']}: a step of {duration(step['median'])}\n"
@@ -193,26 +190,20 @@ def show(record: Record) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    summary, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(description=summary)
+    parser = command.parser(__doc__)
     parser.add_argument("--student", default="vit", help="(default: %(default)s, the paper's)")
     parser.add_argument("--method", choices=("plain", "embed-kd"), default="embed-kd")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10, help="measured (default: %(default)s)")
     parser.add_argument("--amp", choices=("off", "bf16"), default="off")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
-    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
-    return command.parse(parser, arguments, check)
+    command.add_threads(parser)
+    command.add_files(parser)
+    return command.parse(parser, arguments, check, "trainer")
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError that names the argument, what it takes and what came."""
-    command.check_outputs(options, "out")
-    if options.show:
-        options.record = command.read_record(options.show, "trainer")
-        return
     command.check_least(options, image_size=1, batch_size=1, steps=1, threads=1)
     command.check_model("--student", options.student, options.image_size)
 
@@ -251,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     show(record)
     if options.out:
-        atomic_write(options.out, (json.dumps(record, indent=1) + "\n").encode())
+        write_record(options.out, record)
     return 0
 
 

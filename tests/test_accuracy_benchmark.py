@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import accuracy
 import pytest
 
+import accuracy
 from ckd import models
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from common.memory import Memory, peak_mib_of
 from common.workers import KILLED, Failed, Worker
-
 from tests.worker_tasks import Counter
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

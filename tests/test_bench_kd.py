@@ -12,9 +12,10 @@ import types
 from pathlib import Path
 from typing import Any
 
-import bench_kd
 import pytest
 import torch
+
+import bench_kd
 from common import workers
 from common.workers import Process, finish, take_turns
 from training import report, tasks

@@ -11,15 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import bench_loss
 import pytest
 import torch
+from torch import Tensor
+
+import bench_loss
+import ckd
 from common.workers import Failed, Worker
 from loss import peers, problem, providers
 from loss.bench import Bench, Errors
-from torch import Tensor
-
-import ckd
 from tests import oracle
 
 BENCH = Path(bench_loss.__file__)

@@ -6,12 +6,12 @@ import json
 from itertools import islice
 from pathlib import Path
 
-import bench_trainer
 import pytest
 import torch
-from training.tasks import Setting, write_images
 
+import bench_trainer
 from ckd import models
+from training.tasks import Setting, write_images
 
 TINY = "vit:width=16,layers=1,heads=2"
 

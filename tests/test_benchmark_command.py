@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import bench_kd
 import bench_loss
 import bench_trainer
-import pytest
 from common import command
 
 BENCHMARKS = Path(bench_kd.__file__).parent

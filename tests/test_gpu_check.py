@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpu_check
 import pytest
+
+import gpu_check
 from common.workers import Failed, each
 from gpu import right, table
 from gpu.checks import Task
 from gpu.device import Device
 from gpu.job import Job, read_records
 from gpu_check import Rung
-
 from tests.worker_tasks import some_items
 
 ROOT = Path(__file__).parents[1]

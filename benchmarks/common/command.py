@@ -11,14 +11,13 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from ckd import models
 from ckd.models import catalog
-
-Record = dict[str, Any]
+from common.report import Record
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -37,24 +36,55 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Its description is the first line of the command's docstring."""
+    summary, *_ = (doc or "").splitlines()
+    return argparse.ArgumentParser(description=summary)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    choices, words = ("cpu", "cuda"), "(default: %(default)s)"
+    parser.add_argument("--device", choices=choices, default=default, help=words)
+
+
+def add_files(parser: argparse.ArgumentParser, **others: str) -> None:
+    """--out and --show, and others by name with their help."""
+    parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
+    for name, words in others.items():
+        parser.add_argument(f"--{name}", type=Path, help=words)
+    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
+
+
 def parse(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     check: Callable[[argparse.Namespace], None],
+    benchmark: str,
 ) -> argparse.Namespace:
-    """`check` fills in defaults; its ValueError names the argument, what it takes and what came."""
+    """Of a parser with `add_files`. With --show the record of such a `benchmark` is
+    `options.record`; else `check` fills in defaults, and its ValueError names the argument, what
+    it takes and what came."""
     options = parser.parse_args(arguments)
     try:
-        check(options)
+        check_outputs(options)
+        if options.show:
+            options.record = read_record(options.show, benchmark)
+        else:
+            check(options)
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
-def check_outputs(options: argparse.Namespace, *names: str) -> None:
+def check_outputs(options: argparse.Namespace) -> None:
     """Raise ValueError, before anything is measured, if one of the files cannot be written."""
-    for name in names:
-        if getattr(options, name) is not None:
+    for name in ("out", "csv", "plot"):
+        if getattr(options, name, None) is not None:
             check_output(f"--{name}", getattr(options, name))
     if getattr(options, "plot", None) and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'ckd[plots]'")
@@ -76,6 +106,11 @@ def check_least(options: argparse.Namespace, **least: int) -> None:
         if getattr(options, name) < value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: expected at least {value}, got {getattr(options, name)}")
+
+
+def check_device(options: argparse.Namespace) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, got cuda: torch sees no GPU")
 
 
 def check_seconds(seconds: float) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.workers import reason_of
-
 from gpu.job import Job, NotHere
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common.workers import reason_of
 from torch import Tensor
 
 import ckd
+from common.workers import reason_of
 from gpu.cases import (
     EXACT,
     HALF,

@@ -10,11 +10,10 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from loss.problem import Problem
-
 from gpu.contenders import OWN
 from gpu.device import BACKENDS, Device
 from gpu.job import ROOT, Job, Record
+from loss.problem import Problem
 
 COLD = """
 import time, torch

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from loss import peers
-from loss.problem import LOGIT_SCALE, Inputs, unit_rows
 from torch import Tensor
 
 from gpu.device import BACKENDS, Device
 from gpu.job import Job
+from loss import peers
+from loss.problem import LOGIT_SCALE, Inputs, unit_rows
 
 Loss = Callable[[Inputs], Tensor]
 CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0

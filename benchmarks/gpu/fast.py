@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from common.workers import Failed, Worker
-from loss import providers
-from loss.problem import Problem
-
 from gpu.cold import cold_starts
 from gpu.contenders import CUBLAS, EAGER, NOTES, OWN, PEERS, RIVALS, absent_text, contenders
 from gpu.device import Device
 from gpu.job import Job, Record, pack
 from gpu.timed import FORWARD, STEP, Bench
+from loss import providers
+from loss.problem import Problem
 
 LARGE = {
     "learned": Problem(4096, 1_280_000, 1024, 256),

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common.workers import reason_of
 from torch import Tensor
 
 import ckd
+from common.workers import reason_of
 from gpu.cases import Case, Shape, make_case
 from gpu.device import Device
 

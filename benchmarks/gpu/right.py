@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common.workers import Failed, each
 
+from common.workers import Failed, each
 from gpu.cases import EXACT, HALF, IN_TF32, SHAPES, SIMILARITY, TF32
 from gpu.checks import CONTRASTIVE, MODE, SIMILAR, Task, check
 from gpu.device import BACKENDS, Device

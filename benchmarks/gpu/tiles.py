@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 import torch
-from common.workers import Failed, Worker, reason_of
-from loss.problem import Inputs, Problem, make_inputs
 
 import ckd
+from common.workers import Failed, Worker, reason_of
 from gpu.device import Device
 from gpu.job import Job, NotHere, Record
+from loss.problem import Inputs, Problem, make_inputs
 
 SIZES = {
     "large, W 256": Problem(4096, 262_144, 1024, 256),

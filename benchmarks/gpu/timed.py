@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common.memory import peak_mib_of
-from common.timing import seconds_of
-from loss import providers
-from loss.problem import Inputs, Problem, make_inputs
 from torch import Tensor
 
+from common.memory import peak_mib_of
+from common.timing import seconds_of
 from gpu.contenders import CUBLAS, EAGER, RIVALS
 from gpu.device import Device
+from loss import providers
+from loss.problem import Inputs, Problem, make_inputs
 
 FORWARD, STEP = "forward", "step"
 PRODUCT_ROWS = 160_000  # of the bank, that cuBLAS multiplies at once
@@ -147,13 +146,8 @@ def loss_of(provider: str) -> Callable[[Inputs], Tensor]:
 
 def eager_fp16(inputs: Inputs) -> Tensor:
     """Plain torch under autocast; on the CPU in bfloat16, which it has instructions for."""
-    kind = inputs.student.device.type
-    half = torch.float16 if kind == "cuda" else torch.bfloat16
-    with torch.autocast(kind, dtype=half):
-        bank = inputs.bank.to(half)
-        z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
-        cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
-    return F.cross_entropy(inputs.logit_scale * cosines.float(), inputs.target)
+    on_gpu = inputs.student.device.type == "cuda"
+    return providers.eager_half(inputs, torch.float16 if on_gpu else torch.bfloat16)
 
 
 def logits_product(inputs: Inputs) -> Callable[[], None]:

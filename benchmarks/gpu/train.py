@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine
-from common.workers import Failed, Worker
-from training import report, tasks
-from training.case import measure_case, settings_of
-from training.gauge import Enough
-from training.tasks import Setting
 
 from ckd._device import pick_device
 from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import METHODS, method_class
 from ckd.train.run import set_up
+from common import machine
+from common.workers import Failed, Worker
 from gpu.device import Device
 from gpu.job import Job, Record
+from training import report, tasks
+from training.case import measure_case, settings_of
+from training.gauge import Enough
+from training.tasks import Setting
 
 TEACHERS = ("ViT-B/16", "ViT-L/16")
 PLAIN_STEPS, PROFILED_STEPS = 40, 10

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from common.memory import peak_mib_of
-from common.timing import seconds_of
 from torch import Tensor
 
+from common.memory import peak_mib_of
+from common.timing import seconds_of
 from loss import providers
 from loss.problem import Inputs, Problem, checked_students, make_inputs
 

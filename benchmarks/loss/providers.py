@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,10 @@ def compiled() -> Loss:
     return torch.compile(eager, dynamic=False, options={"fx_graph_cache": False})
 
 
-def eager_bf16(inputs: Inputs) -> Tensor:
-    """Autocast; the bank, which autocast would convert to bfloat16 by way of float32, at once."""
-    with torch.autocast(inputs.student.device.type, dtype=torch.bfloat16):
-        bank = inputs.bank.bfloat16()
+def eager_half(inputs: Inputs, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Autocast; the bank, which autocast would convert by way of float32, at once."""
+    with torch.autocast(inputs.student.device.type, dtype=dtype):
+        bank = inputs.bank.to(dtype)
         z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
         cosines = F.normalize(inputs.student, dim=1) @ F.normalize(z, dim=1).T
     return F.cross_entropy(inputs.logit_scale * cosines.float(), inputs.target)
@@ -111,13 +112,28 @@ def _on_gpu(backend: backends.BackendName, half: bool) -> Provider:
     )
 
 
+def _peer(
+    about: str,
+    make: Callable[[], Loss],
+    package: str,
+    devices: tuple[str, ...] = ("cuda",),
+    **more: Any,
+) -> Provider:
+    missing = peers.needs(package)
+    return Provider(about, make, devices=devices, missing=missing, is_peer=True, **more)
+
+
+def _clip(about: str, make: Callable[[], Loss], truth: str) -> Provider:
+    return _peer(about, make, "open_clip", BOTH, unfit=peers.only_in_batch, truth=truth)
+
+
 PROVIDERS = {
     "eager": Provider("plain torch, float32", lambda: eager, devices=BOTH),
     "eager-malloc": Provider(
         "the same, malloc keeping what is freed", eager_malloc, missing=_no_glibc
     ),
     "eager-bf16": Provider(
-        "plain torch under autocast", lambda: eager_bf16, half=True, devices=BOTH
+        "plain torch under autocast", lambda: eager_half, half=True, devices=BOTH
     ),
     "compile": Provider(
         "torch.compile of eager",
@@ -151,50 +167,21 @@ PROVIDERS = {
         missing=peers.no_linear_cross_entropy,
         devices=BOTH,
     ),
-    "liger": Provider(
-        "liger-kernel's fused linear cross-entropy",
-        peers.liger,
-        compiles=True,
-        is_peer=True,
-        missing=peers.needs("liger_kernel"),
-        devices=("cuda",),
+    "liger": _peer(
+        "liger-kernel's fused linear cross-entropy", peers.liger, "liger_kernel", compiles=True
     ),
-    "cut-cross-entropy": Provider(
+    "cut-cross-entropy": _peer(
         "Apple's cut-cross-entropy, bfloat16 operands",
         peers.cut_cross_entropy,
+        "cut_cross_entropy",
         half=True,
         compiles=True,
-        is_peer=True,
-        missing=peers.needs("cut_cross_entropy"),
-        devices=("cuda",),
     ),
-    "inf-cl": Provider(
-        "Inf-CL's flash loss",
-        peers.inf_cl,
-        compiles=True,
-        is_peer=True,
-        missing=peers.needs("inf_cl"),
-        unfit=peers.head_fits,
-        devices=("cuda",),
+    "inf-cl": _peer(
+        "Inf-CL's flash loss", peers.inf_cl, "inf_cl", compiles=True, unfit=peers.head_fits
     ),
-    "open-clip": Provider(
-        "open_clip's ClipLoss, both directions",
-        peers.clip,
-        is_peer=True,
-        missing=peers.needs("open_clip"),
-        unfit=peers.only_in_batch,
-        truth="clip",
-        devices=BOTH,
-    ),
-    "open-clip-siglip": Provider(
-        "open_clip's SigLipLoss",
-        peers.siglip,
-        is_peer=True,
-        missing=peers.needs("open_clip"),
-        unfit=peers.only_in_batch,
-        truth="siglip",
-        devices=BOTH,
-    ),
+    "open-clip": _clip("open_clip's ClipLoss, both directions", peers.clip, "clip"),
+    "open-clip-siglip": _clip("open_clip's SigLipLoss", peers.siglip, "siglip"),
 }
 TRUTHS: dict[str, Loss] = {
     "eager": eager,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ckd._files import atomic_write
+from common import report as common_report
+from common.report import Record, duration
 from loss.bench import FORWARD, STEP
 from loss.problem import Problem
-
-Record = dict[str, Any]
 
 
 def show(record: Record) -> None:
@@ -23,13 +23,7 @@ def show(record: Record) -> None:
 
 def show_machine(record: Record) -> None:
     about = record["machine"]
-    print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
-    if about.get("gpu"):
-        print(f"{about['gpu']}, CUDA {about['cuda']}, triton {about['triton']}")
-    print(
-        f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, "
-        f"tier {next(iter(about['tiers']), 'none')}, {about['date']}"
-    )
+    common_report.show_machine(about, f"tier {next(iter(about['tiers']), 'none')}")
     print(", ".join(f"{k} {v:,.0f} G/s" for k, v in record["limits"].items()))
     if record["competitors"]:
         print(f"competing with {record['competitors']} busy processes")
@@ -95,10 +89,6 @@ def ratio(row: Record, first: Record, key: str) -> str:
     return f"{mine / other:.3f}" if mine is not None and other else ""
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:,.4g} ms"
-
-
 FIELDS = [
     *("case", "batch", "bank_rows", "teacher_dim", "student_dim", "learned", "provider", "mode"),
     *("p20", "p50", "p80", "calls", "gflops", "gbytes", "peak_mib", "worst_error", "failed"),
@@ -108,16 +98,17 @@ ABOUT = ["processor", "gpu", "threads", "torch", "triton", "ckd", "commit", "dat
 
 def write_csv(record: Record, path: Path) -> None:
     """A line for each case, provider and mode; times in seconds, rates in 10^9 a second."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *ABOUT], restval="", lineterminator="\n")
-    writer.writeheader()
-    about = {name: record["machine"].get(name, "") for name in ABOUT}
+    common_report.write_csv(path, [*FIELDS, *ABOUT], csv_lines(record))
+
+
+def csv_lines(record: Record) -> Iterator[Record]:
     for case in record["cases"]:
         for row in case["rows"]:
-            line = {"case": case["name"], **case["problem"], "provider": row["provider"], **about}
+            line = record["machine"] | case["problem"]
+            line |= {"case": case["name"], "provider": row["provider"]}
             failed = row.get("failed") or row.get("wrong")
             if failed:
-                writer.writerow(line | {"failed": failed})
+                yield line | {"failed": failed}
                 continue
             line |= {"peak_mib": row["peak_mib"], "worst_error": max(row["errors"].values())}
             for mode in (STEP, FORWARD):
@@ -125,8 +116,7 @@ def write_csv(record: Record, path: Path) -> None:
                     "gflops": case[f"{mode}_flops"] / row[mode]["p50"] / 1e9,
                     "gbytes": case[f"{mode}_bytes"] / row[mode]["p50"] / 1e9,
                 }
-                writer.writerow(line | row[mode] | rates | {"mode": mode})
-    atomic_write(path, text.getvalue().encode())
+                yield line | row[mode] | rates | {"mode": mode}
 
 
 def plot(record: Record, path: Path) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from common.workers import Process, Result, finish, take_turns
-
 from training.report import derive
 from training.tasks import (
     CLASSES,

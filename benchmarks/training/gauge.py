@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from common.memory import Memory
 from common.timing import quantiles
 from common.workers import Result

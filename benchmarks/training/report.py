@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ckd._files import atomic_write
 from ckd.train import figures
+from common import report as common_report
+from common.report import Record
 
-Record = dict[str, Any]
 EMBED = "embed-kd"
 
 # As CLIP-Embed-KD (arXiv 2404.06170) draws them: MiB and seconds an epoch on its GPU, students at
@@ -68,10 +67,7 @@ def show(record: Record) -> None:
 
 def show_machine(record: Record) -> None:
     about, settings = record["machine"], record["settings"]
-    print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
-    if about.get("gpu"):
-        print(f"{about['gpu']}, CUDA {about['cuda']}, triton {about['triton']}")
-    print(f"torch {about['torch']}, ckd {about['ckd']} at {about['commit']}, {about['date']}")
+    common_report.show_machine(about)
     compiled = ", compiled" if settings["compile"] else ""
     print(
         f"batch {settings['batch_size']}, amp {settings['amp']}{compiled}; "
@@ -156,18 +152,15 @@ ABOUT = ["processor", "gpu", "threads", "torch", "ckd", "commit", "date"]
 
 def write_csv(record: Record, path: Path) -> None:
     """A line for each method, and one called `bank`; times in seconds."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, [*FIELDS, *ABOUT], restval="", extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
+    common_report.write_csv(path, [*FIELDS, *ABOUT], csv_lines(record))
+
+
+def csv_lines(record: Record) -> Iterator[Record]:
     shared = record["settings"] | record["machine"]
     for case in record["cases"]:
         weights = case["about"].get("weights", "")
         for row in (*case["rows"], case["bank"] | {"method": "bank"}):
-            line = shared | case | row | row.get("step_s", {}) | {"teacher_weights": weights}
-            writer.writerow({name: "" if v is None else v for name, v in line.items()})
-    atomic_write(path, text.getvalue().encode())
+            yield shared | case | row | row.get("step_s", {}) | {"teacher_weights": weights}
 
 
 MARKS = {

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.memory import Memory
-from common.workers import Result
 from torch import Tensor
 
 from ckd import data, models
@@ -29,6 +27,8 @@ from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
 from ckd.train.run import set_up
+from common.memory import Memory
+from common.workers import Result
 from training.gauge import Enough, Gauge, TurnOver
 
 CLASSES = 100
