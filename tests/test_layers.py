@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_every_package_is_installed() -> None:
     settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
     found = {name for name, path in modules() if path.name == "__init__.py"}
     assert {*settings["tool"]["setuptools"]["packages"]} == found | {"ckd._triton"}
+
+
+def test_no_circle_of_imports() -> None:
+    """Imports inside functions count too; that Python imports a module's package first does not."""
+    known = dict(modules())
+    below: dict[str, set[str]] = {}
+    for name, path in known.items():
+        named = {n if n in known else n.rpartition(".")[0] for n in imports(path)}
+        below[name] = {n for n in named & known.keys() if not f"{name}.".startswith(f"{n}.")}
+    try:
+        list(TopologicalSorter(below).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_importing_the_package_loads_no_program_and_no_extra() -> None:

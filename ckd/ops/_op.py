@@ -45,7 +45,9 @@ class Op:
         `prepare(*records, *options)` checks the records of a caller and returns those that follow.
         """
         self.name, _, arguments = schema.partition("(")
-        self.tensors = len(list(takewhile(_is_tensor, arguments.split(","))))
+        kinds = arguments.partition(")")[0].split(",")
+        assert len(kinds) == sum(len(record._fields) for record in records), schema
+        self.tensors = len(list(takewhile(_is_tensor, kinds)))
         self.implementation, self.prepare = implementation, prepare
         self.flat = _flat(implementation, records)
         formula = formula or _no_derivative(self.name)
