@@ -116,7 +116,7 @@ def _direct(op: Op) -> type[torch.autograd.Function]:
             setup_context(ctx, arguments[:-1], output)
             return output
 
-    return Direct
+    return type(op.name, (Direct,), {})
 
 
 class _Plan(NamedTuple):

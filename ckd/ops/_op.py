@@ -108,8 +108,7 @@ def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
                 "torch.func.grad, vjp or jacrev"
             )
 
-    Function.__name__ = Function.__qualname__ = op.name
-    return Function
+    return type(op.name, (Function,), {})  # for the name of grad_fn
 
 
 def _no_derivative(name: str) -> Formula:
