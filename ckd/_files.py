@@ -1,4 +1,4 @@
-"""Writing files so that a crash at any moment leaves the old or the new content, no mixture."""
+"""Atomic, durable writes: after a crash a file holds its old or its new content, no mixture."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TEMPORARY_PREFIX = ".tmp-"
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`: temporary name, fsync, rename, fsync of the folder.
 
-    Raises OSError as the system gave it (disk full, permission denied); the file that was there
-    before stays as it was, and the temporary one is removed.
+    Raises the system's OSError (disk full, permission denied); an existing file then keeps its
+    content, and the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
@@ -30,15 +30,15 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder that appears at `path`, with all that the block put into it, or not at all.
+    """Create a folder at `path` atomically: with everything that the block wrote, or not at all.
 
-    Yields the folder to fill, beside `path` under a temporary name; fill it with `durable_write`.
-    Raises OSError as the system gave it, also if `path` exists and is not empty; what was there
-    before stays as it was, and the temporary folder is removed.
+    Yields a temporary folder beside `path`; fill it with `durable_write`. It is renamed to `path`
+    after the block. Raises the system's OSError, also if `path` exists and is not empty; an
+    existing folder then stays unchanged, and the temporary folder is removed.
     """
     path = Path(path)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
     try:
         temporary.mkdir()
         yield temporary
@@ -51,7 +51,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def durable_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` and fsync it: for files under a name that nothing reads yet."""
+    """Write and fsync, not atomically: for files under a name that nothing reads yet."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()

@@ -1,4 +1,4 @@
-"""One process at a time: an advisory lock on a folder itself, so that no lock file can stay."""
+"""An exclusive flock on a folder: there is no lock file that a killed process could leave."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import os
 import time
 from collections.abc import Iterator
 
-# Data workers that a killed process forked share its lock until they notice (they look every
-# 5 s), so whoever comes next waits that long before believing in another process.
+# Forked data workers share the lock and outlive a killed parent by up to 5 s (the interval at which
+# they check it), so a process waits longer than that before it reports the lock as taken.
 LOCK_PATIENCE_S = 6.0
 
 
 @contextlib.contextmanager
 def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of an existing folder; the system lets go of it too when the process dies.
+    """Hold the lock of an existing folder; the system also releases it when the process dies.
 
-    Raises BlockingIOError if another process has it, and OSError as the system gave it.
+    Raises BlockingIOError if another process holds it for LOCK_PATIENCE_S, or the system's OSError.
     """
     owner = os.getpid()
     descriptor = os.open(path, os.O_RDONLY)
@@ -33,8 +33,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
                 time.sleep(0.1)
         yield
     finally:
-        # Closing alone would leave the lock with the children that were forked meanwhile. One of
-        # those that comes through here must not unlock what its parent still holds.
+        # Forked children share the open file, so close() alone would not release the lock. A child
+        # that leaves this block itself must not release its parent's lock.
         if os.getpid() == owner:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Teacher embeddings on disk: written once, memory-mapped ever after, every byte checked."""
+"""Teacher embeddings on disk: written once, read through memory maps, every byte checksummed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callers offer (tensors, numpy arrays, lists of ids) as the tensors that a bank stores."""
+"""Converts callers' tensors, numpy arrays and lists to the tensors that a bank stores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def integers(name: str, values: Any) -> Tensor:
-    """`values` as int64 [n] on the CPU. BankError for another rank, kind or size of number."""
+    """`values` as int64 [n] on the CPU. BankError for another rank or dtype, or beyond int64."""
     tensor = _as_tensor(name, values)
     if tensor.ndim == 1 and len(tensor) == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -28,7 +28,7 @@ def integers(name: str, values: Any) -> Tensor:
             f"{list(tensor.shape)}; convert with .to(torch.int64) or .astype('int64')"
         )
     signed = tensor.to("cpu", torch.int64)
-    # A large uint64 would change its sign without a word.
+    # uint64 above the largest int64 wraps to a negative number without an error.
     if tensor.dtype in _UNSIGNED and bool((signed < 0).any()):
         raise BankError(f"{name} must fit into int64, got a {tensor.dtype} beyond {2**63 - 1}")
     return signed
@@ -46,10 +46,10 @@ def embeddings(name: str, values: Any, dim: int) -> Tensor:
 
 
 def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
-    """Rows [n, D] as float16, scaled to length 1 first if asked.
+    """Rows [n, D] as float16; `normalize` scales them to length 1 first.
 
-    Raises RowError that names the first row (and its sample id) that is not finite, is beyond
-    float16's range, or has length 0 where it should be normalised.
+    Raises RowError, naming the row and its sample id, for a row that is not finite, exceeds
+    float16's range, or has length 0 and should be normalised.
     """
 
     def refuse(bad: Tensor, what: str) -> None:
@@ -60,7 +60,7 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
 
     refuse(~rows.isfinite().all(dim=1), "holds NaN or inf")
     if normalize:
-        # float64: the square of a large float32 is not yet infinite there.
+        # In float64 the square of a large float32 does not overflow.
         lengths = rows.double().norm(dim=1, keepdim=True)
         refuse(lengths.squeeze(1) == 0, "is all zeros and cannot be normalised")
         rows = rows.double() / lengths
@@ -74,10 +74,11 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
 
 
 def same_rows(offered: Tensor, stored: Tensor) -> Tensor:
-    """A mask [n]: which rows of two float16 [n, D] are the same, but for how a batch rounds.
+    """Mask [n] of the rows that are equal in two float16 [n, D], up to a teacher's rounding.
 
-    The difference may have 2^-7 of the length of the row: 8 float16 ulps, and one of bfloat16, in
-    which a teacher may have run. Below float16's normal range an absolute ulp (2^-24) is added.
+    Rounding changes with the batch size. The difference may have 2^-7 of the row's length (8 ulps
+    of float16, one of bfloat16, in which a teacher may run), plus 2^-24 (a subnormal ulp of
+    float16) in each element.
     """
     offered, stored = offered.double(), stored.double()
     tolerance = 2**-7 * stored.norm(dim=1) + 2**-24 * stored.shape[1] ** 0.5
@@ -89,8 +90,7 @@ def _as_tensor(name: str, values: Any) -> Tensor:
         return values
     try:
         array = np.asarray(values)
-        # torch wants native byte order, no negative strides and, without a warning, memory that
-        # may be written.
+        # from_numpy needs native byte order and no negative strides, and warns of read-only memory.
         copy = not array.flags.writeable or any(stride < 0 for stride in array.strides)
         array = array.astype(array.dtype.newbyteorder("="), order="C" if copy else "K", copy=copy)
         return torch.from_numpy(array)

@@ -21,7 +21,7 @@ from ckd.data import Batch, Dataset
 
 Prepare = Callable[[Any, Tensor], Tensor]
 
-# Beside each embedding stand its label and its sample id, int64 both.
+# Label and sample id of a row, int64 each.
 _BYTES_BESIDE_A_ROW = 16
 
 
@@ -43,13 +43,13 @@ def build_bank(
     model: the teacher. It is moved to `device` (on the CPU, to the memory format channels_last)
         and runs in evaluation mode, without augmentation.
     prepare: from uint8 images [B, C, H, W] to the model's input.
-    workers: processes that decode images ahead, where the data set is not in memory.
+    workers: processes that decode images in advance, if the data set is not in memory.
     progress: print the estimate and the outcome, and show a progress bar.
 
-    Safe to kill: called again with the same arguments it goes on after the rows that are stored,
-    and since no batch straddles the edge of a shard, it ends with the same bytes; a bank that is
-    complete already is opened and left as it is. Raises BankError as `BankWriter` does, and OSError
-    before it starts if there is no space left for the bank.
+    Safe to kill: the same call resumes after the last stored shard. No batch crosses a shard
+    boundary, so the resumed bank has the same bytes as an uninterrupted one. A complete bank is
+    opened unchanged. Raises BankError as `BankWriter` does, and OSError before it starts if the
+    disk has too little space for the bank.
     """
     say = print if progress else _silent
     writer = BankWriter(
@@ -100,7 +100,7 @@ def build_bank(
 
 
 def describe_teacher(model: models.Model) -> dict[str, Any]:
-    """What the manifest says of a teacher: its name, weights (sha256, bytes), size and FLOPs."""
+    """The manifest's record of a teacher: name, weights (sha256, bytes), parameters, FLOPs."""
     return {
         "name": model.spec,
         "weights_sha256": models.weights_hash(model),
@@ -113,7 +113,7 @@ def describe_teacher(model: models.Model) -> dict[str, Any]:
 def describe_preprocessing(
     dataset: Dataset, model: models.Model, prepare: Prepare
 ) -> dict[str, Any]:
-    """What lies between the stored pixels and the teacher."""
+    """The manifest's record of the steps from stored pixels to the teacher's input."""
     return {
         "dataset_image_shape": list(dataset.image_shape),
         "model_channels": model.in_channels,
@@ -132,10 +132,10 @@ def _batches(
     device: str | torch.device,
     workers: int,
 ) -> Iterator[Batch]:
-    """All rows from `first_row` on (where a shard begins), a shard after the other.
+    """Batches of all rows from `first_row` (the first row of a shard), cut at shard boundaries.
 
-    How a row is rounded may depend on its neighbours in the batch. A resumed build starts where a
-    shard starts, so cutting batches there gives it the batches of an undisturbed one.
+    An embedding's rounding may depend on its batch. A resumed build starts at a shard boundary, so
+    it runs the same batches as an uninterrupted build.
     """
     for start in range(first_row, len(dataset), rows_per_shard):
         order = torch.arange(start, min(start + rows_per_shard, len(dataset)))
@@ -150,7 +150,7 @@ def _forward(model: models.Model, images: Tensor) -> tuple[Tensor, Tensor | None
 
 @contextmanager
 def _evaluation_mode(model: models.Model) -> Iterator[None]:
-    """Evaluation mode for a while, then the mode that was."""
+    """Evaluation mode inside the block, then the previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -170,4 +170,4 @@ def _check_space(folder: os.PathLike[str], needed: int) -> None:
 
 
 def _silent(*_: Any, **__: Any) -> None:
-    """Say nothing."""
+    """`print`, without output."""

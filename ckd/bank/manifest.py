@@ -1,8 +1,8 @@
-"""The manifest of a bank: what its folder holds, what made it, and how every byte is checked.
+"""The manifest of a bank: the settings it was made with, and its shards with their hashes.
 
-`manifest.json` is canonical JSON (sorted keys, two spaces) that carries the xxh3 of itself, so that
-a file which was altered in any way is noticed before anything in it is believed. A shard exists if
-and only if the manifest lists it.
+`manifest.json` is canonical JSON (sorted keys, two spaces) with the xxh3 of its other fields as
+`checksum`, so a change of any byte is detected before a value is used. A shard exists if and only
+if the manifest lists it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 DTYPE = "float16"
 
-#: What a build is told; a resumed build must be told the same.
+#: The settings of a build; a resumed build must have the same.
 SETTINGS = (
     "dim",
     "rows_per_shard",
@@ -35,25 +35,25 @@ SETTINGS = (
 
 
 class BankError(CkdError, ValueError):
-    """A bank that is damaged, incomplete or does not fit; says which file and rows, or what."""
+    """A damaged, incomplete or unsuitable bank; the message names file and rows, or argument."""
 
 
 class RowError(BankError):
-    """A row of a batch that the bank refuses: `row`, counted in the batch, of `argument`."""
+    """An invalid row of a batch: the `row`-th entry of `argument`."""
 
     def __init__(self, argument: str, row: int, message: str) -> None:
-        """message: what is wrong, with `{where}` in place of the row."""
+        """message: the fault, with the placeholder `{where}` for the row."""
         super().__init__(message.replace("{where}", f"row {row} of the batch"))
         self.argument, self.row, self._message = argument, row, message
 
     def found_at(self, where: str) -> BankError:
-        """The same error for readers who do not know the batch: `where` names the row."""
+        """The same error with the row named by `where`, for users who do not see the batches."""
         return BankError(self._message.replace("{where}", where))
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard file: its rows, its size and its hashes."""
+    """The manifest's entry for one shard file: rows, size, hashes."""
 
     file: str
     first_row: int
@@ -70,7 +70,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`; `dtype`, `rows`, `schema_version` and `checksum` follow."""
+    """`manifest.json` without the derived `dtype`, `rows`, `schema_version` and `checksum`."""
 
     dim: int
     rows_per_shard: int
@@ -86,11 +86,11 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows in the shards that are listed."""
+        """Rows in the listed shards."""
         return sum(shard.rows for shard in self.shards)
 
     def as_dict(self) -> dict[str, Any]:
-        """The manifest as plain JSON values, all but its checksum."""
+        """The manifest as plain JSON values, without its checksum."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values["shards"] = [vars(shard).copy() for shard in self.shards]
         return values | {"schema_version": SCHEMA_VERSION, "dtype": DTYPE, "rows": self.rows}
@@ -109,7 +109,7 @@ def encode(manifest: Manifest) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest: version, checksum, types, ranges, and that rows add up.
 
-    Raises BankError that names the file and what is wrong with it.
+    Raises BankError that names the file and the fault.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -125,15 +125,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def decode(data: bytes, path: Path) -> Manifest:
-    """The manifest that these bytes of `path` hold. Raises BankError as `read_manifest` does."""
+    """Parse and check the content of the file `path`. Raises BankError as `read_manifest` does."""
     try:
         values = json.loads(data)
     # RecursionError: deeply nested garbage; ValueError covers bad JSON, bad UTF-8 and huge numbers.
     except (ValueError, RecursionError) as error:
-        raise BankError(f"{path} is damaged (all rows unknown): not valid JSON: {error}") from error
+        raise BankError(f"{path} is damaged (affects all rows): not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise BankError(f"{path} is damaged (all rows unknown): expected a JSON object")
-    # Before the checksum, which another version may define otherwise.
+        raise BankError(f"{path} is damaged (affects all rows): expected a JSON object")
+    # Version first: another version may define the checksum differently.
     version = values.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise BankError(
@@ -147,7 +147,7 @@ def decode(data: bytes, path: Path) -> Manifest:
         intact = False
     if not intact:
         raise BankError(
-            f"{path} is damaged (all rows unknown): its content does not match its own checksum "
+            f"{path} is damaged (affects all rows): its content does not match its own checksum "
             f"{checksum!r}; restore it from a copy, or delete the folder and build the bank again"
         )
     return _validated(values, path)
@@ -163,21 +163,21 @@ def settings_that_differ(old: Manifest, new: Manifest) -> list[str]:
 
 
 def brief(value: Any, limit: int = 120) -> str:
-    """`repr(value)`, cut in the middle where it is too long for a message."""
+    """`repr(value)` for a message, shortened in the middle if it is longer than `limit`."""
     text = repr(value)
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
 def _canonical(values: dict[str, Any]) -> bytes:
-    """Canonical JSON of `values` with the xxh3 of the rest added as `checksum`."""
+    """Canonical JSON of `values` and `checksum`, the xxh3 of the canonical JSON without it."""
     options: dict[str, Any] = {"indent": 2, "sort_keys": True, "allow_nan": False}
     checksum = xxhash.xxh3_64_hexdigest(json.dumps(values, **options).encode())
     return json.dumps(values | {"checksum": checksum}, **options).encode() + b"\n"
 
 
 def _validated(values: dict[str, Any], path: Path) -> Manifest:
-    """A Manifest from JSON values whose types and ranges are checked one by one."""
+    """The Manifest of JSON values, after a check of every type and range."""
     expected = {f.name for f in fields(Manifest)} | {"schema_version", "dtype", "rows"}
     if values.keys() != expected:
         odd = sorted(expected ^ values.keys())
@@ -216,12 +216,12 @@ def _validated(values: dict[str, Any], path: Path) -> Manifest:
 
 
 def _shard(index: int, entry: Any, rows_per_shard: int, path: Path) -> ShardRecord:
-    """One entry of `shards`, which must follow on the ones before it."""
+    """The checked entry `index` of `shards`; its rows must continue those of the entry before."""
     where = f"shards[{index}]"
     names = {f.name for f in fields(ShardRecord)}
     good = isinstance(entry, dict) and entry.keys() == names
     _check(good, path, where, f"an object with {sorted(names)}", entry)
-    # Names are ours alone, so nothing outside the folder can ever be named.
+    # Only generated names are accepted, so a manifest cannot name a file outside its folder.
     _check(entry["file"] == shard_name(index), path, where, shard_name(index), entry["file"])
     start = _integer(entry, "first_row", path, least=0, where=where)
     first_row = index * rows_per_shard  # every shard but the last is full

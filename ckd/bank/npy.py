@@ -1,4 +1,4 @@
-"""A bank of embeddings that exist already, in .npy files."""
+"""Imports existing embeddings from .npy files into a bank."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def import_npy(
     normalize: bool = False,
     rows_per_shard: int = 8192,
 ) -> EmbeddingBank:
-    """Make the bank `path` of the file `embeddings`, floating point [N, D].
+    """Make the bank `path` from the file `embeddings`, floating point [N, D].
 
-    labels, ids: .npy files of integers [N]; without them rows have no class, and the row number is
-    the sample id. class_names: a UTF-8 text file with a name a line. teacher: its name, for the
-    record. The embeddings are memory-mapped, and nothing is unpickled. Safe to kill, like any other
-    build; a bank that is complete already is opened and left as it is. Raises BankError that names
-    the file (and row) that is not as it should be; OSError if one cannot be read.
+    labels, ids: .npy files of integers [N]; default: no class, and row numbers as sample ids.
+    class_names: a UTF-8 text file, one name per line. teacher: its name, for the manifest. The
+    embeddings are memory-mapped, and nothing is unpickled. Safe to kill: the same call resumes.
+    A complete bank is opened unchanged. Raises BankError that names the invalid file (and row), and
+    OSError if a file cannot be read.
     """
     rows = _map(embeddings)
     if rows.ndim != 2 or rows.size == 0 or rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
@@ -52,7 +52,7 @@ def import_npy(
             )
     source = {
         "imported_from": Path(embeddings).name,
-        # So that a resume from files that have changed is refused.
+        # Hashes in the settings, so that a resume from changed files is refused.
         "xxh3": [_xxh3(values) for values in (rows, row_labels, row_ids)],
     }
     writer = BankWriter(
@@ -104,5 +104,5 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
         raise BankError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
-            raise BankError(f"{path}, line {number} is blank; it must hold a class name a line")
+            raise BankError(f"{path}, line {number} is blank; each line must hold a class name")
     return lines

@@ -23,14 +23,14 @@ class EmbeddingBank:
     """A complete bank, opened for reading; make one with `EmbeddingBank.open`.
 
     labels: int64 [N], -1 for a row without a class. sample_ids: int64 [N], unique.
-    class_names: the class of label 0, 1, ..., empty where the bank names none.
+    class_names: the names of labels 0, 1, ...; empty if the bank stores none.
     meta: the manifest, read-only: teacher, preprocessing, dataset, fingerprint, normalized, ...
     path: its folder; nbytes: the size of its shards on disk; dim: D.
 
-    Embeddings stay on disk and are paged in as they are touched. Replacing or deleting files of an
-    open bank is harmless, shortening one in place is not (the system ends a process that reads
-    beyond the end of a mapped file). A pickle or a copy opens the same folder again, unverified, so
-    that data workers may hold a bank.
+    Embeddings are memory-mapped: pages are read on first access. Replacing or deleting files of an
+    open bank is harmless; truncating one in place is not (a read beyond the end of a mapped file
+    kills the process). A pickle stores the path alone and opens the folder again with
+    verify="off", so data workers can use a bank.
     """
 
     def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
@@ -53,8 +53,8 @@ class EmbeddingBank:
     def open(cls, path: str | os.PathLike[str], verify: str = "fast") -> EmbeddingBank:
         """Open the bank in the folder `path`.
 
-        verify: "fast" compares every shard with its xxh3, "full" with its sha256 also, "off"
-        trusts the contents and looks at the manifest, file sizes, headers, ids and labels only.
+        verify: "fast" checks the xxh3 of every shard, "full" its sha256 as well, "off" only the
+        manifest, file sizes, headers, ids and labels.
         Raises BankError, naming file and rows, for any damage, and for an incomplete bank.
         """
         if verify not in VERIFY_MODES:
@@ -64,7 +64,7 @@ class EmbeddingBank:
         if not manifest.complete:
             raise BankError(
                 f"{path} is incomplete: {manifest.rows} rows are stored so far; "
-                "run the command that began it once more, and it will go on from there"
+                "run the same command again to resume it"
             )
         return cls(
             path, manifest, [map_shard(path, r, manifest.dim, verify) for r in manifest.shards]
@@ -96,7 +96,7 @@ class EmbeddingBank:
         return found
 
     def rows(self, sample_ids: Any) -> Tensor:
-        """Embeddings float16 [n, D] of these sample ids [n], in this order. Errors as above."""
+        """Embeddings float16 [n, D] of these sample ids [n], in order. Errors as in `positions`."""
         positions = self.positions(sample_ids)
         if len(self._shards) == 1:
             return self._shards[0].embedding[positions]
@@ -112,22 +112,22 @@ class EmbeddingBank:
     def embeddings(self) -> Tensor:
         """All embeddings float16 [N, D], in bank order.
 
-        With one shard this is the mapped file itself (nothing is read or copied), otherwise a copy
-        in memory; `shards` goes through any bank without copying. Writes never reach the file.
+        With one shard this is the memory map itself (nothing is read or copied), otherwise a copy
+        in memory; `shards` never copies. Writes never reach the file.
         """
         if len(self._shards) == 1:
             return self._shards[0].embedding
         return torch.cat([shard.embedding for shard in self._shards])
 
     def shards(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of its first row, embeddings float16 [n, D] memory-mapped) of each shard."""
+        """(number of its first row, memory-mapped embeddings float16 [n, D]) of each shard."""
         for shard in self._shards:
             yield shard.record.first_row, shard.embedding
 
     def class_counts(self) -> list[tuple[str, int]]:
-        """(name, rows) of each class, in label order; rows labelled -1 have none.
+        """(class name, number of rows) in label order, without the rows labelled -1.
 
-        Without class names, of the labels that occur, named by their numbers.
+        A bank without class names lists the labels that occur, as numbers.
         """
         labelled = self.labels[self.labels >= 0]
         if self.class_names:
@@ -139,10 +139,10 @@ class EmbeddingBank:
     def centroids(self, per_class: int | None = None, *, seed: int | None = None) -> Tensor:
         """The mean embedding of each class, float32 [C, D], streamed shard by shard.
 
-        per_class: use at most that many rows of each class: the first in bank order, or, with a
-        `seed`, as many drawn at random (the same for the same seed). None: all rows.
-        C is the number of class names, else the largest label + 1. Rows labelled -1 are passed
-        over. Sums are float64, so shard sizes do not show in the result.
+        per_class: use at most this many rows of each class: the first in bank order, or, with a
+        `seed`, a random choice (the same for the same seed). None: all rows.
+        C is the number of class names, else the largest label + 1. Rows labelled -1 are skipped.
+        Sums are float64, so the result does not depend on shard sizes.
         Raises BankError that names a class without rows.
         """
         classes = len(self.class_names) or int(self.labels.max()) + 1
@@ -166,11 +166,11 @@ class EmbeddingBank:
         class_names: Sequence[str] | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        """Refuse a bank that does not fit: BankError with both values and the remedy.
+        """Raise BankError, with both values and the remedy, if the bank does not fit.
 
-        dim: the width that the loss expects. class_names, fingerprint: those of the data set that
-        is trained on. What is None here, or was never recorded in the bank (embeddings that were
-        imported without it), is not compared; but labels must always be among `class_names`.
+        dim: the width that the loss expects. class_names, fingerprint: those of the training data.
+        Arguments that are None, and values that the bank does not record (embeddings imported
+        without them), are not compared; but all labels must be indices of `class_names`.
         """
         if dim is not None and dim != self.dim:
             raise BankError(
@@ -188,7 +188,7 @@ class EmbeddingBank:
             )
 
     def _check_class_names(self, names: tuple[str, ...]) -> None:
-        mine, remedy = self.class_names, "use the data it was built from, or build a bank of this"
+        mine, remedy = self.class_names, "use the bank's own data, or build a bank of this data"
         if not mine:
             largest = int(self.labels.max())
             if largest >= len(names):
@@ -209,13 +209,14 @@ class EmbeddingBank:
                 )
 
     def _first_of_each_class(self, per_class: int, seed: int | None) -> Tensor:
-        """A mask [N] of the first `per_class` rows of each label, in bank or in seeded order."""
+        """Mask [N] of the first `per_class` rows of each label, in bank order or a seeded one."""
         if isinstance(per_class, bool) or not isinstance(per_class, int) or per_class < 1:
             raise BankError(f"per_class must be an integer of at least 1, got {per_class!r}")
         order = torch.arange(len(self))
         if seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        # A stable sort keeps that order within each class; the rank is the distance to its start.
+        # A stable sort keeps that order within each class; a row's rank in its class is its
+        # distance from the first row of the class.
         labels, by_label = self.labels[order].sort(stable=True)
         starts = torch.searchsorted(labels, labels)
         mask = torch.zeros(len(self), dtype=torch.bool)

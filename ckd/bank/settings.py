@@ -1,4 +1,4 @@
-"""The settings of a new bank, checked: what the first build says, and every resume must repeat."""
+"""Checks the settings of a new bank, which every resume must repeat."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def new_manifest(
 
 
 def positive(name: str, value: Any) -> int:
-    """`value` as an int, numpy's integers too. BankError for anything that is not 1 or more."""
+    """`value`, a Python or numpy integer, as an int. BankError unless it is 1 or more."""
     try:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -51,7 +51,7 @@ def positive(name: str, value: Any) -> int:
 
 
 def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The mapping as JSON gives it back, so that a resume compares like with like."""
+    """The mapping after a JSON round trip, so that it compares equal to the manifest's."""
     if value is None:
         return None
     if not isinstance(value, Mapping):
@@ -69,10 +69,10 @@ def _text(name: str, value: str | None) -> str | None:
 
 
 def _names(value: Iterable[str] | None) -> list[str] | None:
-    """The class names as a list; none at all is the same as not naming them."""
+    """The class names as a list; None for an empty one."""
     if value is None:
         return None
-    # A list first: an iterator can be gone through only once.
+    # An iterator can be consumed only once.
     names = list(value) if isinstance(value, Iterable) else [value]
     if isinstance(value, str) or not all(isinstance(name, str) for name in names):
         raise BankError(f"class_names must be a sequence of strings, got {brief(value)}")

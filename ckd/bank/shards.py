@@ -22,7 +22,7 @@ class Shard:
     """The three tensors of a shard, as views of the mapped file.
 
     embedding: float16 [n, D]; label: int64 [n], -1 for none; sample_id: int64 [n]. The mapping is
-    private: pages are read when they are touched, and a write to a tensor never reaches the file.
+    private: pages are read on first access, and a write to a tensor never reaches the file.
     """
 
     record: ShardRecord
@@ -38,7 +38,7 @@ def encode_shard(embedding: Tensor, label: Tensor, sample_id: Tensor) -> bytes:
 
 
 def record_of(index: int, first_row: int, rows: int, data: bytes) -> ShardRecord:
-    """What the manifest says of shard number `index` whose file holds `data`."""
+    """The manifest's entry for shard number `index`, a file with the content `data`."""
     return ShardRecord(
         file=shard_name(index),
         first_row=first_row,
@@ -52,7 +52,7 @@ def record_of(index: int, first_row: int, rows: int, data: bytes) -> ShardRecord
 def map_shard(folder: Path, record: ShardRecord, dim: int, verify: str) -> Shard:
     """Map a shard into memory, checked as `verify` says ("off": size and header only).
 
-    `safe_open(...).get_tensor` copies nothing: it gives views of one private mapping of the file,
+    `safe_open(...).get_tensor` copies nothing: it returns views of one private mapping of the file,
     which outlives the handle (measured with safetensors 0.8: a 410 MB tensor in 1.2 ms, no
     anonymous memory). Raises BankError that names the file and its rows.
     """

@@ -1,4 +1,4 @@
-"""What a bank is, in a dictionary and in words, and what it saves against running the teacher."""
+"""Summary of a bank as a dictionary and as text, with its savings over running the teacher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ckd.bank.manifest import SCHEMA_VERSION
 from ckd.bank.reader import EmbeddingBank
 
-# With more classes than this, rows per class are told by their extremes.
+# With more classes than this, rows per class are given as a range and a median.
 _CLASSES_LISTED = 20
 
 
@@ -70,7 +70,7 @@ def _flops(count: float) -> str:
 
 
 def _savings(bank: EmbeddingBank, classes: int) -> dict[str, int] | None:
-    """Per image: what the teacher would compute and hold, and what the bank reads and holds."""
+    """Compute and memory of the teacher, reads and memory of the bank; None if not recorded."""
     teacher = bank.meta["teacher"] or {}
     flops, weights = teacher.get("flops_per_image"), teacher.get("weights_bytes")
     if not isinstance(flops, int) or not isinstance(weights, int):

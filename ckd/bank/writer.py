@@ -1,4 +1,4 @@
-"""Writing a bank so that it may be killed at any moment and resumed."""
+"""Writes a bank shard by shard, so that a build can be killed at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ class BankWriter:
             for sample_ids, embeddings, labels in batches:
                 writer.write(sample_ids, embeddings, labels)
 
-    A full shard is durable, and listed in the manifest, before the next one begins. Leaving the
-    block cleanly writes the last, shorter shard and completes the bank; leaving it by an exception
-    (or by SIGKILL) keeps the shards so far, and running the same script again goes on from there:
-    rows that are stored already are compared and passed over by `write`, by their sample id.
+    A full shard is durable, and listed in the manifest, before the next one starts. The end of the
+    block writes the last, shorter shard and completes the bank. An exception or SIGKILL keeps the
+    listed shards, and the same script run again resumes: `write` compares rows whose sample id is
+    stored already, and skips them.
 
     path: a folder that does not exist, is empty, or holds an incomplete bank with these settings
-        (with any settings, where it has no rows yet).
+        (with any settings, if it has no rows yet).
     dim: D, the width of the embeddings.
-    teacher: its name, or a mapping of what is known of it; `preprocessing`, `fingerprint`,
-        `dataset`: what it saw. All of it goes to the manifest and must be the same on a resume.
-    class_names: the class of label 0, 1, ...; with them, labels outside are refused.
+    teacher: its name, or a mapping that describes it; `preprocessing`, `fingerprint`, `dataset`
+        describe its input. All are stored in the manifest and must be the same on a resume.
+    class_names: the names of labels 0, 1, ...; with them, labels beyond are refused.
     normalize: store rows scaled to length 1 (computed in float64).
-    rows: how many the bank will have. With another number it is not completed: BankError, and what
-        is stored can be resumed. Without it, the end of the block is believed to be the end of the
-        rows, unless the writer resumed a bank and was offered nothing.
+    rows: the number of rows of the complete bank. If the block ends with another number: BankError,
+        and the bank stays incomplete and can be resumed. None: the end of the block completes the
+        bank, except that a resumed bank without a call of `write` is a BankError.
 
-    One writer at a time has a bank (flock on the folder). Raises BankError for settings that are
-    invalid or differ from those of the bank found at `path`, a complete bank, a foreign folder, or
-    a shard that is damaged; OSError as the system gave it (disk full, permission denied).
+    One writer at a time holds a bank (flock on the folder). Raises BankError for settings that are
+    invalid or differ from those of the bank at `path`, a complete bank, a folder of other files, or
+    a damaged shard; the system's OSError (disk full, permission denied).
     """
 
     rows_done: int
@@ -95,7 +95,7 @@ class BankWriter:
         self._lock: ExitStack | None = None
         self._stored: set[int] = set()  # sample ids that were durable when the writer opened
         self._resumed: EmbeddingBank | None = None  # the rows of these ids
-        self._offered: set[int] = set()  # sample ids offered since
+        self._offered: set[int] = set()  # sample ids passed to write() since
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []  # embedding, label, sample_id
         self._pending_rows = 0
 
@@ -113,7 +113,7 @@ class BankWriter:
         return found.complete
 
     def __enter__(self) -> BankWriter:
-        """Take the lock, make or resume the bank, and clear what a killed writer left behind."""
+        """Take the lock, make or resume the bank, and delete a killed writer's leftovers."""
         self._lock = _lock(self.path)
         self._offered, self._pending, self._pending_rows = set(), [], 0
         try:
@@ -134,8 +134,8 @@ class BankWriter:
     ) -> None:
         """Complete the bank, unless an exception ends the block.
 
-        Raises BankError if the bank has no rows, not the number that was announced, or was resumed
-        without being offered any.
+        Raises BankError if the bank has no rows, another number than `rows`, or was resumed without
+        `rows` and without a call of `write`.
         """
         try:
             if kind is None:
@@ -147,12 +147,11 @@ class BankWriter:
         """Add rows; those whose sample id was stored before this writer opened are only compared.
 
         sample_ids: integers [n], unique in the bank. embeddings: floating point [n, D], any device;
-        stored as float16. labels: integers [n], -1 for a row without one (the default for all).
-        Tensors or arrays. Raises BankError, having taken nothing of the batch, for wrong shapes or
-        dtypes, ids that came before, labels that are no class, rows that float16 cannot hold (NaN,
-        inf, beyond 65504), named by their place in the batch and their sample id, and rows that are
-        stored with another embedding or label. After an OSError the writer is closed; the bank
-        resumes when it is opened again.
+        stored as float16. labels: integers [n], -1 for no class (the default). Tensors or arrays.
+        Raises BankError, and takes no row of the batch, for wrong shapes or dtypes, repeated ids,
+        labels that are no class, rows that float16 cannot hold (NaN, inf, beyond 65504), and rows
+        that differ from their stored embedding or label. The message names the row or sample id.
+        After an OSError the writer is closed; open it again to resume.
         """
         if self._lock is None:
             raise BankError(
@@ -165,7 +164,7 @@ class BankWriter:
         classes = arrays.integers("labels", labels)
         if not len(ids) == len(rows) == len(classes):
             raise BankError(
-                "sample_ids, embeddings and labels must have one entry a row, "
+                "sample_ids, embeddings and labels must have one entry per row, "
                 f"got {len(ids)}, {len(rows)} and {len(classes)}"
             )
         self._check_labels(classes)
@@ -175,7 +174,7 @@ class BankWriter:
         new = torch.tensor([i not in self._stored for i in ids.tolist()], dtype=torch.bool)
         self._check_stored(half[~new], classes[~new], ids[~new])
         self._offered.update(ids.tolist())
-        # Indexing copies, so the caller may use its buffers again for the next batch.
+        # Indexing copies, so the caller may reuse its buffers for the next batch.
         half, classes, ids = half[new], classes[new], ids[new]
         for start, stop in self._pieces(len(ids)):
             self._pending.append((half[start:stop], classes[start:stop], ids[start:stop]))
@@ -184,7 +183,7 @@ class BankWriter:
                 self._write_shard(complete=False)
 
     def _begin(self) -> None:
-        """A new bank: its manifest comes first, so that a resume knows the settings."""
+        """Start a new bank: its manifest comes first, so that a resume finds the settings."""
         # macOS puts .DS_Store into every folder that its user has looked at.
         foreign = set(os.listdir(self.path)) - {TEMPORARY_PREFIX + MANIFEST_NAME, ".DS_Store"}
         if foreign:
@@ -197,9 +196,9 @@ class BankWriter:
         fsync_folder(self.path.absolute().parent)
 
     def _resume(self, found: Manifest) -> None:
-        """An incomplete bank: same settings, whole shards, whose ids need not be written again."""
+        """Continue an incomplete bank: check its settings and shards, and read its sample ids."""
         if not found.shards:
-            # Nothing is lost with it, so settings that turned out wrong may be corrected.
+            # There are no rows to lose, so the settings may be corrected.
             self._remove_leftovers()
             _write(self.path / MANIFEST_NAME, encode(self._manifest))
             return
@@ -233,7 +232,7 @@ class BankWriter:
             )
 
     def _remove_leftovers(self) -> None:
-        """Delete temporary files, and shards that a killed writer did not come to list."""
+        """Delete temporary files, and shards that a killed writer had not listed yet."""
         listed = {MANIFEST_NAME, *(shard.file for shard in self._manifest.shards)}
         leftovers = [n for n in os.listdir(self.path) if _OURS.fullmatch(n) and n not in listed]
         for name in leftovers:
@@ -260,12 +259,12 @@ class BankWriter:
                     "sample_ids",
                     row,
                     f"duplicate sample_id {sample_id} ({{where}}): "
-                    "each row of a bank needs an id of its own",
+                    "each row of a bank needs a unique id",
                 )
             seen.add(sample_id)
 
     def _check_stored(self, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
-        """A resume must bring what was stored, or the bank would mix two kinds of rows."""
+        """On a resume, rows must equal the stored ones, or the bank would mix two sources."""
         if self._resumed is None:
             return
         same_values = arrays.same_rows(rows, self._resumed.rows(ids))
@@ -273,13 +272,13 @@ class BankWriter:
         for same, what in ((same_values, "another embedding"), (same_labels, "another label")):
             if not bool(same.all()):
                 raise BankError(
-                    f"sample_id {int(ids[~same][0])} is stored in {self.path} with {what} than is "
-                    "offered now, so the bank was begun from something else; choose another path, "
-                    "or delete the bank and build it again"
+                    f"sample_id {int(ids[~same][0])} is stored in {self.path} with {what} than in "
+                    "this batch: the bank was started with other data or another teacher; choose "
+                    "another path, or delete the bank and build it again"
                 )
 
     def _pieces(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Cut a batch of `rows` rows so that each piece ends at the latest where a shard does."""
+        """(start, stop) of the pieces of a batch of `rows` rows, cut at shard boundaries."""
         start = 0
         while start < rows:
             stop = min(rows, start + self._manifest.rows_per_shard - self._pending_rows)
@@ -287,7 +286,7 @@ class BankWriter:
             start = stop
 
     def _write_shard(self, *, complete: bool) -> None:
-        """Make the pending rows durable as a shard, then the manifest that lists it."""
+        """Write the pending rows as a shard, then the manifest that lists it."""
         manifest = self._manifest
         embedding, label, sample_id = (torch.cat(parts) for parts in zip(*self._pending))
         data = encode_shard(embedding, label, sample_id)
@@ -297,7 +296,7 @@ class BankWriter:
             _write(self.path / record.file, data)
             _write(self.path / MANIFEST_NAME, encode(manifest))
         except BaseException:
-            # What is on disk may be ahead of what this object knows: only a resume sorts it out.
+            # The disk may be ahead of this object's state: only a resume reads it back.
             self._release()
             raise
         self._manifest = manifest
@@ -305,7 +304,7 @@ class BankWriter:
 
     def _finish(self) -> None:
         if self._lock is None:
-            raise BankError(f"the writer of {self.path} failed before; open it again to go on")
+            raise BankError(f"the writer of {self.path} failed before; open it again to resume")
         rows = self._manifest.rows + self._pending_rows
         if not rows:
             raise BankError(f"{self.path}: the bank is empty, no row was written to it")
@@ -313,7 +312,7 @@ class BankWriter:
         if self._rows is None and not self._offered:
             raise BankError(
                 f"{self.path} was resumed with {rows} rows and nothing was written to it; to "
-                f"complete it as it is, say BankWriter(..., rows={rows})"
+                f"complete it as it is, use BankWriter(..., rows={rows})"
             )
         if self._pending_rows:
             self._write_shard(complete=True)
@@ -327,7 +326,7 @@ class BankWriter:
 
 
 def _lock(path: Path) -> ExitStack:
-    """Make the folder if need be and hold its lock, until the result is closed."""
+    """Create the folder if it is missing, and hold its lock until the result is closed."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -344,6 +343,6 @@ def _write(path: Path, data: bytes) -> None:
     try:
         atomic_write(path, data)
     except OSError as error:
-        # Where writing itself fails (disk full), the system does not say which file it was.
+        # The system's error of a failed write or fsync (disk full) carries no file name.
         error.filename = error.filename or str(path)
         raise
