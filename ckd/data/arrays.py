@@ -18,7 +18,7 @@ from ckd.data.dataset import DataError, MemoryImages, check_rows, numbered_class
 from ckd.data.decode import fit
 
 _DIGITS_TRAIN = 1437
-# What numpy and zipfile raise on damaged and foreign files. A damaged shape asks for any memory.
+# Errors of numpy and zipfile on damaged and foreign files (MemoryError: a damaged shape is huge).
 _DAMAGE = (
     OSError,
     ValueError,
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _pairs(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
-    """The image and label arrays of every split that the file has, by the split's name."""
+    """Split name -> names of its image and label arrays, for every split that the file has."""
     pairs: dict[str, tuple[str, str]] = {}
     for name in splits.ALL_NAMES:
         for pair in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}")):
@@ -158,10 +158,10 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
 
 
 def _resized(data: MemoryImages, image_size: int | None) -> MemoryImages:
-    """The data set at image_size x image_size, made as decoded images are.
+    """The data set at image_size x image_size, cropped and scaled as decoded images are.
 
-    It keeps its fingerprint, which is that of the stored pixels: a bank that was built at one
-    size serves a student of another.
+    The fingerprint remains that of the stored pixels, so a bank built at one size fits a student
+    of another.
     """
     images = data.images
     if image_size is None or tuple(images.shape[2:]) == (image_size, image_size):

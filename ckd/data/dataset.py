@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the library, and the one that lies in memory."""
+"""The interface of a data set, and its implementation in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckd._errors import CkdError
 
 
 class DataError(CkdError, ValueError):
-    """Data that cannot be used as asked; the message names the file, row or argument."""
+    """Unusable data or a wrong argument; the message names the file, row or argument."""
 
 
 class Batch(NamedTuple):
@@ -30,8 +30,8 @@ class Dataset(ABC):
     """Labelled uint8 images that are read by position.
 
     `labels` and `sample_ids` are int64 [N] on the CPU, labels within 0..len(class_names)-1, sample
-    ids unique and stable: the same image always has the same id. `fingerprint` is a
-    hash of the content: the same data gives the same, other data another.
+    ids unique and stable: the same image always has the same id. `fingerprint` is a hash of the
+    content, which tells data sets apart.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Dataset(ABC):
     ) -> Iterator[Batch]:
         """Batches in the order of the positions `order` (int64 [n]); the last may be shorter.
 
-        `workers` processes read ahead where images are decoded on demand; the batches do not
-        depend on it. A position outside 0..N-1 raises IndexError.
+        `workers` processes prefetch if images are decoded on demand; batches do not depend on their
+        number. A position outside 0..N-1 raises IndexError.
         """
         if batch_size < 1:
             raise DataError(f"batch_size must be at least 1, got {batch_size}")
@@ -84,11 +84,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def to(self, device: str | torch.device) -> Dataset:
-        """This data set with its images on `device`, where they are kept in memory at all."""
+        """This data set with its images on `device`; unchanged if they are decoded on demand."""
 
 
 class MemoryImages(Dataset):
-    """All images as one uint8 tensor [N, C, H, W], on whichever device it lies.
+    """All images as one uint8 tensor [N, C, H, W] on any device.
 
     Sample ids are the row numbers unless given. Raises DataError for a wrong dtype or shape, a
     label out of range, or a sample id that occurs twice.
@@ -169,12 +169,12 @@ def check_rows(
 def numbered_classes(labels: Sequence[Tensor], where: object) -> tuple[str, ...]:
     """Class names "0", "1", ... up to the largest label, for data that store none.
 
-    Raises DataError where the labels look like other numbers than class indices.
+    Raises DataError if the labels do not look like class indices.
     """
     rows = sum(len(part) for part in labels)
     largest = max((int(part.max()) for part in labels if len(part)), default=-1)
-    # Class indices leave few gaps. Without a bound, one wrong label would fill the memory with
-    # names; a part of ImageNet's thousand classes must pass even where it has few rows.
+    # Class indices leave few gaps. The bound keeps one wrong label from filling the memory with
+    # names; few rows of ImageNet's thousand classes must pass it.
     if largest >= max(1000, 10 * rows):
         raise DataError(
             f"{where}: the largest label is {largest} in {rows} rows, so the labels do not look "
@@ -186,7 +186,7 @@ def numbered_classes(labels: Sequence[Tensor], where: object) -> tuple[str, ...]
 def fingerprint_of(
     labels: Tensor, sample_ids: Tensor, class_names: Sequence[str]
 ) -> xxhash.xxh3_128:
-    """A hash that has taken in everything but the images."""
+    """A hash object fed with class names, labels and sample ids; the caller adds the images."""
     digest = xxhash.xxh3_128()
     digest.update(json.dumps(list(class_names)).encode())
     digest.update(labels.numpy().astype("<i8").tobytes())

@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG, WebP, ...) to uint8 arrays, many at a time."""
+"""Decodes images (PNG, JPEG, WebP, ...) to uint8 arrays, on several threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ckd.data.dataset import DataError, fingerprint_of
 
-# What Pillow's decoders raise on damaged files, besides OSError and its subclasses.
+# Errors of Pillow's decoders on damaged files.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -28,14 +28,14 @@ _DAMAGE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-# Named, since Pillow otherwise tries dozens of readers in turn: half the time of a small image.
+# Without this list Pillow tries dozens of readers in turn: half the time of a small image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_CHUNK = 256  # images per task of the thread pool: enough to hide the cost of a task
-FINGERPRINT_BYTES = 2 << 30  # read in seconds
+_CHUNK = 256  # images per task of the thread pool: enough to amortise the cost of a task
+FINGERPRINT_BYTES = 2 << 30  # hashed in full up to this size, which takes seconds to read
 
 
 class EncodedImages(ABC):
-    """Images still encoded, with their labels; one subclass per way of storing them."""
+    """Encoded images with their labels; one subclass per storage format."""
 
     labels: Tensor
     sample_ids: Tensor
@@ -54,13 +54,13 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def sizes_bytes(self) -> list[int]:
-        """Sizes of the images, or of groups of them, as known without reading any."""
+        """Encoded sizes of the images, or of groups of images, found without reading them."""
 
     def fingerprint(self) -> str:
         """Hash of labels, sample ids, class names, and the encoded images.
 
-        Taken before decoding, so that neither the image size nor the place where the pixels are
-        kept changes it. Of more than 2 GiB encoded only the sizes are hashed, not the bytes.
+        Computed before decoding, so it does not depend on `image_size` or on where pixels are kept.
+        If the images exceed 2 GiB encoded, their sizes are hashed in place of their bytes.
         """
         digest = fingerprint_of(self.labels, self.sample_ids, self.class_names)
         sizes = self.sizes_bytes()
@@ -73,7 +73,7 @@ class EncodedImages(ABC):
 
 
 def decode(source: EncodedImages, position: int, image_size: int | None) -> np.ndarray:
-    """One image as uint8 [3, H, W] (a view), upright, at its own size or [image_size]^2.
+    """One image as uint8 [3, H, W] (a view), turned as EXIF says, at its own size or image_size^2.
 
     Raises DataError that names the image if it cannot be read.
     """
@@ -102,7 +102,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    # Cropped and scaled at once: scaling first would make of a long thin image a huge one.
+    # Crops and scales in one step: scaling a long thin image first would make it huge.
     square = (left, top, left + side, top + side)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=square)
 
@@ -117,8 +117,8 @@ def decode_many(
 ) -> Tensor:
     """Images at `positions` as uint8 [n, C, H, W], decoded on `threads` threads (default: cores).
 
-    Raises DataError for an unreadable image, or one of another size than `shape`; of several,
-    always the first in order.
+    Raises DataError for an unreadable image, or one of another size than `shape`: for the first
+    in order, if there are several.
     """
     out = torch.empty((len(positions), *shape), dtype=torch.uint8)
     rows, array = positions.tolist(), out.numpy()

@@ -1,4 +1,4 @@
-"""A folder of class folders of image files, with or without a level of split folders above."""
+"""Image files in one folder per class, with or without split folders above."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SUFFIXES = frozenset(
 
 
 def open_split(root: Path, split: str, holdout: float) -> FolderImages:
-    """The images of `split` below `root`; files of other kinds and hidden ones are passed over.
+    """The images of `split` below `root`; hidden files and files of other kinds are skipped.
 
     With split folders (root/train/rose/1.jpg, root/val/rose/2.jpg) the class names are those of
     the training folder; without (root/rose/1.jpg) the images are divided by
@@ -98,10 +98,10 @@ class FolderImages(EncodedImages):
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders in `root` that hold splits, by their names in lower case.
+    """Lower-case name -> folder, for the split folders in `root`.
 
-    A folder with a split's name among others is one only if it holds folders itself: of the
-    vehicles car/, bus/ and train/, all three are classes.
+    Beside folders of other names, a folder with a split's name is a split only if it holds folders:
+    of the vehicles car/, bus/ and train/, all three are classes.
     """
     folders = walk.subfolders(root)
     named = {folder.name.lower(): folder for folder in folders}
@@ -142,7 +142,7 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImage
         for path in found or ():
             paths.append(path.relative_to(root).as_posix())
             labels.append(label)
-    # The bytes of the path: a file's name need not be UTF-8.
+    # Hashes the bytes of the path, since file names need not be UTF-8.
     ids = [xxhash.xxh3_64_intdigest(os.fsencode(path)) & 0x7FFF_FFFF_FFFF_FFFF for path in paths]
     seen: dict[int, str] = {}
     for sample_id, name in zip(ids, paths):

@@ -1,4 +1,4 @@
-"""From the name or place of a data set to the data set."""
+"""Loads a data set by its name or path."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def load(
 ) -> Dataset:
     """The `split` ("train" or "test") of a data set.
 
-    `spec` is "digits" (comes with the package), an image folder, a folder of Hugging Face parquet
-    files at any depth or a single one, or an .npz file. Validation data on disk serve as "test"
-    where nothing is named test. Data without splits are divided by a stable hash of the sample id,
-    the fraction `holdout` going to "test".
+    `spec` is "digits" (comes with the package), an image folder, a Hugging Face parquet file or a
+    folder of them at any depth, or an .npz file. Validation data on disk serve as "test" if there
+    is no test split. Data without splits are divided by a stable hash of the sample id, the
+    fraction `holdout` going to "test".
 
-    `image_size` cuts out the centre square and scales it to that size; without it images
-    keep their size, and must all have the same. Encoded images become RGB; arrays keep their
-    channels. Encoded images that would take more than `memory_limit` bytes decoded are decoded on
-    demand (FileImages) instead of once (MemoryImages).
+    `image_size` cuts out the centre square and scales it to that size; without it all images must
+    have the same size. Encoded images become RGB; arrays keep their channels. Encoded images that
+    would take more than `memory_limit` bytes decoded are decoded on demand (FileImages) instead of
+    once (MemoryImages).
 
-    Raises DataError for anything that is not found or not as described, naming the file.
+    Raises DataError, naming the file, for data that is missing or not as described.
     """
     if split not in splits.NAMES_ON_DISK:
         raise DataError(unknown("split", split, splits.NAMES_ON_DISK))
@@ -50,7 +50,7 @@ def load(
         source = _open(path, split, holdout)
     except PermissionError as error:
         raise DataError(f"{error.filename or path}: permission denied") from error
-    # resolve(): the name of "." is that of the folder it stands for.
+    # resolve() gives "." the name of its folder.
     name = path.resolve().stem if path.is_file() else path.resolve().name
     return _from_encoded(source, name, split, image_size, memory_limit)
 

@@ -1,6 +1,6 @@
-"""Randomness without state: every epoch and every step has its own stream, found from the seed.
+"""Stateless randomness: every epoch and every step has its own generator, derived from the seed.
 
-A run that is stopped and resumed at any step therefore draws what it would have drawn.
+A run resumed at any step therefore draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def step_generator(seed: int, step: int, device: str | torch.device) -> torch.Ge
 
 
 def _generator(kind: str, seed: int, index: int, device: str | torch.device) -> torch.Generator:
-    # Seeds that are close together give correlated first draws in some generators: hash them.
-    # The kind keeps epoch e and step e apart.
+    # Hashed, since nearby seeds give correlated first draws in some generators. `kind` keeps epoch
+    # e and step e apart.
     mixed = xxhash.xxh3_64_intdigest(f"{kind} {seed} {index}".encode())
     return torch.Generator(device).manual_seed(mixed & 0x7FFF_FFFF_FFFF_FFFF)

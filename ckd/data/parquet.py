@@ -21,9 +21,9 @@ from ckd.data.decode import EncodedImages
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 SUFFIX = ".parquet"
-_CACHE_BYTES = 256 << 20  # encoded row groups that each process keeps
+_CACHE_BYTES = 256 << 20  # of encoded row groups in each process
 
-# What pyarrow's many exceptions derive from.
+# Base classes of pyarrow's exceptions.
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 
 
@@ -35,16 +35,16 @@ def files_in(folder: Path) -> Iterator[Path]:
 def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
     """The rows of `split` in a parquet file or a folder of them.
 
-    Files that carry a split's name (train-00000-of-00004.parquet, test/0000.parquet) belong to
-    it; where none does, the rows are divided by `splits.holdout_positions`. Sample ids are row
-    numbers through the files, in the order of their names.
+    A file with a split's name in its path (train-00000-of-00004.parquet, test/0000.parquet)
+    belongs to that split; if there is none, the rows are divided by `splits.holdout_positions`.
+    Sample ids number the rows of the split's (or all) files, sorted by path.
     """
     names: dict[str | None, list[Path]] = {}
     for file in [path] if path.is_file() else sorted(files_in(path)):
         relative = file.name if path.is_file() else file.relative_to(path).as_posix()
         names.setdefault(splits.name_in(relative), []).append(file)
     if set(names) != {None}:
-        names.pop(None, None)  # beside files of splits: something else
+        names.pop(None, None)  # beside files of splits, files of no split are ignored
     every = [_ParquetFile(file) for files in names.values() for file in files]
     if None in names:
         whole = ParquetImages(every, _class_names(every))
@@ -63,9 +63,8 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
 class ParquetImages(EncodedImages):
     """Rows of parquet files, numbered through the files in order.
 
-    Row groups are read when a row of them is, and the latest are kept, so a shuffled order over
-    files much larger than the cache reads whole row groups for single rows; a folder of images
-    serves that case better.
+    Reading a row reads its row group into an LRU cache. A shuffled order over files much larger
+    than the cache thus reads a whole row group for each row; an image folder is faster there.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class ParquetImages(EncodedImages):
 
 
 class _ParquetFile:
-    """One file: its labels, its class names, and where its images are."""
+    """One file: its labels, its class names, and the sizes of its row groups."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -146,7 +145,7 @@ class _ParquetFile:
         arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
         parquet = require("pyarrow.parquet", extra="parquet", purpose="reading parquet files")
         try:
-            # Opened anew each time: an open file would not survive the way into a worker process.
+            # Opened on every call: an open file cannot be pickled to a worker process.
             table = parquet.ParquetFile(self.path).read_row_group(
                 group, columns=[self._image], use_threads=False
             )
@@ -161,7 +160,7 @@ class _ParquetFile:
                 raise DataError(
                     f"{self.path}: column {self._image!r} has fields {names}, not 'bytes'"
                 )
-            # flatten(), unlike field(), takes over the struct's own nulls.
+            # flatten(), unlike field(), applies the struct's own nulls.
             images = images.flatten()[names.index("bytes")]
         if not (arrow.types.is_binary(images.type) or arrow.types.is_large_binary(images.type)):
             raise DataError(
@@ -207,7 +206,7 @@ def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, 
 
 
 def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
-    """The names all files agree on; without any, the numbers up to the largest label."""
+    """The files' common class names; if they have none, the numbers up to the largest label."""
     stored = {file.class_names: file.path for file in files}
     if len(stored) > 1:
         first, second = list(stored.values())[:2]
@@ -218,7 +217,7 @@ def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
 
 
 class _Cache:
-    """The row groups read last, up to a number of bytes; empty again in every new process."""
+    """LRU cache of row groups, up to _CACHE_BYTES or one group; a pickle of it is empty."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[int, Any] = OrderedDict()

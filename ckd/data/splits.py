@@ -26,7 +26,7 @@ def name_in(path: str) -> str | None:
 
 
 def choose(present: Iterable[str], split: str) -> str | None:
-    """Which of the split names present on disk serves `split`."""
+    """The first name in NAMES_ON_DISK[split] that is among those present, or None."""
     present = set(present)
     return next((name for name in NAMES_ON_DISK[split] if name in present), None)
 
@@ -34,8 +34,8 @@ def choose(present: Iterable[str], split: str) -> str | None:
 def holdout_positions(sample_ids: Tensor, split: str, holdout: float) -> Tensor:
     """Positions (int64) of the rows of `split` in data that has no splits of its own.
 
-    A row belongs to "test" if the hash of its sample id, as a fraction of all hashes, is below
-    `holdout`: adding or removing other images never moves it.
+    A row belongs to "test" if the hash of its sample id, divided by 2^64, is below `holdout`:
+    adding or removing other images never moves it.
     """
     below = int(holdout * 2**64)
     held_out = torch.tensor(

@@ -1,4 +1,4 @@
-"""Images that are decoded when they are needed: data sets larger than memory."""
+"""Images that are decoded on demand, for data sets larger than memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FileImages(Dataset):
     def _batches(
         self, groups: Sequence[Tensor], device: torch.device, workers: int
     ) -> Iterator[Batch]:
-        # Without workers the batch is decoded here, by all cores; with them, one thread each.
+        # Without workers this process decodes with a thread per core; each worker uses one thread.
         decoder = _Decoder(
             self._source, self._image_size, self.image_shape, threads=1 if workers else None
         )
@@ -42,7 +42,7 @@ class FileImages(Dataset):
             batch_size=None,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # or it would draw from the default one
+            generator=torch.Generator(),  # else DataLoader draws from the default generator
         )
         for positions, images in zip(groups, loader):
             if isinstance(images, DataError):
@@ -58,8 +58,8 @@ class FileImages(Dataset):
 
 
 class _Decoder(data.Dataset):
-    """Positions of a batch to its images, or to the DataError: raised in a worker, it would come
-    out of the DataLoader wrapped in a traceback instead of as one line."""
+    """Maps the positions of a batch to its images. A DataError is returned, not raised: DataLoader
+    would wrap it in a worker's traceback."""
 
     def __init__(
         self,

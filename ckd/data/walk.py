@@ -1,4 +1,4 @@
-"""The files below a folder, links followed, each place visited once."""
+"""The files below a folder; links are followed, each folder is visited once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in `folder` in order of their names: neither hidden, nor links that lead back up."""
+    """Folders in `folder`, sorted by name, except hidden ones and links to it or its parents."""
     above = _with_parents(folder)
     return sorted(
         entry
@@ -18,11 +18,10 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def files(folder: Path, root: Path | None = None) -> Iterator[Path]:
-    """Files below `folder`, in order of their names within each folder; hidden ones are left out,
-    and so is all in hidden folders.
+    """Files below `folder`, sorted by name within each folder, without hidden files and folders.
 
-    Links are followed, but not to a folder that was visited before, nor to one that holds
-    `folder` or `root`: its files would come twice, or be mixed with those of its neighbours.
+    Links are followed, except to a folder that was visited before (its files would come twice) and
+    to `root` or a folder that contains `folder` or `root` (files of other classes would come in).
     """
     seen = set(folder.resolve().parents) | _with_parents(root or folder) - {folder.resolve()}
     for parent, folders, names in os.walk(folder, followlinks=True):
