@@ -1,4 +1,4 @@
-"""What every model is to the rest of the library: images in, embedding and logits out."""
+"""The interface of all models: images in, embedding and logits out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ModelOutput(NamedTuple):
 class Model(nn.Module):
     """A network that gives ModelOutput for normalised images [B, in_channels, size, size].
 
-    `spec` is what `create` makes it from; `mean` and `std` (one value a channel, on the scale
-    0..1) are the normalisation it expects, which `prepare` applies.
+    `spec` is its name for `create`; `mean` and `std` (one value per channel, for pixels in 0..1)
+    are the normalisation it expects, which `prepare` applies.
     """
 
     channel_mean: Tensor
@@ -43,7 +43,7 @@ class Model(nn.Module):
         self.spec, self.embedding_dim, self.num_classes = spec, embedding_dim, num_classes
         self.image_size, self.in_channels = image_size, in_channels
         self.mean, self.std = tuple(mean), tuple(std)
-        # The same numbers on the model's device, so that preparing images copies nothing to it.
+        # The same numbers on the model's device, so that `prepare` needs no copy to the device.
         shape = (1, in_channels, 1, 1)
         self.register_buffer("channel_mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("channel_std", torch.tensor(std).view(shape), persistent=False)
@@ -74,19 +74,19 @@ def probe(spec: Spec, embed: nn.Module, image_size: int, in_channels: int) -> in
         embed.train()
     if embedding.dim() != 2:
         raise ModelError(
-            f"{spec.text!r} gives embeddings of shape {list(embedding.shape)}, not one vector an "
+            f"{spec.text!r} gives embeddings of shape {list(embedding.shape)}, not one vector per "
             "image; choose a model that pools its features"
         )
     return embedding.shape[1]
 
 
 def per_channel(values: Sequence[float], channels: int) -> list[float]:
-    """The values, or their mean for each channel where there are not `channels` of them."""
+    """`values` if there is one per channel, else their mean for every channel."""
     if len(values) == channels:
         return list(values)
     return [sum(values) / len(values)] * channels
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says first; the rest is often advice on its own use."""
+    """The first line of a library's error; the rest is often advice on using that library."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

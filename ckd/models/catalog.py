@@ -1,4 +1,4 @@
-"""From a model's name to the model."""
+"""Creates models by name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ckd.models.vit import ViT
 
 
 class Family(NamedTuple):
-    """Models of one kind: `pattern` (a regular expression) is what their names are before a colon,
-    `names` those that are worth telling; `model` is the subclass of Model, with a static
-    `shape_from_weights(spec, weights)`."""
+    """A kind of built-in model. `pattern`: a regular expression for the name before the colon;
+    `model`: a subclass of Model with a static `shape_from_weights(spec, weights)`; `names`: those
+    listed in messages."""
 
     pattern: str
     model: type[Any]
@@ -32,12 +32,12 @@ FAMILIES = (
         "resnet[0-9]{1,4}", ResNet, ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
     ),
 )
-# Libraries bring shapes and weights of their own.
+# Models of libraries have shapes and weights of their own.
 LIBRARIES = {"timm": timm_models, "hf": hf_models}
 
 
 def known() -> tuple[str, ...]:
-    """The names to choose from."""
+    """The names of models, for messages."""
     built_in = (name for family in FAMILIES for name in family.names)
     return (*built_in, *(f"{library}:NAME" for library in LIBRARIES))
 
@@ -61,7 +61,7 @@ def create(
 
     `num_classes` None leaves out the classifier (logits are None), except that a pretrained
     model keeps its own. Raises ModelError for an unknown name or option and for sizes that do not
-    fit, ImportError where the extra that it needs is missing.
+    fit, ImportError if a needed extra is missing.
     """
     parsed = parse(spec)
     for name, value in (
@@ -105,12 +105,11 @@ def is_library(spec: str) -> bool:
 def shape_from_weights(spec: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """num_classes, image_size and in_channels of the built-in model that has these weights.
 
-    Raises KeyError for an entry that such a model has and the weights lack, IndexError for one of
-    too few dimensions.
+    Raises KeyError for a missing entry, IndexError for an entry of too few dimensions.
     """
     parsed = parse(spec)
     network = _built_in(parsed.family)
-    assert network is not None, spec  # load() has asked is_spec()
+    assert network is not None, spec  # load() checked is_spec()
     return network.shape_from_weights(parsed, weights)
 
 

@@ -22,10 +22,9 @@ from ckd.models.base import Model, first_line
 from ckd.models.spec import ModelError
 
 STUDENT_FILE = "student.safetensors"  # in a run folder
-# One entry only: safetensors writes several in no fixed order, and equal models shall have equal
-# files.
+# One entry: safetensors writes several in no fixed order, but equal models must give equal files.
 _HEADER = "ckd_model"
-# What the readers of safetensors and of torch.load raise on damaged or foreign files.
+# Errors of safetensors and torch.load on damaged or foreign files.
 _DAMAGE = (
     safetensors.SafetensorError,
     OSError,
@@ -48,7 +47,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0  # not isinstance: True is an int too
 
 
-# What the header holds, and what is right for each.
+# Field of the header -> check of its value.
 _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
     "spec": lambda value: isinstance(value, str),
     "num_classes": lambda value: value is None or _is_size(value),
@@ -63,10 +62,10 @@ _DESCRIPTION: dict[str, Callable[[Any], bool]] = {
 def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> None:
     """Write weights and description to `path` (.safetensors), atomically.
 
-    Equal weights and description give equal bytes. Raises ModelError if `class_names` are given
-    but are not one for each class, OSError as the system gives it.
+    Equal weights and description give equal bytes. Raises ModelError unless `class_names` is empty
+    or has one name per class, and the system's OSError.
     """
-    # A compiled model holds the original one.
+    # torch.compile keeps the original model there.
     model = getattr(model, "_orig_mod", model)
     if class_names and len(class_names) != model.num_classes:
         raise ModelError(
@@ -97,11 +96,11 @@ def load(
 ) -> Model:
     """A trained model in eval mode, on the CPU, whose parameters do not require gradients.
 
-    `source` is the path of a file written by `save` or of a run folder that holds
-    student.safetensors; or a name as for `create`, with `weights` (safetensors, or a state dict
-    that torch.load reads with weights_only=True), or for timm: and hf: without, which gets their
-    pretrained weights. What the source tells about itself need not be given, and must agree where
-    it is. Raises ModelError that names the file and what is missing, unexpected or misshapen.
+    `source` is a file written by `save`, a run folder that holds student.safetensors, or a name as
+    for `create`. A name needs `weights` (safetensors, or a state dict that torch.load reads with
+    weights_only=True); timm: and hf: have pretrained weights as default. The sizes are read from
+    the source; a size that is passed must agree. Raises ModelError that names the file and the
+    missing, unexpected or misshapen entries.
     """
     asked = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
     text = str(source)
@@ -127,7 +126,7 @@ def load(
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
-    """The class names stored in a file written by `save`, or in that of a run folder."""
+    """The class names stored in a file written by `save`, or in a run folder's student."""
     file = _file_of(path)
     return tuple(_describe(file)["class_names"])
 
@@ -223,8 +222,8 @@ def _torch_load(path: Path) -> Any:
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
     except _DAMAGE as error:
-        # Not torch's own words: for most foreign files they advise weights_only=False, which lets
-        # the file run any code.
+        # Without torch's own message: for most foreign files it advises weights_only=False, which
+        # lets the file run any code.
         raise ModelError(
             f"{path} cannot be read by torch.load with weights_only=True"
             + (_likely_cause(path) or "; it is damaged, or no state dict: save model.state_dict()")
@@ -232,7 +231,7 @@ def _torch_load(path: Path) -> Any:
 
 
 def _likely_cause(path: Path) -> str:
-    """What a file that cannot be read seems to be instead, as the end of a message, or ""."""
+    """The end of a message: a guess at the real format of an unreadable file, or ""."""
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -248,7 +247,7 @@ def _likely_cause(path: Path) -> str:
 
 
 def _checked(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a file holds, without wrapping and prefixes of the names."""
+    """The state dict of a file's content, checked, without wrappers and prefixes of names."""
     for key in ("state_dict", "model"):  # usual ways of wrapping it in a training checkpoint
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -273,7 +272,7 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
-    # A counter that only batch norms without momentum use; many published weights lack it.
+    # Only batch norms with momentum=None use this counter; many published weights lack it.
     missing = [
         name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")
     ]

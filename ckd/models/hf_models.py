@@ -12,7 +12,7 @@ from ckd._hints import require
 from ckd.models.base import Model, ModelError, ModelOutput, first_line, per_channel, probe
 from ckd.models.spec import Spec
 
-# What transformers and the hub raise for names, files and settings that do not work.
+# Errors of transformers and the hub for wrong names, files and settings.
 _ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
 _CLASSIFIER = "ForImageClassification"
 
@@ -20,9 +20,9 @@ _CLASSIFIER = "ForImageClassification"
 class HFModel(Model):
     """A vision model of transformers.
 
-    Of an image classifier, `embedding` is what its last layer sees (for a ViT the class token
+    The `embedding` of an image classifier is the input of its last layer (ViT: the class token
     after the last norm). Other models have no logits: CLIP gives the projected image embedding,
-    or without a projection the pooled class token; the rest their pooled output.
+    or without a projection the pooled class token; the rest give their pooled output.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class HFModel(Model):
             head = getattr(network, "classifier", None)
             if not isinstance(head, nn.Linear | nn.Sequential):
                 raise ModelError(f"{spec.text!r}: {type(network).__name__} has no one classifier")
-            # The network then gives the classifier's input where it gave logits.
+            # The network's `logits` are now the classifier's input.
             network.classifier = nn.Identity()
         embed = _Embed(network, image_size)
         super().__init__(
@@ -61,7 +61,7 @@ class HFModel(Model):
 
 
 class _Embed(nn.Module):
-    """Images to the one vector each that a transformers network makes of them."""
+    """One vector per image from a transformers network."""
 
     def __init__(self, network: Any, image_size: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def create(
     in_channels: int | None,
     pretrained: bool,
 ) -> HFModel:
-    """The model by name, with its own classifier, or a new one where `num_classes` is given.
+    """The model by name, with its own classifier, or a new one if `num_classes` is given.
 
     `image_size` and `in_channels` default to the model's own. Position embeddings of a pretrained
     model are interpolated to another image size.
@@ -163,7 +163,7 @@ def _build(spec: Spec, family: Any, config: Any, num_classes: int | None, pretra
         key
         for key in report["missing_keys"]
         if not (num_classes is not None and key.startswith("classifier."))
-        if ".pooler." not in f".{key}"  # see _Embed: not used
+        if ".pooler." not in f".{key}"  # unused, see _Embed
     ]
     if missing:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a model is and costs: parameters, arithmetic, and a hash of its weights."""
+"""Measures of a model: parameter count, FLOPs, and a hash of its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckd.models.base import Model
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameter elements, each shared one counted once."""
+    """Number of parameter elements; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -23,7 +23,7 @@ def flops_per_image(model: Model) -> int:
     images = torch.zeros(shape, device=model.channel_mean.device, dtype=model.channel_mean.dtype)
     was_training = model.training
     model.eval()
-    # Attention written out: the fused kernels are not counted on every device.
+    # Attention by matrix products: fused kernels are not counted on every device.
     try:
         with (
             torch.no_grad(),

@@ -1,4 +1,4 @@
-"""From the pixels of a data set to what a model expects."""
+"""Converts the pixels of a data set to a model's input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ckd.models.base import Model, ModelError
 
 
 def prepare(model: Model, images: Tensor) -> Tensor:
-    """Resized, given the model's channels, and normalised: float32 for `model.forward`.
+    """Resize images, match the model's channels, and normalise: float32 for `model.forward`.
 
     `images` are uint8 [B, C, H, W] on the model's device; the result is
     [B, in_channels, image_size, image_size]. Resizing is bicubic with antialiasing and does not
-    keep the aspect ratio; gray images serve a model of several channels by repetition. Raises
-    ModelError where the channels cannot be made to fit.
+    keep the aspect ratio; gray images are repeated over the model's channels. Raises ModelError
+    for other differences in channels.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ModelError(
@@ -26,7 +26,7 @@ def prepare(model: Model, images: Tensor) -> Tensor:
     if channels not in (1, model.in_channels):
         raise ModelError(
             f"{model.spec} takes {model.in_channels} channels, the images have {channels}; "
-            "make the model with in_channels to fit the data, or convert the data"
+            "make the model with the data's in_channels, or convert the data"
         )
     x = images.float()
     if images.shape[2:] != size:
@@ -35,5 +35,5 @@ def prepare(model: Model, images: Tensor) -> Tensor:
     x = x.div_(255)
     if channels == model.in_channels and model.channel_mean.dtype == x.dtype:
         return x.sub_(model.channel_mean).div_(model.channel_std)
-    # Broadcasting over the channels is what turns gray into colour.
+    # Not in place: broadcasts gray over the channels, and mean and std may have another dtype.
     return x.sub(model.channel_mean).div_(model.channel_std)

@@ -58,8 +58,8 @@ class ResNet(Model):
 
     @staticmethod
     def shape_from_weights(spec: Spec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        """num_classes and in_channels of the ResNet that has these weights; images of any size fit
-        them, 32 is CIFAR's."""
+        """num_classes and in_channels of the ResNet that has these weights; they fit any image
+        size, so it is CIFAR's 32."""
         linear = weights.get("linear.weight")
         return {
             "num_classes": None if linear is None else linear.shape[0],
@@ -71,8 +71,8 @@ class ResNet(Model):
 class Block(nn.Module):
     """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), 3x3 convolutions without bias.
 
-    The shortcut has no parameters (option A): every `stride`-th pixel, and zeros for the channels
-    that are new, half of them in front.
+    The shortcut has no parameters (option A): every `stride`-th pixel, with zeros as the additional
+    channels, half of them in front.
     """
 
     def __init__(self, channels: int, planes: int, stride: int) -> None:

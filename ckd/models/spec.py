@@ -11,12 +11,12 @@ from ckd._hints import unknown
 
 
 class ModelError(CkdError, ValueError):
-    """A model or its weights that cannot be had as asked; the message names what does not fit."""
+    """A model cannot be created, loaded or saved as requested; the message names the cause."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """`family` is "vit", "resnet56", "timm" or "hf"; `name` what follows for the last two."""
+    """`family` is "vit", "resnet56", ..., "timm" or "hf"; `name` is set for the last two."""
 
     text: str
     family: str
@@ -24,7 +24,7 @@ class Spec:
     options: Mapping[str, int] | None = None
 
     def integers(self, defaults: Mapping[str, int]) -> dict[str, int]:
-        """The options over their defaults; ModelError for one that is not among the defaults."""
+        """The defaults, replaced by the options; ModelError for an option without a default."""
         given = self.options or {}
         for key in given:
             if key not in defaults:
@@ -33,7 +33,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """Raises ModelError where an option is not key=POSITIVE INTEGER."""
+    """Parse a model's name. Raises ModelError if an option is not key=POSITIVE INTEGER."""
     family, _, rest = text.partition(":")
     if family in ("timm", "hf"):
         if not rest:

@@ -15,13 +15,13 @@ _ERRORS = (RuntimeError, OSError, ValueError, TypeError, AssertionError)
 
 
 class TimmModel(Model):
-    """A timm network; `embedding` [B, E] is what its classifier sees, the pooled features."""
+    """A timm network; `embedding` [B, E] is its classifier's input, the pooled features."""
 
     def __init__(self, spec: Spec, network: Any, *, image_size: int, in_channels: int) -> None:
         classes = network.num_classes
         if classes and not isinstance(network.get_classifier(), nn.Module):
             raise ModelError(
-                f"{spec.text!r} has several classifiers, so that it has no one embedding; "
+                f"{spec.text!r} has several classifiers, so no single embedding; "
                 "choose a model that is not distilled"
             )
         config = network.pretrained_cfg or {}
@@ -63,12 +63,12 @@ def create(
     in_channels: int | None,
     pretrained: bool,
 ) -> TimmModel:
-    """The network by name, with its own classifier if it is pretrained and none is asked for.
+    """The network by name; a pretrained one keeps its classifier if `num_classes` is None.
 
-    `image_size` and `in_channels` default to what it was trained with.
+    `image_size` and `in_channels` default to those it was trained with.
     """
     timm = require("timm", extra="timm", purpose=f"the model {spec.text!r}")
-    # Names with a colon or slash are places on the hub, which only timm itself can look up.
+    # Names with a colon or slash are addresses on the hub, which only timm itself can look up.
     if not {":", "/"} & set(spec.name) and not timm.is_model(spec.name):
         near = difflib.get_close_matches(spec.name, timm.list_models(), n=8, cutoff=0.3)
         raise ModelError(unknown("timm model", spec.name, near))

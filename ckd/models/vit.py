@@ -56,7 +56,7 @@ class ViT(Model):
         self._initialize()
 
     def _initialize(self) -> None:
-        # As timm does: the patch convolution keeps torch's own, its fan-in being small.
+        # As in timm; the patch convolution keeps torch's default, since its fan-in is small.
         for token in (self.class_token, self.position):
             nn.init.trunc_normal_(token, std=0.02)
         for module in self.modules():
