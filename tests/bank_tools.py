@@ -21,7 +21,7 @@ DIM = 8
 
 
 def sample(rows: int = 50, dim: int = DIM, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample ids (scattered, negative ones too), float32 embeddings and labels of `CLASSES`."""
+    """Sample ids (shuffled, with gaps, some negative), float32 embeddings and labels of CLASSES."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randperm(10 * rows, generator=generator)[:rows] - rows
     embeddings = torch.randn(rows, dim, generator=generator)
@@ -48,7 +48,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Alter the values in a manifest and give it the checksum that fits them."""
+    """Change the values in a manifest and recompute its checksum."""
     file = path / MANIFEST_NAME
     values = json.loads(file.read_text())
     del values["checksum"]
@@ -59,7 +59,7 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None
 
 
 def replace_shard(path: Path, index: int, data: bytes) -> None:
-    """Put other bytes in place of a shard, with a manifest whose size and hashes fit them."""
+    """Replace the bytes of a shard, and its size and hashes in the manifest."""
     manifest = read_manifest(path)
     old = manifest.shards[index]
     (path / old.file).write_bytes(data)

@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def pixels(n: int, size: int = 8, seed: int = 0) -> np.ndarray:
-    """uint8 [n, size, size, 3], every image another."""
+    """Random images, uint8 [n, size, size, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 

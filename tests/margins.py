@@ -1,7 +1,7 @@
-"""How near to their limits results come: the largest error / limit of each quantity and backend.
+"""How close results come to their limits: the largest error / limit of each quantity and backend.
 
-`python -m pytest --slow --margins` ends with the table that CONTRIBUTING.md shows. Tests that run
-in processes of their own leave theirs in the file that CKD_TEST_MARGINS names.
+`python -m pytest --slow --margins` ends with the table that CONTRIBUTING.md shows. Tests in
+subprocesses append their margins to the file named by CKD_TEST_MARGINS.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _keep(backend: str, quantity: str, found: Nearest) -> None:
 
 
 def save() -> None:
-    """To the file that the environment names, after what other processes left there."""
+    """Append the margins to the file named by CKD_TEST_MARGINS, if it is set."""
     if path := os.environ.get(FILE):
         rows = [[*key, *found] for key, found in _nearest.items()]
         with Path(path).open("a") as file:
@@ -48,8 +48,8 @@ def _load(path: Path) -> None:
 
 
 def table(saved: Path) -> list[str]:
-    """Markdown: each quantity against the limits of tests/tolerance.py, then other limits, where
-    `quantity, about` counts as `about`; and the nearest tests. A column for each backend."""
+    """Markdown tables with a column for each backend: limits of tests/tolerance.py by quantity,
+    other limits (of quantities named `quantity, about`) by `about`; then the nearest tests."""
     _load(saved)
     modelled, others = {}, {}
     for (backend, quantity), one in _nearest.items():

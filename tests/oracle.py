@@ -27,7 +27,7 @@ class Case:
     logit_scale: Tensor
 
     def cast(self, dtype: torch.dtype, bank_dtype: torch.dtype | None = None) -> Case:
-        """A copy in another dtype; the values are those of the rounded originals."""
+        """A copy with its tensors rounded to another dtype."""
         changed = {
             f.name: getattr(self, f.name).detach().to(dtype)
             for f in fields(self)

@@ -1,5 +1,4 @@
-"""Runs test files in processes of their own, where backends are other ones, as many as there are
-cores at a time."""
+"""Runs test files in subprocesses whose environment selects other backends, one per core."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ TESTS = Path(__file__).parent
 
 
 class Runs:
-    """pytest on some files of tests/, each with an expression for -k."""
+    """Runs of pytest; `files`: file in tests/ -> expression for -k."""
 
     def __init__(self, files: dict[str, str], environment: dict[str, str], *, slow: bool) -> None:
         self._options = ["-q", "-W", "ignore", *(["--slow"] if slow else [])]

@@ -1,4 +1,4 @@
-"""Which tests `python -m pytest` leaves to `python -m pytest --slow` (tests/conftest.py)."""
+"""Marks tests that run only with `python -m pytest --slow` (tests/conftest.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Arithmetic by models: eager's float32 in another order, random roundings, bfloat16 operands.
+"""Models of arithmetic: float32 sums in another order, random roundings, bfloat16 operands.
 
-They are modes that catch torch's operations, those of autograd's backward included, so one
-function written in plain torch (tests/oracle.py) gives the exact result, eager's and the models'.
+Each is a dispatch mode: it intercepts torch's operations, also those of autograd's backward, so one
+function in plain torch (tests/oracle.py) gives the exact result, eager's and that of each model.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 UNIT_ROUNDOFF = 2.0**-24  # of float32
-CHUNKS = (None, 128, 32, 8)  # terms that are summed before they are added to the others
+CHUNKS = (None, 128, 32, 8)  # terms of each partial sum; None: all
 
 
 class OtherOrder(TorchDispatchMode):
-    """Every sum in a random order, by `seed`, and its terms in chunks of CHUNKS[seed % 4].
+    """Sums in a random order, and matrix products in partial sums of CHUNKS[seed % 4] terms.
 
-    Which order eager takes by itself depends on the processor, on torch and on the threads.
+    The order that eager itself uses depends on the processor, torch and the number of threads.
     """
 
     def __init__(self, seed: int) -> None:
@@ -67,19 +67,19 @@ class OtherOrder(TorchDispatchMode):
 
 
 class Rounded(TorchDispatchMode):
-    """Float64 operations, each result with a random rounding of float32's size added.
+    """Float64 operations, with a random error as large as float32's rounding added to each result.
 
-    A sum c of n terms t is rounded n times. By chance the first j of its terms sum to some
-    c j / n, give or take sqrt(j) times their size, and one rounding is off by up to a unit u of
-    that, any part of it alike. Added up, the variance is (u^2 / 3) (n c^2 / 3 + n |t|^2 / 2), so
+    A sum c of n terms t is rounded n times. As a random walk, its partial sum of j terms is about
+    c j / n, give or take sqrt(j) times the size of a term, and its rounding error is uniform up to
+    the unit roundoff u times that. The variances add up to (u^2 / 3) (n c^2 / 3 + n |t|^2 / 2), so
 
         the standard deviation is u sqrt(n) sqrt(c^2 / 9 + |t|^2 / 6)
 
-    or the unit roundoff, times the square root of the length, times the condition of the sum if
-    divided by c. A product or a sum of two is a sum of one term. What becomes of these roundings
-    in a result, the run shows: none depends on the machine.
+    or, relative to c, the unit roundoff times the square root of the length times the condition of
+    the sum. A product, or a sum of two numbers, counts as a sum of one term. The computation itself
+    propagates these errors to its result; none depends on the machine.
 
-    `chunk`: sums of so many terms, which are then added, as kernels do that keep partial sums.
+    `chunk`: the terms of a partial sum, for kernels that add partial sums.
     """
 
     def __init__(self, seed: int, chunk: int | None = None) -> None:
@@ -109,8 +109,8 @@ class Rounded(TorchDispatchMode):
             p = (args[0] - out.view(-1, 1)).exp()
             return self._log_of_sum(out.view(-1, 1), p).view_as(out)
         if function is aten._log_softmax.default:
-            # Kernels round logits and lse apart, and as the row's largest logit is rounded: what
-            # they exponentiate is a difference of two large numbers.
+            # Kernels exponentiate logits - lse, a difference of two large numbers, each with a
+            # rounding error as large as that of the row's largest logit.
             largest = args[0].abs().amax(1, keepdim=True)
             lse = self._log_of_sum(largest, out.exp()) - largest
             return out + self._once(largest.expand_as(out)) - largest - lse
@@ -132,7 +132,7 @@ class Rounded(TorchDispatchMode):
         return self._rounded(c, 1, c.square())
 
     def _log_of_sum(self, lse: Tensor, p: Tensor) -> Tensor:
-        """log(sum exp) of logits whose softmax is p, its sum of exponentials rounded."""
+        """`lse` with the roundings of its sum of exponentials; p is the softmax."""
         ones = torch.ones_like(lse)
         sums = self._rounded(ones, p.shape[1], p.square().sum(1, keepdim=True))
         return self._once(lse + sums.log())

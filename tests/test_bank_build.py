@@ -43,11 +43,11 @@ def digits() -> data.MemoryImages:
 
 
 class Killed(Exception):
-    """Stands for whatever ends a build in the middle."""
+    """Ends a build in the middle."""
 
 
 def prepare_until(batches: int) -> Any:
-    """`models.prepare` for so many batches, then the end."""
+    """`models.prepare` for this many batches; the next raises Killed."""
     left = iter(range(batches))
 
     def prepare(model: models.Model, images: torch.Tensor) -> torch.Tensor:

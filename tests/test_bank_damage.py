@@ -102,7 +102,7 @@ def test_a_truncated_lengthened_or_missing_shard_is_named_with_its_rows(tmp_path
         EmbeddingBank.open(tmp_path / "bank", verify=verify)
 
 
-# Each with a checksum that fits, so that it is the value itself that is refused.
+# The checksum is recomputed, so that the value itself is refused.
 @pytest.mark.parametrize(
     ("says", "change"),
     [

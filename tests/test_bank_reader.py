@@ -1,4 +1,4 @@
-"""Rows, positions, centroids and fitness of an `EmbeddingBank`."""
+"""Rows, positions, centroids and checks of an `EmbeddingBank`."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_shard_sizes_do_not_show_in_centroids(tmp_path):
 
 def test_seeded_centroids_are_means_of_distinct_random_rows_of_the_class(tmp_path):
     bank = write_bank(tmp_path / "bank")
-    # All rows whatever the seed when there are no more to choose from.
+    # No class has more than 17 rows, so every seed chooses all.
     assert torch.equal(bank.centroids(17, seed=1), bank.centroids())
     assert torch.equal(bank.centroids(4, seed=1), bank.centroids(4, seed=1))
     assert not torch.equal(bank.centroids(4, seed=1), bank.centroids(4, seed=2))
-    # With one row a class the centroid is a row of it; over the seeds, all rows have their turn.
+    # With one row per class the centroid is that row; other seeds choose other rows.
     stored, labels = bank.embeddings().float(), bank.labels
     seen = set()
     for seed in range(100):

@@ -80,7 +80,7 @@ def _start(script: Path, bank: Path, pause_s: float) -> subprocess.Popen[bytes]:
 
 
 class Steps:
-    """Counts the steps by which files are changed, and calls `disturb` instead of the n-th."""
+    """Counts opens, half-done writes, fsyncs and renames; calls `disturb` before the n-th."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, disturb: Callable[[], None]):
         self.taken, self.n, self.disturb = 0, n, disturb
@@ -115,7 +115,7 @@ class Steps:
 
 
 class _File:
-    """A file with another `write` (that of a real one cannot be replaced)."""
+    """A file with another `write` (a real file's cannot be replaced)."""
 
     def __init__(self, file, write):
         self.file, self.write, self.flush, self.fileno = file, write, file.flush, file.fileno
@@ -135,7 +135,7 @@ def count_steps(tmp_path: Path) -> int:
 
 
 def finish(path: Path) -> EmbeddingBank:
-    """What a user does after a failure: look, and if the bank is not whole, run it again."""
+    """What a user does after a failure: open the bank, or run the build again."""
     try:
         return EmbeddingBank.open(path)
     except BankError:
@@ -200,7 +200,7 @@ def test_an_exception_in_the_block_leaves_a_bank_that_resumes(tmp_path):
     begin(tmp_path / "bank", 40, rows_per_shard=16, **settings)
     with pytest.raises(BankError, match="incomplete: 32 rows"):
         EmbeddingBank.open(tmp_path / "bank")
-    # A caller that saves itself the work passes over the rows that are done.
+    # A caller may skip the stored rows itself.
     with BankWriter(tmp_path / "bank", DIM, rows_per_shard=16, **settings) as writer:
         done = writer.rows_done
         assert done == 32
@@ -215,7 +215,7 @@ def test_rows_that_are_stored_are_passed_over_in_any_order(tmp_path):
     with BankWriter(tmp_path / "bank", DIM, rows_per_shard=8) as writer:
         assert writer.rows_done == 48
         writer.write(ids[order[:25]], embeddings[order[:25]], labels[order[:25]])
-        with pytest.raises(BankError, match="duplicate"):  # offered twice is wrong all the same
+        with pytest.raises(BankError, match="duplicate"):  # by this writer
             writer.write(ids[order[:1]], embeddings[order[:1]])
         writer.write(ids[order[25:]], embeddings[order[25:]], labels[order[25:]])
     bank = EmbeddingBank.open(tmp_path / "bank")

@@ -1,4 +1,4 @@
-"""What `BankWriter` stores, what it refuses, and whom it lets write."""
+"""What `BankWriter` stores and refuses, and its lock."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from ckd.data import Augment, epoch_order, step_generator
 
 
 def images(batch: int = 64, size: int = 5) -> torch.Tensor:
-    """Every pixel of an image another, so that a shift can be read off."""
+    """All pixels of an image differ, so that a shift can be read off."""
     one = torch.arange(1, size * size + 1, dtype=torch.uint8).view(1, 1, size, size)
     return torch.cat([one, one + 100], dim=1).expand(batch, 2, size, size).contiguous()
 

@@ -56,7 +56,7 @@ def test_holdout_divides_a_folder_and_never_moves_an_image(flowers: Path) -> Non
     assert len(train) + len(test) == 60
     assert 5 <= len(test) <= 30
     assert not set(train.sample_ids.tolist()) & set(test.sample_ids.tolist())
-    # With a new image and without another, all others stay where they were.
+    # After adding one image and removing another, all others stay in their split.
     (flowers / "rose" / "new.png").write_bytes(encoded(pixels(1, seed=9)[0]))
     (flowers / "rose" / "0.png").unlink()
     ids = set(train.sample_ids.tolist()), set(test.sample_ids.tolist())

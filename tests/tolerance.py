@@ -1,13 +1,13 @@
-"""How far from float64 a float32 result may be, on whichever machine the test runs.
+"""How far from float64 a float32 result may be, on any machine.
 
 The limit of a quantity is the larger of
 
-    MODEL x  the root mean square of what eight random roundings of every operation do to it
-             (tests/rounding.py, Rounded), the same on every machine, and
+    MODEL x  the root mean square of its errors in eight runs with random roundings of every
+             operation (tests/rounding.py, Rounded), the same on every machine, and
     EAGER x  the largest error of eager torch in eight orders of its sums (OtherOrder).
 
-One run of eager torch is no measure: for a single number, such as a loss, its error is one draw,
-and may be zero. `python -m pytest --margins` shows how far from their limits results are.
+One run of eager torch gives no limit: for a single number, such as a loss, its error is one random
+draw, and may be zero. `python -m pytest --margins` shows how close results come to their limits.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tests.rounding import OtherOrder, Rounded
 
 DRAWS = 8
 MODEL, EAGER = 5.0, 2.0
-# Tensor cores cut sums off towards zero: their errors point one way, and a mean over students does
-# not make them smaller, as the model has it.
+# Tensor cores truncate sums towards zero. Such errors have one sign, so they do not average out in
+# a mean over students, as the model's random errors do.
 CUT_OFF = {"cuda": 3.0, "triton": 3.0}
-RARE = 1.5
+RARE = 1.5  # among thousands of problems rarer errors occur
 Results = dict[str, Tensor]
 
 
@@ -40,9 +40,10 @@ class Expected(NamedTuple):
 def expected(
     compute: Callable[[torch.dtype], Results], *, eager: bool = True
 ) -> dict[str, Expected]:
-    """Exact values and limits of what `compute` gives, in plain torch, in the dtype it is told.
+    """Exact values and limits of the results of `compute(dtype)`, which is written in plain torch.
 
-    eager=False leaves eager's errors out: where it loses digits that the ops keep.
+    eager=False leaves out the limit from eager torch, for cases where it loses digits that the ops
+    keep.
     """
     with one_thread():
         return _expected(compute, eager)
@@ -67,7 +68,7 @@ def model_errors(
     draws: int = DRAWS,
     chunk: int | None = None,
 ) -> dict[str, float]:
-    """Root mean squares of the errors by which random roundings move each quantity."""
+    """Root mean square error of each quantity under random roundings."""
     sums = dict.fromkeys(exact, 0.0)
     for seed in range(draws):
         with Rounded(seed, chunk):
@@ -79,7 +80,7 @@ def model_errors(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Faster for operations as small as these where another process has a core."""
+    """Limits torch to one thread: faster for small operations while other processes use cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,13 +88,13 @@ def one_thread() -> Iterator[None]:
 
 
 def distance(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| in the 2-norm; inf if it is not a number."""
+    """|value - truth| in the 2-norm; inf if it is NaN."""
     difference = torch.linalg.vector_norm(value.double() - truth.double()).item()
     return math.inf if math.isnan(difference) else difference
 
 
 def check(results: Results, wanted: dict[str, Expected], backend: str) -> None:
-    """Every quantity is within its limit; `backend` names who computed the results."""
+    """Assert that every quantity is within its limit; `backend` is the one that computed it."""
     assert results.keys() == wanted.keys()
     for name, (exact, limit) in wanted.items():
         limit *= CUT_OFF.get(backend, 1.0)
@@ -103,8 +104,11 @@ def check(results: Results, wanted: dict[str, Expected], backend: str) -> None:
 def check_quickly(
     results: Results, compute: Callable[[torch.dtype], Results], backend: str
 ) -> None:
-    """check(results, expected(compute), backend), for thousands of small problems, among which
-    are rarer errors (RARE): one random rounding in place of all of that where it allows them."""
+    """A fast check(results, expected(compute), backend), for thousands of small problems.
+
+    One run with random roundings is enough if all errors are below half of its limits; otherwise
+    the limits are those of `expected`, times RARE.
+    """
     with one_thread():
         exact = compute(torch.float64)
         once = model_errors(compute, exact, draws=1)
@@ -118,6 +122,6 @@ def check_quickly(
 
 
 def within(error: float, limit: float, quantity: str, backend: str) -> None:
-    """Asserts error <= limit, and keeps how far apart they are."""
+    """Assert error <= limit, and record their ratio for --margins."""
     margins.record(backend, quantity, error, limit)
     assert error <= limit, f"{quantity} of {backend}: error {error:.3g}, limit {limit:.3g}"

@@ -1,4 +1,4 @@
-"""Bad input to the bank: what is offered to the writer, what is on disk, what is asked of it."""
+"""Bad input to the bank: settings and batches of the writer, files on disk, queries, imports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def offered(*batch: Any, **settings: Any) -> Callable[[Path], Any]:
 
 
 def asked(question: Callable[[EmbeddingBank], Any], **settings: Any) -> Callable[[Path], Any]:
-    """Ask a good bank."""
+    """Query an intact bank."""
     return lambda tmp_path: question(write_bank(tmp_path / "bank", **settings))
 
 
@@ -65,7 +65,7 @@ def poisoned(value: float) -> torch.Tensor:
 
 
 def write_failing_with(error: int) -> Callable[[Path], Any]:
-    """The file system refuses at the first fsync; there was no bank before."""
+    """Write a new bank while fsync fails."""
 
     def fail(*_: Any) -> None:
         raise OSError(error, os.strerror(error))
@@ -79,7 +79,7 @@ def write_failing_with(error: int) -> Callable[[Path], Any]:
 
 
 def stored(end: Exception, **settings: Any) -> Callable[[Path], Any]:
-    """Begin a bank of full shards, and end the block by an exception."""
+    """Write full shards of a bank, and end the block by an exception."""
 
     def call(tmp_path: Path) -> None:
         with BankWriter(tmp_path / "bank", DIM, rows_per_shard=25, **settings) as writer:
@@ -90,7 +90,7 @@ def stored(end: Exception, **settings: Any) -> Callable[[Path], Any]:
 
 
 def resumed(first: Mapping[str, Any], second: Mapping[str, Any]) -> Callable[[Path], Any]:
-    """Begin a bank with some settings, and go on with others."""
+    """Start a bank with the settings `first`, and resume it with `second`."""
 
     def call(tmp_path: Path) -> None:
         with contextlib.suppress(KeyError):
@@ -117,7 +117,7 @@ def imported(
 
 
 def resumed_with(rows: torch.Tensor | None) -> Callable[[Path], Any]:
-    """Resume with the same settings and ids, but these rows; with None, without any."""
+    """Resume with the same settings and ids but other rows, or (None) with no rows."""
 
     def call(tmp_path: Path) -> None:
         with contextlib.suppress(KeyError):
@@ -175,7 +175,7 @@ CASES = [
         BankError,
         ("class_names", "'abc'"),
     ),
-    # What is offered to the writer
+    # Batches
     Case("rank", offered(IDS, ROWS[0]), BankError, ("embeddings", "[n, 8]", "[8]")),
     Case("width", offered(IDS, ROWS[:, :7]), BankError, ("embeddings", "[50, 7]")),
     Case("dtype", offered(IDS, ROWS.long()), BankError, ("embeddings", "torch.int64")),
@@ -212,7 +212,7 @@ CASES = [
         ("duplicate sample_id 1", "row 2"),
     ),
     Case("empty", offered(IDS[:0], ROWS[:0]), BankError, ("empty",)),
-    # Where it is written
+    # Path, resume, file system
     Case("path is a file", into_a_file, BankError, ("is a file",)),
     Case("foreign folder", into_a_foreign_folder, BankError, ("not a bank", "thesis.tex")),
     Case("complete already", onto_a_complete_bank, BankError, ("complete bank of 50 rows",)),
@@ -248,7 +248,7 @@ CASES = [
         PermissionError,
         ("denied", "manifest.json"),
     ),
-    # What is on disk
+    # Damaged files
     Case("missing", EmbeddingBank.open, BankError, ("not a bank", "manifest.json")),
     Case(
         "flipped bit",
@@ -292,7 +292,7 @@ CASES = [
         BankError,
         ("manifest.json", "../../x"),
     ),
-    # What is asked of it
+    # Queries
     Case(
         "unknown id",
         asked(lambda bank: bank.rows([int(IDS[0]), 99_999])),
@@ -342,7 +342,7 @@ CASES = [
         BankError,
         ("'umap'", "pca"),
     ),
-    # Embeddings from files
+    # Imports from .npy files
     Case(
         "npy pickled",
         imported(np.array([[{}]], dtype=object)),

@@ -1,4 +1,4 @@
-"""Data that must be refused."""
+"""Invalid data sets, and invalid arguments of ckd.data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.image_files import encoded, pixels, write_images, write_parquet
 
 
 def _folder(change: Callable[[Path], object], **options: Any) -> Callable[[Path], object]:
-    """Loading an image folder of two classes after `change` was done to it."""
+    """Load an image folder of two classes after `change(folder)`."""
 
     def call(tmp_path: Path) -> object:
         for name in ("cat", "dog"):
@@ -93,7 +93,7 @@ def _renamed_npy(tmp_path: Path) -> object:
 
 
 def _damaged_npz(old: bytes, new: bytes) -> Callable[[Path], object]:
-    """Loading an .npz file some bytes of which, of as many, were replaced."""
+    """Load an .npz file with the bytes `old` replaced by `new`, of the same length."""
 
     def call(tmp_path: Path) -> object:
         path = tmp_path / "set.npz"

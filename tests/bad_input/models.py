@@ -1,4 +1,4 @@
-"""Models and weights that must be refused."""
+"""Invalid models and weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _create(spec: str, **options: Any) -> Callable[[Path], object]:
 def _weights(
     change: Callable[[dict[str, torch.Tensor]], object], spec: str = _VIT
 ) -> Callable[[Path], object]:
-    """Loading a ViT's weights, by name, after `change` was done to them."""
+    """Load a ViT's weights into the model `spec` after `change(weights)`."""
 
     def call(tmp_path: Path) -> object:
         tensors = dict(create(_VIT, num_classes=2, image_size=8).state_dict())
@@ -63,7 +63,7 @@ def _not_tensors(tmp_path: Path) -> object:
 
 
 def _checkpoint(key: Any, value: torch.Tensor) -> Callable[[Path], object]:
-    """Loading a ViT's weights, saved by torch, with one entry replaced or added."""
+    """Load a ViT's weights from torch.save, with one entry replaced or added."""
 
     def call(tmp_path: Path) -> object:
         tensors = {**create(_VIT, num_classes=2, image_size=8).state_dict(), key: value}
@@ -88,7 +88,7 @@ def _damaged_checkpoint(tmp_path: Path) -> object:
 
 
 def _header(**changed: object) -> Callable[[Path], object]:
-    """Loading a saved model after its description was changed."""
+    """Load a saved model with other values in its header's description."""
 
     def call(tmp_path: Path) -> object:
         path = _saved(tmp_path)

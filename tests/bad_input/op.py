@@ -1,4 +1,4 @@
-"""Bad arguments of the ops, the loss module and the dispatch."""
+"""Bad arguments of the ops, the loss module and the choice of a backend."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def bank_of_a_part(tmp_path: Path) -> None:
 
 
 def bank_in_another_order(tmp_path: Path) -> None:
-    """As imported without ids, with row numbers in their place."""
+    """Rows in another order than the data, with row numbers as ids (an import without ids)."""
     config = tiny_config(tmp_path)
     dataset, path = data.load(config.data), tmp_path / "reversed"
     with BankWriter(path, 12, class_names=dataset.class_names) as writer:
