@@ -1,5 +1,5 @@
-// What the ops hand to the CPU kernels: plain pointers and sizes. Nothing with code may stand here,
-// since every tier compiles this header for another instruction set.
+// Arguments of the CPU kernels: plain pointers and sizes. This header must define no functions,
+// since every tier compiles it for another instruction set.
 //
 // B student rows of width W, K bank rows of width D; row-major, float32 unless said otherwise.
 
@@ -11,7 +11,7 @@ namespace ckd::cpu {
 
 enum class Element : int { float16, bfloat16, float32 };
 
-// Student, bank, projection and scale: what every op has.
+// Student, bank, projection and scale: the arguments common to all ops.
 struct Inputs {
   const float* student;  // [B, W]
   std::int64_t batch;
@@ -25,18 +25,17 @@ struct Inputs {
   const float* bias;    // [W], or null
   float logit_scale;
   bool half;    // bfloat16 operands with float32 accumulation, where the tier has them
-  int threads;  // at most so many
+  int threads;  // the most that may be used
 };
 
-// What the forward leaves for the backward: a CacheHeader in 64 bytes; for each student what
-// float32 dropped of its lse (B floats, made up to a multiple of 64 bytes); and of the first rows
-// of the bank, projected and normalised, as many panels of words (gemm.h) as there is room for, and
-// then their inverse norms. A backward that computes with other words (in another tier, say) makes
-// no use of it.
+// Memory that the forward fills for the backward: a CacheHeader in 64 bytes; the rounding error of
+// each student's lse (B floats, padded to a multiple of 64 bytes); the first panels of the bank,
+// projected and normalised, in words (gemm.h), as many as there is room for; then their inverse
+// norms. A backward with words of another type (in another tier, say) ignores it.
 struct Cache {
   void* data;  // null: none
   std::int64_t bytes;
-  bool filled;  // by the forward, or else to be filled
+  bool filled;  // true: read it, false: fill it
 };
 
 constexpr Cache NO_CACHE = {nullptr, 0, false};
@@ -45,8 +44,7 @@ struct CacheHeader {
   std::int64_t panels, width, per_word;
 };
 
-// What the loss of a call is: nll of every row [B], or their sum, or that over the number of rows
-// that are not ignored (at least 1).
+// The loss: nll of every row [B], their sum, or their sum / max(1, number of rows not ignored).
 enum class Reduction : int { none, sum, mean };
 
 struct ContrastiveCeForward {
@@ -56,9 +54,9 @@ struct ContrastiveCeForward {
   float label_smoothing;
   Reduction reduction;
   Cache cache;
-  // Results. [B] each; residual and attention [B, W], or null where not asked for.
+  // Results. [B] each; residual and attention [B, W], or null: not computed.
   float* loss;  // a scalar unless reduction is none
-  float* kept;  // scalar, for reduction mean: the rows that are not ignored, at least 1
+  float* kept;  // scalar, for reduction mean: the number of rows not ignored, at least 1
   float* lse;
   float* p_other;
   float* residual;
@@ -73,8 +71,8 @@ struct ContrastiveCeBackward {
   float label_smoothing;
   Reduction reduction;
   Cache cache;
-  const float* d_loss;  // of the forward's shape, or null: zero
-  const float* kept;    // as the forward left it
+  const float* d_loss;  // in the shape of loss, or null: zero
+  const float* kept;    // as the forward computed it
   const float* d_lse;   // [B], or null: zero
   const float* lse;
   const float* p_other;
@@ -102,7 +100,7 @@ struct SimilarityBackward {
 
 // The ops of one tier. They throw std::bad_alloc and nothing else.
 struct Kernels {
-  bool half;  // whether Inputs::half makes a difference
+  bool half;  // whether the tier has the arithmetic of Inputs::half
   void (*contrastive_ce_forward)(const ContrastiveCeForward&);
   void (*contrastive_ce_backward)(const ContrastiveCeBackward&);
   void (*similarity_forward)(const SimilarityForward&);

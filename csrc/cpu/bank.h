@@ -1,5 +1,5 @@
-// Bank rows, projected and normalised a panel of 64 at a time, straight from the stored dtype:
-// z = P t + b, n = z / |z|. A panel stands with its bank rows as columns, so that norms, and in the
+// Projects and normalises bank rows, read in their stored dtype, a panel of 64 at a time:
+// z = P t + b, n = z / |z|. Bank rows are the columns of a panel, so that norms, and in the
 // backward softmax and normalisation, are sums and products of whole vectors.
 
 #pragma once
@@ -8,32 +8,32 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// A panel, ready to be multiplied: n^T as words along W.
+// A projected panel: n^T, packed along W (words: see gemm.h).
 template <class Type>
 struct Panel {
   const typename Type::Word* words;  // [words(W), 64]
-  const float* inverse;              // [64]: 1 / |z|; 0 for a row that counts as zero or is none
+  const float* inverse;              // [64]: 1 / |z|; 0 for padding and rows that count as zero
 };
 
 template <class Type>
 class Bank {
  public:
   using Word = typename Type::Word;
-  static constexpr std::int64_t BLOCK = 256 * Type::PER_WORD;  // of D, that is packed at a time
+  static constexpr std::int64_t BLOCK = 256 * Type::PER_WORD;  // elements of D packed at a time
 
-  // Where a bank has so few panels that threads would wait for each other, they share each panel.
+  // Up to these limits threads share each panel: whole panels would be too few work items.
   static constexpr std::int64_t FEW_PANELS = 8, FEW_BYTES = 4 << 20;
 
-  // What a thread needs to project panels.
+  // A thread's buffers for projecting panels.
   struct Scratch {
     explicit Scratch(const Bank& bank)
         : columns(256 * PANEL),
           z(bank.width_ * Type::PER_WORD * PANEL),
           words(Type::PER_WORD == 1 ? 0 : bank.width_ * PANEL),
           inverse(PANEL) {}
-    Buffer<Word> columns;  // [256, 64] a block of the bank, words along D
-    Buffer<float> z;       // [W, 64], then n^T; zero rows up to a whole word
-    Buffer<Word> words;    // [words(W), 64], where those are not the numbers
+    Buffer<Word> columns;  // [256, 64] a block of the bank, packed along D
+    Buffer<float> z;       // [W, 64]: z^T, then n^T; zero rows pad W to whole words
+    Buffer<Word> words;    // [words(W), 64]: n^T packed, in bfloat16 only
     Buffer<float> inverse;
   };
 
@@ -62,13 +62,13 @@ class Bank {
     }
   }
 
-  // To be called by every thread of a team before the first panel is made.
+  // Every thread of a team must call this before it calls `make` or `recall`.
   void prepare() const {
     pack_weight();
     if (are_few()) project_few();
   }
 
-  // What float32 dropped of a student's lse, from the forward for the backward.
+  // The rounding error of a student's lse in float32, which the cache takes to the backward.
   void keep_rest(std::int64_t i, float rest) const {
     if (rest_ != nullptr) rest_[i] = rest;
   }
@@ -81,8 +81,8 @@ class Bank {
   }
   int columns(std::int64_t panel) const { return static_cast<int>(round_up(rows(panel), 16)); }
 
-  // Columns [d, d + 64) of `count` rows of the bank from row k on, words along the bank; zeros past
-  // the last column up to whole vectors, and past the last row up to a whole word.
+  // Packs columns [d, d + 64) of bank rows [k, k + count) along the bank. Zeros pad the columns to
+  // whole vectors and the rows to whole words.
   void pack_rows(std::int64_t k, std::int64_t count, std::int64_t d, Word* out) const {
     with_stored(in_.element, [&](auto stored) {
       using Stored = decltype(stored);
@@ -107,14 +107,13 @@ class Bank {
     });
   }
 
-  // Where n^T of a panel stands if panels stand one after another during the whole call; or else
-  // `otherwise`.
+  // The address of a panel's n^T if all panels stay in memory during the call, else `otherwise`.
   float* place(std::int64_t panel, float* otherwise) const {
     return numbers_ == nullptr ? otherwise : numbers_ + panel * panel_numbers();
   }
 
-  // Projects and normalises a panel: its numbers into z, which is its place if it has one, in whole
-  // words of rows; and all of it, if there is room, into the cache.
+  // Projects and normalises a panel into z (its `place` if it has one), with zero rows up to whole
+  // words, and into the cache if it has room for the panel.
   Panel<Type> make(std::int64_t panel, Scratch& scratch, float* z) const {
     const bool keep = panel < cached_;
     float* inverse = inverse_of(panel, scratch.inverse);
@@ -135,7 +134,7 @@ class Bank {
     }
   }
 
-  // What `make` made of the panel in the forward, or makes again.
+  // Returns the panel from the cache, or projects it again.
   Panel<Type> recall(std::int64_t panel, Scratch& scratch) const {
     if (panel < cached_) return {cached_words(panel), cached_inverse(panel)};
     return make(panel, scratch, place(panel, scratch.z));
@@ -174,9 +173,9 @@ class Bank {
     }
   }
 
-  // Projects and normalises every panel that is not known, the threads sharing the rows of the
-  // weight. Panel by panel, so that most of what a thread multiplies it has packed itself; and in
-  // small parts, so that all are done at about the same time.
+  // Projects and normalises every panel that is not known. A work item is a few rows of the weight
+  // times a panel: in the order of panels, so that a thread mostly multiplies panels that it
+  // packed, and small, so that all threads finish at about the same time.
   void project_few() const {
     constexpr std::int64_t ROWS = 4 * MR;
     const std::int64_t count = panels() - known_, blocks = ceil_div(in_.teacher_dim, BLOCK);
@@ -200,7 +199,7 @@ class Bank {
   }
 
   bool are_few() const { return few_columns_ != nullptr; }
-  // Floats of a panel of numbers: whole words of rows.
+  // Floats of a panel's n^T, with zero rows up to whole words.
   std::int64_t panel_numbers() const { return width_ * Type::PER_WORD * PANEL; }
   float* inverse_of(std::int64_t panel, float* otherwise) const {
     if (panel < cached_) return cached_inverse(panel);
@@ -223,7 +222,7 @@ class Bank {
     return static_cast<const char*>(in_.bank) + k * in_.bank_stride * Stored::SIZE;
   }
 
-  // Part of a row that is to come: a part of each row is a pattern that processors do not foresee.
+  // Prefetches part of a later row: hardware prefetchers do not follow reads of a part of each row.
   static constexpr std::int64_t AHEAD = 16;
   template <class Stored>
   void ask_for(std::int64_t k, std::int64_t d, std::int64_t n) const {
@@ -232,8 +231,8 @@ class Bank {
     for (std::int64_t byte = 0; byte < n * Stored::SIZE; byte += 64) __builtin_prefetch(at + byte);
   }
 
-  // Elements from d on, at most BLOCK, of the rows of a panel, as words along D with the rows as
-  // columns; zero columns up to whole vectors.
+  // Packs elements [d, d + BLOCK) of a panel's rows along D, with the rows as columns; zeros pad
+  // the columns to whole vectors.
   template <class To>
   void pack_block(std::int64_t panel, std::int64_t d, typename To::Word* out) const {
     with_stored(in_.element, [&](auto stored) {
@@ -250,7 +249,7 @@ class Bank {
     });
   }
 
-  // z (+)= what the block adds to rows [w, w + rows) of P t.
+  // Rows [w, w + rows) of z (+)= P t over one block of D.
   void multiply_block(std::int64_t panel, std::int64_t d, std::int64_t w, std::int64_t rows,
                       const Word* block, float* z) const {
     gemm(rows, static_cast<int>(round_up(this->rows(panel), GRAIN)),
@@ -260,11 +259,11 @@ class Bank {
          d > 0);
   }
 
-  // Adds the bias, divides by the norms, and clears every column that holds no bank row.
+  // Adds the bias and divides by the norms; 0 for padding and rows that count as zero.
   void normalise(std::int64_t panel, float* z, float* inverse) const {
     const std::int64_t dim = in_.student_dim;
     const int vectors = columns(panel) / LANES;
-    constexpr std::int64_t RUN = 32;  // squares are summed in runs, then runs: errors stay small
+    constexpr std::int64_t RUN = 32;  // squares in a partial sum, which bounds the rounding
     for (int j = 0; j < PANEL / LANES; ++j) {
       float* column = z + j * LANES;
       Vec sum = {};
@@ -302,29 +301,30 @@ class Bank {
   }
 
   const Inputs& in_;
-  std::int64_t width_;       // words of a row of W
-  std::int64_t cached_ = 0;  // so many panels have a place in the cache
-  std::int64_t known_ = 0;   // so many stand there already: a filled cache is only read
+  std::int64_t width_;       // words(W)
+  std::int64_t cached_ = 0;  // the number of panels that the cache has room for
+  std::int64_t known_ = 0;   // the number of panels in the cache at the start of the call
   char* cache_ = nullptr;
   float* rest_ = nullptr;
   const Word* weight_ = nullptr;
   std::int64_t weight_ld_ = 0;
   Buffer<Word> narrow_;
-  // Of a bank of few panels: [panels, words(D), 64] packed; then n^T [panels, W, 64], and 1 / |z|.
+  // For few panels, shared by threads: the packed bank [panels, words(D), 64]; n^T [panels, W, 64]
+  // and 1 / |z|, unless they are in the cache.
   Buffer<Word> few_columns_;
   Buffer<float> few_numbers_, few_inverses_;
   float* numbers_ = nullptr;  // see `place`
 };
 
-constexpr std::int64_t TILE = 256;  // bank rows whose logits stand in the cache at a time
+constexpr std::int64_t TILE = 256;  // bank rows of a block of logits, which fits a CPU's cache
 
-// Tiles of a chunk: panels enough for every thread to make some.
+// Tiles of a chunk: enough panels for every thread to project some.
 inline std::int64_t chunk_tiles(const Inputs& in) {
   const std::int64_t most = in.threads > 8 ? 8 : 4;
   return smaller(most, ceil_div(in.bank_rows, TILE));
 }
 
-// A run of the bank in the two forms that a pass over student panels multiplies with.
+// Consecutive projected panels, in the two layouts that a pass over the students multiplies with.
 template <class Type>
 class Chunk {
  public:
@@ -339,7 +339,7 @@ class Chunk {
         rows_(needs_rows ? tiles * TILE * bank.width() : 0),
         columns_(in_place() ? 0 : tiles * TILE_PANELS * panel_size()) {}
 
-  // Fills in panel `panel` of the bank, the chunk beginning at panel `first`; returns n^T [W, 64].
+  // Projects panel `panel` into the chunk, which begins at panel `first`; returns n^T [W, 64].
   const float* fill(std::int64_t first, std::int64_t panel, typename Bank<Type>::Scratch& scratch) {
     const std::int64_t at = panel - first;
     Word* columns = columns_ + at * panel_size();
@@ -362,7 +362,7 @@ class Chunk {
     return z;
   }
 
-  // Adds the first `count` rows of a tile to sum [W]; what stands past the bank is zero.
+  // Adds the first `count` rows of a tile to sum [W]; rows past the bank are zero.
   void add_rows(std::int64_t first, std::int64_t tile, std::int64_t count, float* sum) const {
     const Word* row = columns(first, tile);
     for (std::int64_t k = 0; k < count; k += PANEL) {
@@ -378,7 +378,7 @@ class Chunk {
 
   std::int64_t tiles() const { return tiles_; }
   std::int64_t panels() const { return tiles_ * TILE_PANELS; }
-  // Of a tile of the chunk that begins at panel `first`.
+  // The two layouts of a tile of the chunk, which begins at panel `first`.
   const Word* rows(std::int64_t tile) const { return rows_ + tile * TILE * bank_.width(); }
   const Word* columns(std::int64_t first, std::int64_t tile) const {
     if constexpr (Type::PER_WORD == 1) {
@@ -394,8 +394,8 @@ class Chunk {
   const Bank<Type>& bank_;
   std::int64_t dim_, tiles_;
   bool needs_rows_;
-  Buffer<Word> rows_;  // [tiles, 256, words(W)]: n, words along W
-  // [panels, W, 64 / PER_WORD]: n^T, words along the bank, unless it stands in place.
+  Buffer<Word> rows_;  // [tiles, 256, words(W)]: n, packed along W
+  // [panels, W, 64 / PER_WORD]: n^T, packed along the bank; empty if in_place().
   Buffer<Word> columns_;
 };
 

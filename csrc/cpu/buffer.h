@@ -1,4 +1,4 @@
-// Arrays of a kernel call, given back at the end of the scope.
+// Uninitialised arrays of a kernel call, returned to the pool of memory.h at the end of the scope.
 
 #pragma once
 
@@ -42,8 +42,7 @@ class Buffer {
   Memory memory_;
 };
 
-// One T for every thread, made before the threads start: memory that runs out there can be
-// reported.
+// One T for each thread, made before the threads start, so that the caller can catch bad_alloc.
 template <class T, class... Arguments>
 std::vector<T> per_thread(int threads, const Arguments&... arguments) {
   std::vector<T> all;

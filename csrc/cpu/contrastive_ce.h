@@ -3,24 +3,22 @@
 //   l_ik = logit_scale u_i . n_k        nll_i = log sum_k exp l_ik - l_iy
 //
 // Forward. For each panel of 64 students and tile of 256 bank rows: a block of logits, its
-// exponentials, and E' += p n, all in the cache; the [B, K] logits never exist. The target is left
-// out of the sums, so that nothing cancels when the softmax is peaked: with Z' and E' over k != y
-// and a = log Z' - l_y (the log-odds against the target),
+// exponentials p, and E' += p n, all in the CPU's cache; the [B, K] logits are never stored. The
+// target is left out of the sums, so that nothing cancels when the softmax is peaked: with Z' (sum
+// of p) and E' over k != y and a = log Z' - l_y (the log-odds against the target),
 //
-//   nll = softplus(a)     p_other = sigmoid(a)     d nll / d (logit_scale u) = p_other (E'/Z' -
-//   n_y)
+//   nll = softplus(a)     p_other = sigmoid(a)
+//   d nll / d (logit_scale u) = p_other (E'/Z' - n_y)
 //
-// |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials are taken as they are, which is
-// also the most accurate. Beyond, each row has a shift, raised when a logit passes it by far
-// (rare).
+// |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials need no shift, which is also the
+// most accurate. Above it each row has a shift, raised when a logit exceeds it by MARGIN (rare).
 //
-// Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if asked for)
+// Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if needed)
 // floating-point operations and B K exponentials. Memory beside the results: the students (B W),
-// the sums ((W + 2) (B + 2048)), a chunk of the bank in up to two forms, and scratch for each
-// thread.
+// the sums ((W + 2) (B + 2048)), a chunk of the bank in up to two layouts, buffers of each thread.
 //
-// Backward. For student and scale from residual and attention alone; weight and bias in
-// projection.h, with G_ik = (g_i + h_i) p_ik, where g and h are d_nll and d_lse, and at the target
+// Backward. Student and scale need only residual and attention. Weight and bias: projection.h with
+// G_ik = (g_i + h_i) p_ik, where p is the softmax, g = d_nll and h = d_lse; at the target it is
 // h_i p - g_i p_other, which again does not cancel.
 
 #pragma once
@@ -29,12 +27,12 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-constexpr float MAX_PLAIN_SCALE = 64;  // e^64 < 2^93, and 2^34 such terms still have a float32 sum
-constexpr float MARGIN = 80;           // log2 by which a logit may pass its row's shift
+constexpr float MAX_PLAIN_SCALE = 64;  // e^64 < 2^93: the sum of 2^34 such terms is below 2^127
+constexpr float MARGIN = 80;           // by how much l log2(e) may exceed the row's shift
 constexpr float NO_SHIFT = -1e30f;     // before the first tile; finite, since -inf - -inf is NaN
 constexpr double LN2 = 0.693147180559945309;
 
-// The softmax sums of a panel of students over a part of the bank, without the targets.
+// The softmax sums of a panel of students over a part of the bank, targets left out.
 struct Sums {
   float* shift;   // [64] integral
   float* total;   // [64] sum of 2^(l2 - shift), where l2 = l log2(e)
@@ -47,9 +45,9 @@ inline double softplus(double x) { return (x > 0 ? x : 0) + std::log1p(std::exp(
 template <class Type>
 class CeForward {
   using Word = typename Type::Word;
-  static constexpr std::int64_t MIN_ITEMS = 32;  // parallelism of a pass, whatever the batch
+  static constexpr std::int64_t MIN_ITEMS = 32;  // a small batch splits the bank to reach them
   static constexpr std::int64_t MAX_SPLITS = 8;
-  static constexpr std::int64_t FEW_ITEMS = 8;  // below, threads share a panel's students
+  static constexpr std::int64_t FEW_ITEMS = 8;  // with fewer, panels of students are halved
 
  public:
   explicit CeForward(const ContrastiveCeForward& op)
@@ -58,7 +56,7 @@ class CeForward {
         students_(op.in),
         bank_(op.in, op.cache),
         panels_(students_.panels()),
-        // Students are split among threads; a small batch splits the bank as well.
+        // Threads share the students, and with a small batch parts of the bank too.
         splits_(panels_ == 0 ? 1
                              : smaller(smaller(MAX_SPLITS, ceil_div(MIN_ITEMS, panels_)),
                                        ceil_div(in_.bank_rows, TILE))),
@@ -92,8 +90,7 @@ class CeForward {
           take_targets(first, first + p, numbers, mine);
         });
         const bool smooth = op_.label_smoothing > 0;
-        // A thread takes several strips side by side: a tile then comes from the cache for all but
-        // one.
+        // A work item is several adjacent strips: all but the first find the tile in the cache.
         const std::int64_t strips = ceil_div(in_.batch, strip_);
         const std::int64_t groups = smaller(strips, GROUPS_PER_THREAD * threads);
         each(groups * splits_ + smooth, [&](std::int64_t item) {
@@ -124,7 +121,7 @@ class CeForward {
           rows(PANEL * (bank.width() > in.student_dim ? bank.width() : in.student_dim)),
           row(2 * in.student_dim) {}
     typename Bank<Type>::Scratch panel;
-    Buffer<float> logits;  // [256, 64] logits, then exponentials; a row more when count is odd
+    Buffer<float> logits;  // [256, 64] logits, then exponentials; further rows for an odd count
     Buffer<Word> words;    // [256 / PER_WORD, 64]
     Buffer<float> rows;    // [64, W]; a word is as large as a float
     Buffer<float> row;
@@ -132,10 +129,10 @@ class CeForward {
 
   bool keeps_values() const { return op_.residual != nullptr || op_.attention != nullptr; }
   bool is_plain() const { return in_.logit_scale <= MAX_PLAIN_SCALE; }
-  // n_y of each row stands in a result until the row is finished.
+  // A result whose rows hold n_y until finish_row overwrites them.
   float* n_target() const { return op_.residual != nullptr ? op_.residual : op_.attention; }
 
-  // Of the panel of student i, beginning at that student.
+  // The sums of student i's panel, from that student's lane on.
   Sums sums(std::int64_t i, std::int64_t split) const {
     const std::int64_t at = i / PANEL * splits_ + split, lane = i % PANEL;
     return {shift_ + at * PANEL + lane, total_ + at * PANEL + lane,
@@ -155,7 +152,7 @@ class CeForward {
     }
   }
 
-  // u^T of FEW_STUDENTS, from i0 on, words along W.
+  // Packs u^T of students [i0, i0 + FEW_STUDENTS) along W.
   void pack_queries(std::int64_t i0, Scratch& mine) {
     const std::int64_t width = bank_.width();
     Word* rows = reinterpret_cast<Word*>(static_cast<float*>(mine.rows));
@@ -164,11 +161,11 @@ class CeForward {
                     queries_ + i0 / PANEL * width * PANEL + i0 % PANEL, PANEL);
   }
 
-  // A strip of students, from i0 on, by a tile of the chunk that begins at panel `first`.
+  // Adds a tile of the chunk (it begins at panel `first`) to the sums of the strip of students i0..
   void add_tile(std::int64_t i0, std::int64_t split, std::int64_t first, std::int64_t tile,
                 Scratch& mine) {
     const std::int64_t k0 = first * PANEL + tile * TILE;
-    const bool begins = k0 == split * TILE;  // there are no sums yet
+    const bool begins = k0 == split * TILE;  // the values are not initialised yet
     const std::int64_t count = smaller(TILE, in_.bank_rows - k0), width = bank_.width();
     const int cols = static_cast<int>(round_up(smaller(strip_, in_.batch - i0), 16));
     const Sums to = sums(i0, split);
@@ -184,8 +181,8 @@ class CeForward {
          !begins);
   }
 
-  // n_y, and l_y beyond the precision of the words, of the students whose target stands in the bank
-  // panel just made: the loss of a row hangs on this one logit.
+  // For students whose target is in this panel: stores n_y, and computes l_y again in double from
+  // float32 operands, since its rounding error would be the loss's.
   void take_targets(std::int64_t first, std::int64_t panel, const float* numbers, Scratch& mine) {
     const std::int64_t dim = in_.student_dim, k0 = panel * PANEL, count = bank_.rows(panel);
     for (std::int64_t i = 0; i < in_.batch; ++i) {
@@ -233,7 +230,7 @@ class CeForward {
     }
   }
 
-  // 2^(l2 - shift) as words along the bank; adds their sums to the totals.
+  // Packs 2^(l2 - shift) along the bank, and adds them to the totals.
   const Word* exponentials(std::int64_t count, int cols, Sums to, Scratch& mine) const {
     Word* out;
     if constexpr (Type::PER_WORD == 1) {
@@ -276,7 +273,7 @@ class CeForward {
     }
   }
 
-  // Adds the tiles of a chunk to sum_k n_k.
+  // Adds the rows of a chunk to n_sum_.
   void add_rows(std::int64_t first) {
     for (std::int64_t tile = 0; tile < chunk_.tiles(); ++tile) {
       const std::int64_t count = in_.bank_rows - first * PANEL - tile * TILE;
@@ -285,7 +282,7 @@ class CeForward {
     }
   }
 
-  // Joins the splits of FEW_STUDENTS, from i0 on, and writes their results.
+  // Merges the splits of students [i0, i0 + FEW_STUDENTS) and writes their results.
   void finish(std::int64_t i0, Scratch& mine) {
     const std::int64_t dim = in_.student_dim;
     const Sums all = sums(i0, 0);
@@ -316,7 +313,7 @@ class CeForward {
     const std::int64_t dim = in_.student_dim;
     const float smoothing = op_.label_smoothing;
     const bool has_target = op_.target[i] != op_.ignore_index;
-    // Where there is no target the odds are +inf; where it is the whole bank, -inf.
+    // +inf without a target, -inf if the target is the bank's only row.
     const double odds = log_other - l_target_[i];
     const double small = std::exp(odds < 0 ? odds : -odds);  // in (0, 1]
     const double other = odds < 0 ? small / (1 + small) : 1 / (1 + small);
@@ -366,13 +363,13 @@ class CeForward {
   const Inputs& in_;
   Students<Type> students_;
   Bank<Type> bank_;
-  std::int64_t panels_, splits_, strip_;  // strip_: students whose logits stand in the cache
+  std::int64_t panels_, splits_, strip_;  // strip_: students of a block of logits
   Chunk<Type> chunk_;
-  Buffer<Word> queries_;  // [panels, words(W), 64]: u^T, words along W
+  Buffer<Word> queries_;  // [panels, words(W), 64]: u^T, packed along W
   Buffer<float> shift_, total_, values_;
-  Buffer<float> nll_;  // [B] where the loss is a scalar
-  // [B] l_y; -inf where there is no target. As the other logits are computed, for the gradient, so
-  // that the probabilities of a row sum to one; and in full, for the loss.
+  Buffer<float> nll_;  // [B] if the loss is a scalar
+  // [B] l_y; -inf without a target. l_target_ is computed like the other logits, for the gradient,
+  // so that the probabilities of a row sum to one; l_exact_ in double, for the loss.
   Buffer<double> l_target_, l_exact_;
   Buffer<float> n_sum_;
   Log2Factor factor_;
@@ -384,7 +381,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   const std::int64_t dim = in.student_dim;
   Students<Type> students(in);
   const Bank<Type> bank(in, op.cache);
-  // g and h of each row; what no gradient reaches is dropped, since it may hold NaN.
+  // g and h of each row. Rows that no gradient reaches are dropped, since they may hold NaN.
   Buffer<float> g(in.batch), h(in.batch), shift(in.batch), rest(in.batch);
   const bool by_row = op.reduction == Reduction::none;
   const float rows = op.reduction == Reduction::mean ? *op.kept : 1;
@@ -394,7 +391,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
     h[i] = op.d_lse != nullptr ? op.d_lse[i] : 0;
     const bool idle = g[i] == 0 && h[i] == 0;
     if (idle) students.drop(i);
-    // exp(l - lse) = 2^(l2 - shift) rest, with an integral shift: nothing is rounded before exp2.
+    // exp(l - lse) = 2^(l2 - shift) rest, with an integral shift, which exp2 subtracts exactly.
     const double lse = static_cast<double>(op.lse[i]) + static_cast<double>(bank.rest(i));
     const double log2_sum = idle ? 0 : lse / LN2;
     shift[i] = static_cast<float>(std::nearbyint(log2_sum));
@@ -428,7 +425,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
         store(row + j, exp2(load(row + j), factor, by) * both - smooth);
       }
       if (!here) continue;
-      // g and h are 0 where the row's own results may not be looked at.
+      // p_other and lse are not read where g or h is 0, since they may be NaN.
       row[k] = g[i] == 0 ? 0 : -g[i] * (op.p_other[i] - op.label_smoothing) - smooth;
       if (h[i] != 0) row[k] += h[i] * std::exp(target * in.logit_scale - op.lse[i]);
     }

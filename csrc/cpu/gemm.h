@@ -1,12 +1,13 @@
-// C [m, cols] (+)= A [m, k] B [k, cols] for operands that fit the caches: the one matrix product
-// under every kernel.
+// The matrix product of every kernel: C [m, cols] (+)= A [m, k] B [k, cols] for operands that fit
+// the CPU's caches.
 //
-// Row-major everywhere. `cols` is a multiple of GRAIN and at most PANEL; m is any. k counts words:
-// a word is one float32, or two bfloat16 that are neighbours along k. Accumulation is float32 in
-// the order of k, SUM words at a time, so that C does not depend on how the caller cuts m and cols.
+// All matrices are row-major. `cols` is a multiple of GRAIN and at most PANEL; m is arbitrary. k
+// counts words: a word is 32 bits, one float32 or two bfloat16 elements that are neighbours along
+// k. Accumulation is float32, in the order of k, with partial sums of SUM words, so that C does not
+// depend on how the caller splits m and cols.
 //
-// Rows of A may be cut into runs along k, with a matrix [m, run] for each: panels are then read as
-// they stand in memory, and the rows of a block lie side by side.
+// A may be split along k into runs, each a matrix [m, run]: panels are then multiplied where they
+// are in memory, and the rows of a block are contiguous.
 
 #pragma once
 
@@ -16,17 +17,17 @@ namespace ckd::cpu::CKD_TIER {
 
 constexpr int PANEL = 64;  // columns of a panel of B, which is also its leading dimension
 
-// Half a vector takes half the time on processors that compute a whole one in two parts (AMD Zen
-// 4), and no longer than a whole one on others. AMX takes tiles of whole ones.
+// `cols` may end with half a vector: it takes half the time on processors that execute a 512-bit
+// vector in two halves (AMD Zen 4), and no longer than a whole one on others. AMX needs whole ones.
 #if defined(__AVX512F__) && !defined(CKD_AMX)
 constexpr int GRAIN = LANES / 2;
 #else
 constexpr int GRAIN = LANES;
 #endif
 
-// The register block is MR rows by NR vectors. On AVX-512 it takes 24 + 4 + 1 of 32 registers, and
-// 6 x 64 beats 8 x 48, 12 x 32 and 14 x 32 (Intel Sapphire Rapids, 2026-11: 205, 188, 178, 188 GF/s
-// a core); with 16 registers it takes 12 + 2 + 1.
+// The register block is MR rows by NR vectors. On AVX-512 it takes 24 + 4 + 1 of 32 registers (C, B
+// and A), and 6 x 64 beats 8 x 48, 12 x 32 and 14 x 32 (Intel Sapphire Rapids, 2026-11: 205, 188,
+// 178, 188 GF/s a core); with 16 registers it takes 12 + 2 + 1.
 #if defined(__AVX512F__)
 constexpr int MR = 6, NR = 4;
 #else
@@ -36,9 +37,8 @@ constexpr int MR = 6, NR = 2;
 struct Float32 {
   using Word = float;
   static constexpr int PER_WORD = 1;
-  static constexpr int PAD = 1;  // k is padded with zeros to a multiple of so many words
-  // Words summed before they are added to C: the roundings of longer sums would be most of an
-  // error.
+  static constexpr int PAD = 1;  // k is padded with zeros to a multiple of PAD words
+  // Words of a partial sum, which is then added to C: rounding in longer ones would dominate.
   static constexpr std::int64_t SUM = 128;
 
   template <class V>
@@ -52,11 +52,11 @@ struct BFloat16 {
   using Word = std::uint32_t;
   static constexpr int PER_WORD = 2;
 #if defined(CKD_AMX)
-  static constexpr int PAD = 16;  // a tile
+  static constexpr int PAD = 16;  // a row of an AMX tile
 #else
   static constexpr int PAD = 1;
 #endif
-  static constexpr std::int64_t SUM = INT64_MAX;  // the operands' own rounding is far larger
+  static constexpr std::int64_t SUM = INT64_MAX;  // rounding the operands adds a far larger error
   static Vec mac(Vec c, WordVec a, WordVec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
@@ -69,7 +69,7 @@ struct BFloat16 {
 };
 #endif
 
-// Words that hold n elements, padding included.
+// Words of n elements along k, including padding.
 template <class Type>
 constexpr std::int64_t words(std::int64_t n) {
   const std::int64_t used = (n + Type::PER_WORD - 1) / Type::PER_WORD;
@@ -85,7 +85,8 @@ struct Operands {
   std::int64_t ldb;
   float* c;
   std::int64_t ldc;
-  std::int64_t run = INT64_MAX, next_run = 0;  // words of a row in a run; from a run to the next
+  // Words of a row in a run of A, and words from the start of a run to the start of the next.
+  std::int64_t run = INT64_MAX, next_run = 0;
 
   Operands from_row(std::int64_t row) const {
     Operands rest = *this;
@@ -94,7 +95,7 @@ struct Operands {
     return rest;
   }
 
-  // `word` is a multiple of the run, if A is cut into runs.
+  // If A is split into runs, `word` must be a multiple of `run`.
   Operands from_word(std::int64_t word) const {
     Operands rest = *this;
     rest.a += word / run * next_run + word % run;
@@ -103,11 +104,11 @@ struct Operands {
   }
 };
 
-// Words of a row of a panel whose columns are neighbours along k.
+// Words of a panel's row if its 64 elements are neighbours along k.
 template <class Type>
 constexpr std::int64_t PANEL_WORDS = PANEL / Type::PER_WORD;
 
-// A [m, k] stands as panels [ceil(k / PANEL_WORDS), rows, PANEL_WORDS].
+// Operands whose A [m, k] is stored as panels [ceil(k / PANEL_WORDS), rows, PANEL_WORDS].
 template <class Type>
 Operands<Type> from_panels(const typename Type::Word* a, std::int64_t rows,
                            const typename Type::Word* b, float* c, std::int64_t ldc) {
@@ -115,7 +116,7 @@ Operands<Type> from_panels(const typename Type::Word* a, std::int64_t rows,
   return {a, RUN, b, PANEL, c, ldc, RUN, rows * RUN};
 }
 
-// ROWS rows by VECTORS vectors, and HALF of one more.
+// A block of C: ROWS rows by VECTORS vectors, and half a vector more with HALF.
 template <class Type, int ROWS, int VECTORS, bool HALF>
 inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Operands<Type>& at,
                                                       bool accumulate) {
@@ -149,7 +150,7 @@ inline __attribute__((always_inline)) void gemm_block(std::int64_t k, const Oper
       }
     }
   }
-  // Added at the end, not carried through the sum: the rounding then grows with k, not with |C|.
+  // C is added last and not the sum's initial value: the rounding then grows with k, not with |C|.
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
     float* c = at.c + i * at.ldc;
@@ -174,7 +175,7 @@ void gemm_strip(std::int64_t m, std::int64_t k, Operands<Type> at, bool accumula
   if (m >= 1) gemm_block<Type, 1, VECTORS, HALF>(k, at, accumulate);
 }
 
-// What is left of the columns beyond whole blocks.
+// The columns after the last whole register block.
 template <class Type, bool HALF>
 void gemm_rest(std::int64_t m, int vectors, std::int64_t k, const Operands<Type>& at,
                bool accumulate) {
@@ -186,10 +187,10 @@ void gemm_rest(std::int64_t m, int vectors, std::int64_t k, const Operands<Type>
 
 #if defined(CKD_AMX)
 
-// GCC's tile loads do not tell the compiler that they read memory: stores to it have to be forced.
+// GCC's tile loads do not declare that they read memory: this makes it do earlier stores first.
 inline void memory_barrier() { __asm__ volatile("" ::: "memory"); }
 
-// Tiles 0 to 3 hold C, 4 and 5 A, 6 and 7 B: blocks of 32 x 32 with 32 (two words of 16) along k.
+// Tiles 0 to 3 hold C (32 x 32), 4 and 5 A, 6 and 7 B, each of those 16 words long along k.
 inline void configure_tiles(int rows) {
   struct alignas(64) {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -202,7 +203,8 @@ inline void configure_tiles(int rows) {
   _tile_loadconfig(&config);
 }
 
-// 16 TWO_A x 16 TWO_B blocks; the number of rows of a tile is the configured one.
+// A block of C with one or two (TWO_A) tiles of rows and one or two (TWO_B) of 16 columns; tiles of
+// A and C have as many rows as configure_tiles was told.
 template <bool TWO_A, bool TWO_B>
 inline void tile_block(std::int64_t k, Operands<BFloat16> at, bool accumulate) {
   const std::int64_t lda = at.lda * 4, ldb = at.ldb * 4, ldc = at.ldc * 4;
@@ -251,8 +253,8 @@ inline void tile_row(int cols, std::int64_t k, Operands<BFloat16> at, bool accum
   if (cols > 0) tile_block<TWO_A, false>(k, at, accumulate);
 }
 
-// Leaves no tile state behind: a thread that holds any makes its context switches slower, and other
-// libraries configure tiles of their own.
+// Releases the tile state: it slows down the thread's context switches, and other libraries
+// configure tiles differently.
 inline void gemm(std::int64_t m, int cols, std::int64_t k, Operands<BFloat16> at, bool accumulate) {
   configure_tiles(16);
   std::int64_t i = 0;

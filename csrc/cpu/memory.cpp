@@ -7,14 +7,14 @@
 namespace ckd::cpu {
 namespace {
 
-// Under AddressSanitizer every block is its own, so that an overrun is seen.
+// Not under AddressSanitizer, which finds overruns only in blocks as long as requested.
 #if defined(__SANITIZE_ADDRESS__)
 constexpr bool KEEP = false;
 #else
 constexpr bool KEEP = true;
 #endif
 constexpr int SLOTS = 64;
-// Below, malloc keeps what is freed, and is faster than a search.
+// Smaller blocks are left to malloc, which reuses them faster than a search here.
 constexpr std::size_t LEAST_KEPT_BYTES = 32 << 10;
 
 bool is_kept(std::size_t bytes) {
@@ -23,7 +23,7 @@ bool is_kept(std::size_t bytes) {
 
 class Pool {
  public:
-  // A block of at least, and at most twice, so many bytes; the smallest there is.
+  // The smallest kept block of `bytes` to 2 x `bytes` bytes; empty if there is none.
   Memory take(std::size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     int best = -1;
@@ -35,7 +35,7 @@ class Pool {
     return best < 0 ? Memory{} : remove(best);
   }
 
-  // Keeps the block, and drops those that have lain longest where there is no room.
+  // Keeps the block; frees the least recently given ones until there is room.
   void give(Memory memory) {
     const std::lock_guard<std::mutex> lock(mutex_);
     while (true) {

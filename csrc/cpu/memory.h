@@ -1,5 +1,5 @@
-// Memory of the kernels. Fresh pages cost more than a small problem does, so what is given back is
-// kept for calls to come, up to MAX_KEPT_BYTES in all.
+// Memory pool of the kernels. Page faults of fresh memory take longer than a small problem, so
+// freed blocks are kept for later calls, up to MAX_KEPT_BYTES in all.
 
 #pragma once
 
@@ -14,7 +14,7 @@ struct Memory {
   std::size_t bytes = 0;
 };
 
-// At least so many bytes, aligned to cache lines. Throws std::bad_alloc.
+// At least `bytes` bytes, aligned to cache lines. Throws std::bad_alloc.
 Memory take_memory(std::size_t bytes);
 void give_memory(Memory memory) noexcept;
 

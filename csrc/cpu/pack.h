@@ -1,5 +1,4 @@
-// From rows of numbers to the words that gemm multiplies: widening, narrowing, pairing,
-// transposing.
+// Packs rows of elements into the words of gemm.h: widening, narrowing, pairing, transposing.
 
 #pragma once
 
@@ -8,13 +7,13 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// Numbers of a word.
+// Elements of a word.
 template <class Word>
 constexpr std::int64_t words_hold = 1;
 template <>
 constexpr std::int64_t words_hold<std::uint32_t> = 2;
 
-// Numbers as they are stored.
+// The dtypes of a stored bank.
 struct StoredFloat16 {
   static constexpr std::int64_t SIZE = 2;
   static Vec widen(const char* at) {
@@ -32,7 +31,7 @@ struct StoredFloat32 {
   static Vec widen(const char* at) { return load_as<Vec>(at); }
 };
 
-// f(StoredFloat16{}), or whatever the elements are.
+// Calls f with the Stored... type of `element`.
 template <class F>
 void with_stored(Element element, const F& f) {
   switch (element) {
@@ -45,7 +44,7 @@ void with_stored(Element element, const F& f) {
   }
 }
 
-// LANES elements from `from` on of a row that ends at `end`; zeros past it.
+// Elements [from, from + LANES) of a row, as float32; zeros from `end` on.
 template <class Stored>
 inline Vec widen(const char* row, std::int64_t from, std::int64_t end) {
   if (from + LANES <= end) return Stored::widen(row + from * Stored::SIZE);
@@ -57,35 +56,35 @@ inline Vec widen(const char* row, std::int64_t from, std::int64_t end) {
   return Stored::widen(rest);
 }
 
-// LANES words of the same, each of neighbours in the row.
+// The same for LANES words, packed along the row.
 template <class Stored>
 inline void widen_words(const char* row, std::int64_t from, std::int64_t end, Vec* out) {
   *out = widen<Stored>(row, from, end);
 }
 
-// n numbers as words<Type>(n) words, neighbours sharing a word.
+// Packs n elements along the row, into words<Type>(n) words.
 inline void to_words(const float* x, std::int64_t n, float* out) {
   std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
 }
 
-// Words of rows 0 and 1 of x; rows are `ld` apart, n columns.
+// Packs rows 0 and 1 of x, `ld` apart, into one row of n words; float32 words hold row 0 alone.
 inline void pair_rows(const float* x, std::int64_t, std::int64_t n, float* out) {
   std::memcpy(out, x, static_cast<std::size_t>(n) * 4);
 }
 
-// The same of as many vectors as a word holds numbers.
+// The same for rows in vectors, as many as a word has elements.
 inline void store_words(const Vec* rows, float* out) { store(out, rows[0]); }
 
-// Two rows of numbers as one row of words, or as two.
+// Stores two rows as one row of words (bfloat16) or as two (float32).
 inline void store_pair(Vec row, Vec next, float* out) {
   store(out, row);
   store(out + PANEL, next);
 }
 
-// The numbers of a word row, by columns: its first and second element.
+// Unpacks LANES words: out[e] holds element e of each word.
 inline void split_word(const float* words, Vec out[1]) { out[0] = load(words); }
 
-// n numbers of a row of words, back as float32; n is a multiple of LANES.
+// Unpacks what to_words packed, as float32; n is a multiple of LANES.
 inline void from_words(const float* words, std::int64_t n, float* out) {
   std::memcpy(out, words, static_cast<std::size_t>(n) * 4);
 }
@@ -150,8 +149,8 @@ inline void from_words(const std::uint32_t* words, std::int64_t n, float* out) {
 
 #endif
 
-// A block of `count` rows, 64 apart, as words along the rows: the block itself, or pairs of its
-// rows (made up with zeros to whole padded words) in `out`.
+// Packs `count` rows, 64 elements apart, by columns: returns the block itself in float32, and in
+// bfloat16 `out` with pairs of rows, after padding the block with zero rows to words(count).
 template <class Type>
 const typename Type::Word* block_words(float* block, std::int64_t count, typename Type::Word* out) {
   if constexpr (Type::PER_WORD == 1) {
@@ -167,7 +166,7 @@ const typename Type::Word* block_words(float* block, std::int64_t count, typenam
   }
 }
 
-// Every second of the lanes of a and b: a0 b0 a1 b1 ..., from the lower or the upper half.
+// a0 b0 a1 b1 ... from the lower or from the upper half of the lanes.
 template <class V>
 inline V interleave_low(V a, V b) {
 #if defined(__AVX512F__)
@@ -217,9 +216,9 @@ inline void transpose_square(const Word* x, std::int64_t ldx, Word* out, std::in
   for (int i = 0; i < LANES; ++i) store(out + i * ldo, v[i]);
 }
 
-// Elements [from, end) of `rows` (at most LANES; less than one: none) stored rows, `stride` bytes
-// apart, as `words` rows of LANES words: neighbours along a row share a word, rows become columns.
-// Zeros where there is nothing.
+// Packs elements [from, end) of `rows` stored rows along the row and transposes them: stored row i
+// becomes column i of out [words, LANES]. Stored rows are `stride` bytes apart and at most LANES,
+// none if `rows` < 1; all else is zero.
 template <class Stored, class Word>
 inline void transpose_stored(const char* row, std::int64_t stride, int rows, std::int64_t from,
                              std::int64_t end, std::int64_t words, Word* out, std::int64_t ldo) {

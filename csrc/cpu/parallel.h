@@ -1,11 +1,11 @@
-// Teams of threads: `parallel` starts one, `each` shares a loop among its members and waits for all
-// of them. A member begins with its own part of the indices, which for loops of one length is the
-// same in every loop and every call, and finds in its core's caches what it wrote before; then it
-// helps the others. So who takes which index is left to chance, and an index may only write what is
-// its own; then results do not depend on the number of threads.
+// Teams of threads: `parallel` starts one, `each` shares a loop among its members and ends with a
+// barrier. Work stealing: a member takes the indices of its static share first, the same in all
+// loops of one length, so that its core's caches hold its earlier data; then those of other
+// members. Since any member may get an index, an index must write only its own data; results then
+// do not depend on the number of threads.
 //
-// OpenMP, whose pool is torch's. CKD_STD_THREADS replaces it by std::thread for ThreadSanitizer,
-// which cannot see into OpenMP's barriers.
+// Threads come from OpenMP, whose pool torch uses too. CKD_STD_THREADS replaces it by std::thread
+// for ThreadSanitizer, which does not understand OpenMP's barriers.
 
 #pragma once
 
@@ -21,8 +21,8 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// Into how many groups a loop is cut whose neighbouring items share an operand. More of them even
-// out threads that are held up, fewer read the operand less often.
+// Where adjacent work items share an operand, a loop runs over groups of them. More groups balance
+// the load better, fewer read the operand less often.
 constexpr int GROUPS_PER_THREAD = 2;
 
 #if defined(CKD_STD_THREADS)
@@ -64,11 +64,11 @@ class Team {
  public:
   explicit Team(int most) : most_(most), taken_(2 * most) { taken_.zero(); }
 
-  struct alignas(64) Count {  // by itself in its cache line
+  struct alignas(64) Count {  // alone in its cache line
     std::int64_t n;
   };
-  // How many indices of each member's part were taken. Loops take turns with two rows of counts:
-  // while one is in use, members clear their own count of the other.
+  // How many indices of each member's share are taken. Double-buffered: while a loop uses one row
+  // of counts, members clear their own count in the other for the next loop.
   Count* taken(int loop) const { return taken_ + loop % 2 * most_; }
 
   Barrier barrier;
@@ -100,7 +100,7 @@ void parallel(int threads, const Body& body) {
   run(0, threads);
   for (auto& other : others) other.join();
 #elif defined(_OPENMP)
-  // A team even of one: `each` would otherwise wait for a team that the caller is a member of.
+  // Also with one thread: the barrier in `each` would otherwise be that of an enclosing team.
 #pragma omp parallel num_threads(threads)
   run(omp_get_thread_num(), omp_get_num_threads());
 #else
@@ -118,7 +118,7 @@ void each(std::int64_t n, const F& f) {
     const auto part = [&](int of) { return (n * of + me.size - 1) / me.size; };
     const std::int64_t first = part(owner), count = part(owner + 1) - first;
     std::int64_t& next = taken[owner].n;
-    // Looked at first: most parts of others are empty by then, and reading does not take the line.
+    // Read before the atomic add: others' shares are mostly used up, and reads share the line.
     while (__atomic_load_n(&next, __ATOMIC_RELAXED) < count) {
       const std::int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (item < count) f(first + item);

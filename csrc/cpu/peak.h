@@ -1,4 +1,4 @@
-// What gemm reaches on operands that stay in the cache: the bound that benchmarks compare with.
+// The speed of gemm with operands in the CPU's cache, the upper bound that benchmarks compare with.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// 10^9 floating-point operations a second of `threads` threads together, over about `seconds`.
+// GFLOP/s of `threads` threads together, measured for about `seconds`.
 template <class Type>
 double gemm_peak(int threads, double seconds) {
   using Word = typename Type::Word;

@@ -3,9 +3,9 @@
 //   dN_k = logit_scale sum_i G_ik u_i     dZ_k = (dN_k - (dN_k . n_k) n_k) / |z_k|
 //   d_weight = dZ^T T                     d_bias = sum_k dZ_k
 //
-// G comes from the op, a block of students at a time. dZ of a run of panels is kept and then
-// multiplied with the bank by blocks of d_weight, each of which has one owner: no atomics, no
-// private copies of d_weight, and the same sums in the same order on any number of threads.
+// The op computes G, a block of students at a time. dZ of a run of panels is buffered and then
+// multiplied with the bank. One thread computes each block of d_weight: no atomics, no copies of
+// d_weight for each thread, and an order of sums that does not depend on the number of threads.
 //
 // Reads the bank once (twice where its projection is not in the cache). Work: 2 B K W (logits) +
 // 2 B K W (dN) + 2 K D W (d_weight) floating-point operations.
@@ -23,17 +23,17 @@ constexpr std::int64_t STUDENT_BLOCK = 256;
 // A block of G: students [i0, i0 + rows) by bank rows [k0, k0 + bank_rows), rows 64 apart.
 struct Block {
   std::int64_t i0, rows, k0, bank_rows;
-  int columns;  // bank_rows rounded up to whole vectors; what stands beyond is of no account
-  float* at;    // holds u . n, and receives G
+  int columns;  // bank_rows rounded up to whole vectors; the values of the padding do not matter
+  float* at;    // in: u . n, out: G
 };
 
 template <class Type>
 class ProjectionGradient {
   using Word = typename Type::Word;
-  static constexpr std::int64_t RUN = 2048;  // bank rows whose dZ is kept
-  // Rows of a block of d_weight, which has 64 columns. The bank is converted once for each.
+  static constexpr std::int64_t RUN = 2048;  // bank rows whose dZ is buffered
+  // Rows of a block of d_weight, which has 64 columns. Each block converts the bank again.
   static constexpr std::int64_t WEIGHT_BLOCK = 128, TALL_WEIGHT_BLOCK = 512;
-  static constexpr std::int64_t WEIGHT_RUN = 256 * Type::PER_WORD;  // bank rows between its sums
+  static constexpr std::int64_t WEIGHT_RUN = 256 * Type::PER_WORD;  // bank rows of one product
 
  public:
   ProjectionGradient(const Inputs& in, const Students<Type>& students, const Bank<Type>& bank,
@@ -47,7 +47,7 @@ class ProjectionGradient {
         rows_(needs_logits ? batch_ * width_ : 0),
         columns_(in.student_dim * batch_ / Type::PER_WORD) {}
 
-  // fill(Block) turns a block of u . n (or of nothing, if logits are not needed) into G.
+  // fill(Block) replaces a block of u . n (uninitialised unless needs_logits) by G.
   template <class Fill>
   void run(int threads, const Fill& fill, float* d_weight, float* d_bias) {
     const std::int64_t panels = bank_.panels(), per_run = smaller(RUN / PANEL, panels);
@@ -55,12 +55,12 @@ class ProjectionGradient {
     const std::int64_t column_blocks = d_weight == nullptr ? 0 : ceil_div(dim, PANEL);
     const std::int64_t block = column_blocks < 4 * threads ? WEIGHT_BLOCK : TALL_WEIGHT_BLOCK;
     const std::int64_t row_blocks = ceil_div(width, block);
-    // A thread takes several blocks side by side: dZ then comes from the cache for all but one.
+    // A work item is several adjacent blocks: all but the first read dZ from the CPU's cache.
     const std::int64_t groups = smaller(column_blocks, GROUPS_PER_THREAD * threads);
     const std::int64_t panel_size = width * PANEL_WORDS<Type>;
-    Buffer<Word> d_z(per_run * panel_size);       // [panels, W, 64 / PER_WORD]: dZ^T, words along K
-    Buffer<float> d_bias_parts(per_run * width);  // one row for each panel
-    Buffer<float> edge(width * PANEL);            // columns of d_weight past the last whole panel
+    Buffer<Word> d_z(per_run * panel_size);  // [panels, W, 64 / PER_WORD]: dZ^T, packed along K
+    Buffer<float> d_bias_parts(per_run * width);  // a row for each panel
+    Buffer<float> edge(width * PANEL);            // columns of d_weight after the last whole panel
     Buffer<double> d_bias_sum(width);
     std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
     d_bias_sum.zero();
@@ -118,12 +118,12 @@ class ProjectionGradient {
           pairs(FEW_STUDENTS * in.student_dim) {}
     typename Bank<Type>::Scratch panel;
     Buffer<float> block;  // [256, 64] logits, then G
-    Buffer<Word> words;   // G as words along the students; then bank rows as words along the bank
+    Buffer<Word> words;   // G packed along the students; then bank rows packed along the bank
     Buffer<float> d_n;    // unit rows of students; then, in bfloat16, dN^T [W, 64]
-    Buffer<Word> pairs;   // the unit rows as words along the students
+    Buffer<Word> pairs;   // the unit rows packed along the students
   };
 
-  // FEW_STUDENTS of them, from i0 on.
+  // Packs students [i0, i0 + FEW_STUDENTS) into rows_ and columns_.
   void pack_students(std::int64_t i0, Scratch& mine) {
     const std::int64_t dim = in_.student_dim;
     Word* columns = columns_ + (i0 / PANEL * dim * PANEL + i0 % PANEL) / Type::PER_WORD;
@@ -149,7 +149,7 @@ class ProjectionGradient {
     }
   }
 
-  // dZ^T of one panel as words, and its sum over the panel.
+  // Writes dZ^T of a panel, packed along the bank, and its sum over the panel's rows.
   template <class Fill>
   void panel_gradient(std::int64_t panel, const Fill& fill, Scratch& mine, Word* d_z,
                       float* d_bias) const {
@@ -185,7 +185,7 @@ class ProjectionGradient {
     }
   }
 
-  // dN to dZ in place; rows that count as zero, and columns that are no row, become 0.
+  // dN to dZ in place; 0 for bank rows that count as zero and for columns of padding.
   void through_norm(Panel<Type> n, int cols, float* d_n) const {
     for (int j = 0; j < PANEL; j += LANES) {
       Vec along = {};
@@ -231,8 +231,8 @@ class ProjectionGradient {
   const Bank<Type>& bank_;
   bool needs_logits_;
   std::int64_t width_, batch_;  // batch_: B rounded up to whole panels
-  Buffer<Word> rows_;           // [B, words(W)]: u, words along W
-  Buffer<Word> columns_;        // [panels, W, 64 / PER_WORD]: u^T, words along the students
+  Buffer<Word> rows_;           // [B, words(W)]: u, packed along W
+  Buffer<Word> columns_;        // [panels, W, 64 / PER_WORD]: u^T, packed along the students
 };
 
 }  // namespace ckd::cpu::CKD_TIER

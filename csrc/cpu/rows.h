@@ -1,4 +1,4 @@
-// Student rows: unit vectors u = s / |s|, and what flows back through them.
+// Student rows: unit vectors u = s / |s|, and gradients through this normalisation.
 
 #pragma once
 
@@ -10,10 +10,10 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// Students that a thread packs, finishes or gives their gradient at a time: fewer than a panel,
-// since a batch of one panel is not rare.
+// Students per work item when they are packed, finished or given their gradient: less than a panel,
+// so that a batch of one panel, which is not rare, occupies two threads.
 constexpr std::int64_t FEW_STUDENTS = PANEL / 2;
-constexpr float MIN_NORM = 1e-6f;  // rows shorter than this count as zero
+constexpr float MIN_NORM = 1e-6f;  // rows with a smaller norm count as zero
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
@@ -26,9 +26,9 @@ inline float inverse_norm(float sum_of_squares) {
   return norm <= 3.40282347e38f ? 1 / norm : __builtin_nanf("");
 }
 
-// In double: the norm of a row, and the logit of its target, stand for all of it.
+// In double, since an error in a row's norm or in its target's logit affects all of the row.
 inline double dot(const float* x, const float* y, std::int64_t n) {
-  constexpr int WAYS = 16;  // partial sums, so that compilers can use vectors
+  constexpr int WAYS = 16;  // independent sums, so that compilers can vectorise
   double sum[WAYS] = {};
   std::int64_t i = 0;
   for (; i + WAYS <= n; i += WAYS) {
@@ -57,7 +57,7 @@ class Students {
   std::int64_t panels() const { return ceil_div(in_.batch, PANEL); }
 
   float inverse(std::int64_t i) const { return inverse_[i]; }
-  // Takes the row out of everything, whatever it holds.
+  // Makes the row count as zero, even if it holds NaN.
   void drop(std::int64_t i) { inverse_[i] = 0; }
 
   void unit_row(std::int64_t i, float* out) const {
@@ -65,7 +65,7 @@ class Students {
     for (std::int64_t w = 0; w < in_.student_dim; ++w) out[w] = scale == 0 ? 0 : s[w] * scale;
   }
 
-  // Unit rows as words [count, words(W)] from row `first`; zeros past the end.
+  // Packs unit rows [first, first + count) along W: out [count, words(W)], zeros past the batch.
   void pack_rows(std::int64_t first, std::int64_t count, Word* out, float* row_scratch) const {
     const std::int64_t width = words<Type>(in_.student_dim);
     for (std::int64_t i = first; i < first + count; ++i, out += width) {
@@ -78,7 +78,7 @@ class Students {
     }
   }
 
-  // d_student and the row's part of d_logit_scale, from slope = d loss / d (logit_scale u).
+  // d_student (or null) from slope = d loss / d (logit_scale u); returns row i's d_logit_scale.
   double row_gradient(std::int64_t i, const float* slope, float* unit, float* d_student) const {
     const std::int64_t n = in_.student_dim;
     unit_row(i, unit);
@@ -100,21 +100,20 @@ class Students {
   Buffer<float> inverse_;
 };
 
-// Threads that are worth starting for so many multiply-adds.
+// How many threads are worth starting for this number of multiply-adds.
 inline int useful_threads(const Inputs& in, double multiply_adds) {
-  const double worth = 1 + multiply_adds / 1e6;  // some 10 us each
+  const double worth = 1 + multiply_adds / 1e6;  // about 10 us for each thread
   return worth < in.threads ? static_cast<int>(worth) : in.threads;
 }
 
-// d_student and d_logit_scale (either may be null); slope(i, out) writes d loss / d (logit_scale
-// u).
+// d_student and d_logit_scale, each may be null; slope(i, out) writes d loss / d (logit_scale u).
 template <class Type, class Slope>
 void row_gradients(const Students<Type>& students, const Inputs& in, const Slope& slope,
                    float* d_student, float* d_logit_scale) {
   const std::int64_t dim = in.student_dim;
   Buffer<float> rows(in.threads * 2 * dim);
   Buffer<double> along(in.batch);
-  // A number takes as long as many multiply-adds: its rows come from memory.
+  // Bound by memory: an element takes as long as about 64 multiply-adds.
   const double work = 64 * static_cast<double>(in.batch) * static_cast<double>(dim);
   parallel(useful_threads(in, work), [&](int thread) {
     float* at = rows + thread * 2 * dim;

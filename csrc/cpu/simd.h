@@ -1,10 +1,10 @@
 // Vectors of float32 for the instruction set that this translation unit is compiled for.
 //
 // Arithmetic is written with the compilers' vector operators (a * b + c becomes one FMA where the
-// instruction set has it: -ffp-contract=fast); only conversions need intrinsics. Everything that is
-// compiled per tier lives in a namespace of the tier's name, so that the linker can never take a
-// function compiled for one instruction set in place of another's. For the same reason nothing of
-// the C++ library with code in headers is used here.
+// instruction set has it: -ffp-contract=fast); only conversions need intrinsics. Code compiled per
+// tier is in a namespace named after the tier: the linker keeps one copy of an inline function, and
+// without the namespace it could be one for another instruction set. For the same reason nothing
+// here calls inline functions of the C++ library.
 
 #pragma once
 
@@ -62,7 +62,7 @@ inline Vector<T, N> broadcast(T x) {
   return x - Vector<T, N>{};
 }
 
-// The larger by lanes; NaN in `b` stays NaN.
+// Elementwise maximum; NaN in `b` stays NaN.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // The lanes of v, rotated by BY.
@@ -73,7 +73,7 @@ inline Vec rotate_lanes(Vec v, std::integer_sequence<int, I...>) {
 
 template <int HALF = LANES / 2>
 inline float sum_lanes(Vec v) {
-  // In halves: the same tree whatever the compiler, so that every run adds in one order.
+  // An explicit binary tree: the order of the sum does not depend on the compiler.
   if constexpr (HALF == 0) {
     return v[0];
   } else {
@@ -95,7 +95,7 @@ inline bool any(IntVec mask) {
 #endif
 }
 
-// 2^r for r in [-1/2, 1/2]: minimax with the constant term held at 1, 2e-9 before rounding.
+// 2^r for r in [-1/2, 1/2]: minimax polynomial with constant term 1, error 2e-9 before rounding.
 inline Vec exp2_fraction(Vec r) {
   Vec p = broadcast(1.5353361e-4f);
   p = p * r + 1.3398875e-3f;
@@ -106,7 +106,7 @@ inline Vec exp2_fraction(Vec r) {
   return p * r + 1.0f;
 }
 
-// A factor that turns natural logarithms into those to base 2, in two parts for what float32 drops.
+// scale log2(e), which converts natural exponents to base 2, as the sum of two float32 numbers.
 struct Log2Factor {
   explicit Log2Factor(double scale) {
     const double factor = scale * 1.4426950408889634074;
@@ -116,10 +116,10 @@ struct Log2Factor {
   Vec high, low;
 };
 
-// 2^(x factor - shift) for a result below 2^127 and an integral shift. Its relative error stays
-// near 1e-7 however large x factor and shift are, since they are reduced without being rounded
-// first. Exactly 0 below 2^-126, so that no subnormal (slow on some processors) comes of it; NaN
-// stays NaN.
+// 2^(x factor - shift) for a result below 2^127 and an integral shift. The relative error stays
+// near 1e-7 for any x factor and shift, since FMAs reduce their difference without rounding x
+// factor first. Results below 2^-126 are exactly 0, since subnormals are slow on some processors;
+// NaN stays NaN.
 inline Vec exp2(Vec x, const Log2Factor& factor, Vec shift) {
   const Vec y = x * factor.high - shift;
 #if defined(__AVX512F__)
@@ -129,7 +129,7 @@ inline Vec exp2(Vec x, const Log2Factor& factor, Vec shift) {
   return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_fraction(r), (__m512)n);
 #else
   const IntVec tiny = y < -126.0f;
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold.
   const Vec shifted = (tiny ? broadcast(-126.0f) : y) + 12582912.0f;
   const Vec n = shifted - 12582912.0f;
   const Vec p = exp2_fraction((x * factor.high - (n + shift)) + x * factor.low);
@@ -151,7 +151,7 @@ inline Vec nearest_integer(Vec x) { return (x + 12582912.0f) - 12582912.0f; }  /
 inline Vec widen_float16(const std::uint16_t* p) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_cvtph_ps(load_as<__m256i>(p));
-#elif defined(__AVX2__)  // this tier asks for F16C as well
+#elif defined(__AVX2__)  // whose flags in tiers.json include F16C
   return (Vec)_mm256_cvtph_ps(load_as<__m128i>(p));
 #else
   const WordVec h = __builtin_convertvector(load_as<HalfVec>(p), WordVec);

@@ -1,9 +1,9 @@
-// logits = logit_scale u n^T, materialised: [B, K].
+// logits [B, K] = logit_scale u n^T.
 //
-// Forward: one pass over the bank by panels, each multiplied with all students. Backward:
-// d_student and d_logit_scale from slope_i = sum_k d_logits_ik n_k, one pass over the bank; weight
-// and bias in projection.h with G = d_logits. Each reads the bank once; work 2 K D W (projection) +
-// 2 B K W floating-point operations for the logits, for the slope, and for dN.
+// Forward: each panel of the bank is multiplied with all students. Backward: d_student and
+// d_logit_scale from slope_i = sum_k d_logits_ik n_k; weight and bias from projection.h with
+// G = d_logits. The passes for logits and slope read the bank once, projection.h twice. Work of
+// each: 2 K D W (projection) + 2 B K W (logits, slope or dN) floating-point operations.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// The ops compiled for one instruction set. A tier_*.cpp file names the tier and includes this; the
-// compiler flags that belong to it stand in tiers.json.
+// The ops compiled for one instruction set. A tier_*.cpp file names the tier and includes this;
+// tiers.json has its compiler flags.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What every processor has: vectors of four, which compilers map to SSE2 or NEON.
+// For every processor: vectors of four lanes, which compilers map to SSE2 or NEON.
 
 #define CKD_TIER portable
 #include "tier.h"

@@ -48,7 +48,7 @@ struct Processor {
 
 bool bit(unsigned word, int n) { return (word >> n & 1) != 0; }
 
-// Linux hands out AMX's 8 KiB of state to processes that ask for it.
+// Linux grants the 8 KiB of AMX state only to processes that request it.
 bool permit_amx() {
 #if defined(__linux__)
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
