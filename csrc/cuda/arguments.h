@@ -1,4 +1,4 @@
-// What the ops hand to the CUDA kernels: plain pointers into one device's memory, and sizes.
+// Arguments of the CUDA kernels: plain pointers into one device's memory, and sizes.
 //
 // B student rows of width W, K bank rows of width D; row-major, float32 unless said otherwise.
 
@@ -19,7 +19,7 @@ struct Rows {
   std::int64_t stride;
 };
 
-// Student, bank, projection and scale: what every op has.
+// Student, bank, projection and scale: the arguments common to all ops.
 struct Inputs {
   Rows student;  // [B, W]
   Rows bank;     // [K, D]
@@ -29,7 +29,7 @@ struct Inputs {
   std::int64_t weight_stride;
   const float* bias;         // [W], or null
   const float* logit_scale;  // []
-  bool exact = false;        // float32 arithmetic: operands are taken apart, see tile.cuh
+  bool exact = false;        // float32 arithmetic: operands are split into pieces, see tile.cuh
 };
 
 struct Targets {
@@ -84,9 +84,9 @@ struct SimilarityBackward {
   const float* largest_of_student;  // [B] the largest |d_logits| of a row; needed for slope
   const float* largest_of_bank;     // [K] that of a column; needed for d_weight
   // Results, null where not asked for.
-  float* slope;  // [slope_parts, B, row_length]: sum_k d_logits n_k, in rows as those of the bank
+  float* slope;  // [slope_parts, B, ld]: sum_k d_logits n_k, in the layout of bank rows (rows.cuh)
   int slope_parts;
-  float* d_weight;  // as above
+  float* d_weight;  // this and the rest as in ContrastiveCeBackward
   float* d_bias;
   int weight_parts;
 };

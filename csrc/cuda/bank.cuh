@@ -1,4 +1,4 @@
-// The bank a chunk at a time, projected and normalised: what every op begins with.
+// Projects and normalises the bank a chunk at a time, the first step of every op.
 
 #pragma once
 
@@ -28,7 +28,7 @@ inline unsigned blocks(std::int64_t n, std::int64_t per_block) {
   return static_cast<unsigned>(ceil_div(n, per_block));
 }
 
-// Hands out the pieces of the workspace, each aligned to 256 bytes; with no memory it only counts.
+// Allocates arrays in the workspace, aligned to 256 bytes; with null memory it only counts bytes.
 class Pieces {
  public:
   explicit Pieces(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -48,7 +48,7 @@ class Pieces {
 
 constexpr std::int64_t CHUNK_BYTES = 64 << 20;
 constexpr int MAX_PARTS = 64;
-constexpr std::int64_t BLOCKS_OF_PROCESSOR = 2;  // of the kernels that take long
+constexpr std::int64_t BLOCKS_OF_PROCESSOR = 2;  // resident at a time, of the longest kernels
 
 // Sizes that follow from the inputs and the device.
 struct Plan {
@@ -61,7 +61,7 @@ struct Plan {
                                       : 256),
         width_blocks(static_cast<int>(ceil_div(ld, width))) {
     const std::int64_t row = ld * (2 + 4) + 4, slots = BLOCKS_OF_PROCESSOR * processors;
-    // Rows whose blocks fill the device once: at most 26 MB of them on 132 processors.
+    // Rows whose blocks fill the device once: at most 26 MB on 132 multiprocessors.
     const std::int64_t wave = TILE * largest_of(slots / width_blocks, 1);
     chunk_rows = largest_of(CHUNK_BYTES / row / wave, 1) * wave;
     if (most_chunk_rows < chunk_rows) chunk_rows = round_up(most_chunk_rows, TILE);
@@ -70,8 +70,8 @@ struct Plan {
     parts = best_parts(chunk_rows, others > 0 ? others : 1, processors);
   }
 
-  // As many as keep all processors busy to the end, two blocks on each; two tiles to a part at
-  // least.
+  // The number of parts, of two tiles at least, that leaves the fewest processors idle in the last
+  // wave of blocks.
   static int best_parts(std::int64_t rows, std::int64_t others, std::int64_t processors) {
     int best = 1;
     double busiest = 0;
@@ -87,16 +87,16 @@ struct Plan {
 
   Layout student_layout() const { return pieces > 1 ? Layout::student_pieces : Layout::plain; }
 
-  int pieces;        // in which rows of u and n are kept
-  int piece;         // columns of each, zeros behind the student's width
+  int pieces;        // of a row of u and n
+  int piece;         // columns of a piece: the student's width padded with zeros
   int ld;            // row length of u and n
   int width;         // columns of a block of the sums; 256 leave no registers for exact arithmetic
-  int width_blocks;  // so many of them
+  int width_blocks;  // blocks of that width in ld
   std::int64_t chunk_rows;
   int parts;  // of a chunk
 };
 
-// Walks the bank.
+// Iterates over the chunks of the bank.
 class BankChunks {
  public:
   BankChunks(const Inputs& in, const Plan& plan, void* cache, bool filled, Pieces& pieces,
@@ -117,10 +117,10 @@ class BankChunks {
     z_ = in.weight != nullptr && !filled_ ? pieces.take<float>(rows * plan.piece) : nullptr;
   }
 
-  // The students are to be normalised with the first chunk, into u [B, ld], and words cleared.
+  // Makes the kernel of the first chunk also normalise students into u [B, ld], and clear words.
   void normalise_students(__half* u, Cleared cleared) { u_ = u, cleared_ = cleared; }
 
-  // Calls f(chunk, t) for each chunk, where t is its rows of the bank; stops at an error.
+  // Calls f(chunk, t) for each chunk, where t are its rows as stored; stops at an error.
   template <class F>
   int each(const F& f) const {
     for (std::int64_t first = 0; first < in_.bank.count; first += plan_.chunk_rows) {
@@ -228,8 +228,8 @@ class BankChunks {
   Cleared cleared_ = {nullptr, 0};
 };
 
-// Room for dZ of a chunk, and how it gets into the projection's gradient: in exact arithmetic as
-// float32 numbers and their maximum, else as 16-bit ones and their scales.
+// Holds dZ of a chunk and multiplies it into the projection's gradient. dZ is float32, with its
+// maximum, in exact arithmetic, and otherwise 16-bit numbers with scales.
 class WeightGradient {
  public:
   WeightGradient(const Inputs& in, const Plan& plan, bool wants_bias, Pieces& pieces)
@@ -246,11 +246,11 @@ class WeightGradient {
     if (wants_bias) scaled_.column_sums = pieces.take<float>(tiles * plan.ld);
   }
 
-  // To be cleared by an earlier kernel.
+  // An earlier kernel must clear these words.
   Cleared cleared() const { return {reinterpret_cast<std::uint32_t*>(largest_), largest_count_}; }
   const ScaledGradient& scaled() const { return scaled_; }
 
-  // From dN [rows, ld] of a chunk, which is overwritten; times a scale if there is one.
+  // Computes dZ from dN [rows, ld] of a chunk, which it overwrites; times the scale, unless null.
   int take_through_norm(const Chunk& chunk, float* d_n, const float* scale, cudaStream_t stream) {
     if (!in_.exact) {
       return CKD_LAUNCH(through_norm_scaled, dim3(blocks(chunk.rows, TILE)), dim3(THREADS),
@@ -263,7 +263,7 @@ class WeightGradient {
                       plan_.piece, plan_.pieces, scale, largest(chunk));
   }
 
-  // (+)= into d_weight [parts, W, D] and d_bias [parts, W] (or null), t: the chunk's rows.
+  // d_weight [parts, W, D], d_bias [parts, W] (or null) (+)= a chunk's terms; t: its stored rows.
   int add(const Chunk& chunk, const Rows& t, float* d_weight, float* d_bias, int parts,
           cudaStream_t stream) const {
     return with_element(t.element, [&](auto* element) {
@@ -294,8 +294,8 @@ class WeightGradient {
         chunk.first > 0);
   }
 
-  // In bfloat16 pieces, whatever the bank: where its norms differ by far, so do the rows of dZ, and
-  // small ones count as much as large ones.
+  // In bfloat16 pieces for a bank of any dtype: rows of dZ differ as much as the bank's norms, and
+  // float16 would lose small ones, which count as much as large ones.
   template <class S>
   int add_exactly(const Chunk& chunk, const Rows& t, float* d_weight, float* d_bias, int parts,
                   cudaStream_t stream) const {
@@ -319,7 +319,7 @@ class WeightGradient {
   const Inputs& in_;
   const Plan& plan_;
   ScaledGradient scaled_ = {};
-  float* largest_ = nullptr;  // |dZ| of each chunk
+  float* largest_ = nullptr;  // maximum of |dZ| of each chunk
   int largest_count_ = 0;
   float* d_z_ = nullptr;
 };

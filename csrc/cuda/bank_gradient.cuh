@@ -1,5 +1,5 @@
-// The backward of the contrastive cross-entropy for the bank's rows, from which the projection's
-// gradient comes: G_ik = (g_i + h_i) p_ik, and at the target h p - g p_other, where nothing
+// The gradient of the contrastive cross-entropy for the bank's rows, from which that of the
+// projection follows: G_ik = (g_i + h_i) p_ik, and at the target h p - g p_other, where nothing
 // cancels.
 
 #pragma once
@@ -9,18 +9,17 @@
 
 namespace ckd::cuda {
 
-// Without infinity, which times a probability of 0 would be NaN.
+// a b, but never infinite, since infinity times a probability of 0 is NaN.
 CKD_DEVICE float finite_product(float a, float b) {
   constexpr float MAX_FLOAT32 = 3.402823466e38f;
   const float product = a * b;
   return fabsf(product) > MAX_FLOAT32 ? copysignf(MAX_FLOAT32, product) : product;
 }
 
-// The factors of the students of a tile in shared memory, in two buffers; they arrive with the
-// tile, those of no student as zeros.
+// The factors of a tile's students in shared memory, double-buffered; 0 past the batch.
 template <int ROWS>
 struct TileFactors {
-  static constexpr int ARRAYS = Factors::size, PIECE = 4;  // numbers in 16 bytes
+  static constexpr int ARRAYS = Factors::size, PIECE = 4;  // floats in 16 bytes
   static constexpr int SIZE = 2 * ARRAYS * ROWS;
   float* data;
 
@@ -41,7 +40,7 @@ struct TileFactors {
   }
 };
 
-// Of dN as float32 in shared memory, 8 more than numbers: rows then begin in different banks.
+// Row length of dN in shared memory, padded so that rows begin in different memory banks.
 template <int WIDTH>
 constexpr int GRADIENT_STRIDE = WIDTH + 8;
 
@@ -53,9 +52,9 @@ constexpr int bank_gradient_bytes() {
   return (PRODUCTS > GRADIENT ? PRODUCTS : GRADIENT) + carve_bytes<float>(THREADS / 32);
 }
 
-// Bank rows stand still, 64 to a block, and the students pass: dN = logit_scale sum_i G_i u_i for
-// one block of the width (axis y), as float32 into gradient [rows, ld]; or, where that is the whole
-// width and one piece, dZ = (dN - (dN . n) n) / |z| into `scaled`. Every row is owned by one block.
+// Bank-stationary: a block keeps 64 bank rows and streams the students past them. It writes
+// dN = logit_scale sum_i G_i u_i for one block of the width (grid axis y) to gradient [rows, ld],
+// or, if that is all of the width and one piece, dZ = (dN - (dN . n) n) / |z| to `scaled`.
 template <int WIDTH, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
     bank_gradient(ContrastiveCeBackward op, Students students, Factors factors, Chunk chunk,
@@ -86,12 +85,13 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     size = fmaxf(size, factors.array(Factors::size)[i]);
   }
   size = max_of_block(size, sizes);
-  // G is multiplied by a power of 2, at most 2^113: in the exponent of p, which is small enough for
-  // it wherever G is not that of a target; or, for the digits of a sum that may cancel, in by_p,
-  // which may be too large for it where every p is 0.
+  // G is multiplied by `lift`, a power of 2 up to 2^113, before it is rounded to float16. Half
+  // precision adds log2(lift) to the exponent of p, which does not overflow except at a target,
+  // whose G is set separately. Exact arithmetic multiplies by_p, since a larger exponent would cost
+  // p digits; the product may overflow where every p is 0, hence finite_product.
   const float lift = LIFT / power_of_2_above(size), log2_lift = EXACT ? 0 : log2f(lift);
 
-  const int first = static_cast<int>(chunk.first) + k0;  // of the block's rows
+  const int first = static_cast<int>(chunk.first) + k0;  // the block's first row of the bank
   Sums<WIDTH / 8> total;
   total.clear();
   int step = 0;
@@ -117,7 +117,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     for (int j = 0; j < ROWS; j += 32) {
       has_target |= in_tile(columns[j + lane_index()] - first, TILE);
     }
-    if (any_of_warp(has_target)) {  // which is rare
+    if (any_of_warp(has_target)) {  // rare
       const float* at_target = of_tile.array(step, Factors::at_target);
 #pragma unroll
       for (int n = 0; n < ROWS / 8; ++n) {
@@ -163,7 +163,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     return;
   }
 
-  // Through the norm row by row, in the memory that the products no longer need.
+  // The gradient through the norm, row by row, in the memory that the products no longer need.
   sync_block();
   Carve again(memory);
   float* d_n = again.take<float>(TILE * GRADIENT_STRIDE<WIDTH>);

@@ -44,7 +44,7 @@ class Forward {
     sums_.shift = pieces_.take<float>(axis_z(keeps_values) * parts * batch_);
     sums_.total = pieces_.take<float>(parts * batch_);
     sums_.values = keeps_values ? pieces_.take<float>(parts * batch_ * plan_.ld) : nullptr;
-    // Counting, a piece is null: what is kept is told by this.
+    // Kept apart, since sums_.values is null too while bytes are only counted.
     keeps_values_ = keeps_values;
     n_sum_ = smooth ? pieces_.take<float>(N_SUM_PARTS * plan_.ld) : nullptr;
     chunks_.normalise_students(u_, {reinterpret_cast<std::uint32_t*>(arrived_), 1});
@@ -128,7 +128,7 @@ class Backward {
         pieces_.take<float>(static_cast<std::int64_t>(Factors::ARRAYS) * factors_.stride);
   }
 
-  // The students' gradients need nothing.
+  // The students' gradients need no workspace.
   std::int64_t bytes() const { return op_.d_weight == nullptr ? 0 : pieces_.used(); }
 
   int run() {
@@ -175,7 +175,7 @@ class Backward {
   std::int64_t batch_;
   WeightGradient weight_;
   __half* u_;
-  bool in_parts_;  // dN, from several blocks of the width or with pieces, which are then joined
+  bool in_parts_;  // dN has several blocks of the width, or pieces, so that dZ takes another kernel
   float* gradient_;
   Factors factors_;
 };

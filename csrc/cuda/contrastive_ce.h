@@ -10,8 +10,8 @@
 
 namespace ckd::cuda {
 
-// Bytes of workspace beside results and cache; `most_chunk_rows` bounds the rows of the bank that
-// are worked on at once (rounded up to a tile), for tests.
+// Bytes of workspace beside results and cache; `most_chunk_rows` bounds the rows of a chunk of the
+// bank (rounded up to a tile), for tests.
 std::int64_t forward_workspace(const ContrastiveCeForward& op, int processors,
                                std::int64_t most_chunk_rows);
 std::int64_t backward_workspace(const ContrastiveCeBackward& op, int processors,
@@ -22,11 +22,11 @@ int contrastive_ce_forward(const ContrastiveCeForward& op, int processors,
 int contrastive_ce_backward(const ContrastiveCeBackward& op, int processors,
                             std::int64_t most_chunk_rows, void* workspace, cudaStream_t stream);
 
-// What a cudaError means.
+// The description of a cudaError.
 const char* error_text(int error);
 
-// Whether work that was started before has failed, by whomever: the device reports it to each later
-// call, which then starts nothing.
+// Whether the error is that of earlier asynchronous work, ours or not: the device reports it to
+// every later call, which then launches nothing.
 bool is_of_earlier_work(int error);
 
 }  // namespace ckd::cuda

@@ -1,6 +1,6 @@
-// All that a kernel uses of the GPU beyond plain C++, and the only file with PTX: each wrapper is
-// one instruction, so that there is little here that only a GPU can test. With CKD_EMULATION the
-// same names come from csrc/emulation, where kernels run on the CPU (docs/emulation.md).
+// Everything that kernels use of the GPU beyond plain C++, and the only file with PTX. A wrapper is
+// one instruction, so that little code needs a GPU to be tested. With CKD_EMULATION the same names
+// come from csrc/emulation, where kernels run on the CPU (docs/emulation.md).
 
 #pragma once
 
@@ -19,7 +19,7 @@
 #define CKD_KERNEL __global__
 #define CKD_DEVICE __device__ __forceinline__
 
-// Starts a kernel; an int, the cudaError or 0. A kernel's name with a comma goes in parentheses:
+// Launches a kernel and returns the cudaError, 0 for success. Names with a comma take parentheses:
 // CKD_LAUNCH((name<A, B>), grid, block, shared_bytes, stream, arguments...).
 #define CKD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ::ckd::cuda::Launch<kernel>::start(grid, block, shared_bytes, stream, ##__VA_ARGS__)
@@ -31,7 +31,7 @@
 
 namespace ckd::cuda {
 
-// A kernel always takes the same shared memory, which the device has to be told of once.
+// A kernel always takes the same amount of shared memory: its attributes are set once per device.
 template <auto KERNEL>
 struct Launch;
 template <class... Parameters, void (*KERNEL)(Parameters...)>
@@ -41,14 +41,14 @@ struct Launch<KERNEL> {
     if (int error = prepare(shared_bytes)) return error;
     void* pointers[] = {&parameters...};
     const void* kernel = reinterpret_cast<const void*>(KERNEL);
-    // Its own status: cudaGetLastError would also tell of a call that failed elsewhere before.
+    // The launch's own status: cudaGetLastError would also report failures of earlier calls.
     return told(cudaLaunchKernel(kernel, grid, block, pointers,
                                  static_cast<std::size_t>(shared_bytes), stream));
   }
 
  private:
   static int prepare(int shared_bytes) {
-    constexpr int LITTLE = 16 << 10;  // which the default division of the L1 cache leaves room for
+    constexpr int LITTLE = 16 << 10;  // fits the default carveout of the L1 cache
     constexpr int BITS = 64;
     static std::atomic<std::uint64_t> prepared{0};  // a bit for each device
     if (shared_bytes <= LITTLE) return 0;
@@ -60,7 +60,7 @@ struct Launch<KERNEL> {
       return told(cudaFuncSetAttribute(reinterpret_cast<const void*>(KERNEL), attribute, value));
     };
     if (int error = set(cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes)) return error;
-    // Else the driver may leave room for one block on a processor.
+    // By default the driver may choose a carveout with room for only one block per multiprocessor.
     if (int error =
             set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)) {
       return error;
@@ -69,20 +69,20 @@ struct Launch<KERNEL> {
     return 0;
   }
 
-  // It has been told then; no later call shall report it again.
+  // Clears the error, which no later call shall report again, and returns it.
   static int told(cudaError_t error) {
     if (error != cudaSuccess) cudaGetLastError();
     return static_cast<int>(error);
   }
 };
 
-// What Carve takes for `count` elements: pieces are multiples of 16 bytes.
+// Bytes that Carve takes for `count` elements: a multiple of 16.
 template <class T>
 __host__ __device__ constexpr int carve_bytes(int count) {
   return (count * static_cast<int>(sizeof(T)) + 15) / 16 * 16;
 }
 
-// Cuts shared memory into arrays, each 16-byte aligned.
+// Allocates arrays in shared memory, each 16-byte aligned.
 class Carve {
  public:
   CKD_DEVICE explicit Carve(unsigned char* memory) : next_(memory) {}
@@ -109,14 +109,14 @@ CKD_DEVICE T shuffle_xor(T value, int mask) {
 
 CKD_DEVICE bool any_of_warp(bool value) { return __any_sync(0xffffffffu, value) != 0; }
 
-// Bytes may be added to it.
+// An address in shared memory, to which byte offsets may be added.
 using SharedAddress = std::uint32_t;
 CKD_DEVICE SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
-// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j names row j of matrix i, 16 bytes;
-// lane l gets into r[i] elements 2 (l % 4) and the next one of row l / 4.
+// Loads four 8 x 8 matrices of 16-bit elements. Lane 8 i + j gives the address of row j of matrix
+// i, 16 bytes; r[i] of lane l receives elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
 CKD_DEVICE void load_matrix(std::uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -132,8 +132,8 @@ CKD_DEVICE void load_matrix_transposed(std::uint32_t (&r)[4], SharedAddress row)
                : "memory");
 }
 
-// c += a b for a 16 x 16 (rows first), b 16 x 8 (columns first) and c 16 x 8, held by a warp as the
-// PTX manual lays out m16n8k16; sums in float32.
+// c += a b for a 16 x 16 (row-major), b 16 x 8 (column-major) and c 16 x 8, distributed over the
+// warp's registers as the PTX manual shows for m16n8k16; sums in float32.
 template <class T>
 CKD_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                              std::uint32_t b1) {
@@ -154,8 +154,8 @@ CKD_DEVICE void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::ui
   }
 }
 
-// Starts a copy of `bytes` (0 to 16) from global to 16 bytes of shared memory, the rest zeros. Both
-// addresses are multiples of 16. The copy belongs to the group that commit_copies closes.
+// Starts an asynchronous copy of `bytes` (0 to 16) bytes of global memory to 16 bytes of shared
+// memory, padded with zeros. Both addresses are multiples of 16. commit_copies closes its group.
 CKD_DEVICE void copy_async(SharedAddress shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
@@ -164,8 +164,8 @@ CKD_DEVICE void copy_async(SharedAddress shared, const void* global, int bytes) 
 
 CKD_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the N newest groups of this thread are under way. Other threads see its
-// copies only after a barrier.
+// Waits until at most the N newest groups of this thread are pending. Other threads see its copies
+// only after a barrier.
 template <int N>
 CKD_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -178,13 +178,14 @@ CKD_DEVICE float exp2_fast(float x) {
   return power;
 }
 
-// For numbers that are not negative, whose bits are ordered as integers are.
+// For value >= 0 only: such floats are ordered as their bits are as integers.
 CKD_DEVICE void atomic_max(float* address, float value) {
   atomicMax(reinterpret_cast<int*>(address), __float_as_int(value));
 }
 
-// Counts: how often this was called for the counter before. What a caller's block wrote, up to its
-// last barrier, is seen by those who come later, and behind their next barrier by their block.
+// Adds 1 to the counter and returns its old value, with acquire-release order: what the caller's
+// block wrote before its last barrier is visible to later callers, and to all threads of a later
+// caller's block after that block's next barrier.
 CKD_DEVICE int arrive(int* counter) {
   int before;
   asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");

@@ -1,4 +1,4 @@
-// Unit rows of students and of the bank, and how they pass through shared memory tile by tile.
+// Unit rows of students and of the bank, and their way through shared memory tile by tile.
 
 #pragma once
 
@@ -6,11 +6,11 @@
 
 namespace ckd::cuda {
 
-// Exponentials are multiplied by 2^13 before they become float16: the largest stays in its range,
-// and what is lost below is 2^-37 of it. The same for G. A running maximum may lag behind by SLACK.
+// Exponentials and G are multiplied by 2^13 before they are rounded to float16: the largest is in
+// its range, and underflow starts at 2^-37 of it. A running maximum may lag behind by 2^SLACK.
 constexpr float HEADROOM = 13, LIFT = 8192, SLACK = 2;
 
-// Of a chunk of the bank.
+// A chunk of the bank, projected and normalised.
 struct Chunk {
   const __half* n;       // [rows, ld]
   const float* inverse;  // [rows] 1 / |z|
@@ -21,16 +21,16 @@ struct Chunk {
 struct Students {
   const __half* u;  // [batch, ld]
   int batch;
-  int ld;      // of all pieces
+  int ld;      // row length, with all pieces
   int pieces;  // 1, or 3 with exact arithmetic
 };
 
-// Two operands of a product u n^T in shared memory, `streams` in two buffers so that the next tile
-// arrives during the products of this one. Where the width has several blocks, they pass through
-// one after another, and the streaming tile ends as the block `own`.
+// The operands of a product u n^T in shared memory: one tile stays, the other operand is streamed
+// past it, double-buffered, so that the next tile is copied during the products of this one. If the
+// width has several blocks, both are loaded block by block, the block `own` last.
 template <int WIDTH, bool EXACT>
 struct Operands {
-  // Of a streaming tile. With 64 the sums of a wide block would not fit into registers.
+  // Rows of a streaming tile. With 64 the sums of a wide block would not fit into registers.
   static constexpr int ROWS = WIDTH == 256 || (WIDTH == 128 && EXACT) ? 32 : 64;
   using Streaming = Tile<__half, WIDTH, ROWS>;
 
@@ -42,7 +42,7 @@ struct Operands {
 
   CKD_DEVICE int blocks() const { return (ld + WIDTH - 1) / WIDTH; }
 
-  // Copies that were started before arrive with the first tile.
+  // Starts the first copies. Copies that the caller has started arrive with the first tile.
   CKD_DEVICE void begin(int first_stream) const {
     if (blocks() > 1) return;
     stays.copy(stay_rows, ld, first_stay, stay_end, 0, ld);
@@ -50,9 +50,9 @@ struct Operands {
     commit_copies();
   }
 
-  // Adds the products of tile `step`, rows from `row` on, and returns the tile. Where there is a
-  // tile after it, `prefetch()` is called behind the barrier, when the other buffer is free, to
-  // start copies that arrive with that tile.
+  // Adds the products of tile `step`, rows from `row` on, and returns the tile (its block `own`).
+  // If another tile follows, calls `prefetch()` after the barrier that frees the other buffer;
+  // copies that it starts arrive with that tile.
   template <class Prefetch>
   CKD_DEVICE Streaming next(Sums<ROWS / 8>& sums, int row, int step,
                             const Prefetch& prefetch) const {
@@ -71,7 +71,7 @@ struct Operands {
     const Streaming tile = streams.tile(0);
     for (int i = 0; i < blocks(); ++i) {
       const int block = (own + 1 + i) % blocks();  // own last
-      sync_block();                                // nobody reads what is overwritten
+      sync_block();                                // no warp still reads the tiles
       stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
       tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
       if (i == 0 && row + ROWS < stream_end) prefetch();

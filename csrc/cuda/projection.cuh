@@ -1,4 +1,4 @@
-// The bank through the projection, and the projection's gradient: matrix products with the bank.
+// Matrix products with the bank: its projection, and the projection's gradient.
 
 #pragma once
 
@@ -24,13 +24,13 @@ CKD_DEVICE void store_projection(const Sums<8>& sums, int first, int rows, int c
   }
 }
 
-// z [rows, ld] = scale_factor scale t P^T + b, for t [rows, D] of S and P of T; ld >= W, and what
-// lies behind W is left; no scale is 1.
+// z [rows, ld] = scale_factor scale t P^T + b, for t [rows, D] of type S and P of type T. ld >= W;
+// columns from W on are not written. With a null scale both factors are 1.
 //
-// A block owns 64 rows and 64 columns, and reads t and P in steps of 64 of D, the next step while
-// it multiplies. Where S is T and rows are aligned, cp.async brings them; else each number is
+// A block computes 64 x 64 elements in steps of 64 along D, and copies the next step while it
+// multiplies. ALIGNED requires S = T and aligned rows: cp.async copies t; otherwise each element is
 // converted. Traffic: t ceil(W / 64) times (from L2), P ceil(rows / 64) times, z once. Sums in
-// float32, those of tiles added rounded with EXACT.
+// float32; with EXACT those of tiles are added with rounding to nearest.
 template <class T, class S, bool ALIGNED, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS)
     project(const S* t, std::int64_t stride, int rows, int dim, const T* weight,
@@ -69,7 +69,7 @@ CKD_KERNEL void __launch_bounds__(THREADS)
   store_projection(sums, first, rows, column, width, factor, bias, z, ld);
 }
 
-// Of bfloat16 that make up a number.
+// The number of bfloat16 pieces of an S.
 template <class S>
 constexpr int PIECES = std::is_same<S, __nv_bfloat16>::value ? 1
                        : std::is_same<S, __half>::value      ? 2
@@ -93,7 +93,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   for (int d = 0; d < dim; d += TILE) {
     for (int i = 0; i < PIECES<S>; ++i) {
       for (int j = 0; i + j < 3; ++j) {
-        sync_block();  // nobody reads what is overwritten
+        sync_block();  // no warp still reads the tiles
         if (j == 0) left.convert(t, stride, first, rows, d, dim, i, AsItIs());
         right.convert(weight, weight_stride, column, width, d, dim, j, AsItIs());
         sync_block();
@@ -106,10 +106,10 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
 
 constexpr int PRODUCT_BYTES = 4 * carve_bytes<__half>(TILE * TILE) + carve_bytes<float>(TILE);
 
-// parts [splits, A, B] (+)= left^T right and, where asked for, column_parts [splits, A] (+)= the
-// sums of the columns of left, for left [rows, A] float32 of any strides and right [rows, B]. Left
-// is scaled when it becomes T, the largest of all of it (or, with largest_stride 1, of each of its
-// columns) to between 2^10 and 2^11. d_weight = dZ^T t and d_bias of the projection, for one.
+// parts [splits, A, B] (+)= left^T right and, unless null, column_parts [splits, A] (+)= the sums
+// of the columns of left, for left [rows, A] float32 of any strides and right [rows, B]. Before it
+// is rounded to T, left is scaled so that its largest element (with largest_stride 1, that of each
+// column) is between 2^10 and 2^11. Computes, for example, d_weight = dZ^T t and d_bias.
 //
 // A block owns 64 columns of left, 64 of right and one split of the rows.
 template <class T, class S, bool ALIGNED>
@@ -123,7 +123,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   Carve carve(memory);
   const Buffers<T, TILE> left = {carve.take<T>(2 * TILE * TILE)};
   const Buffers<T, TILE> right = {carve.take<T>(2 * TILE * TILE)};
-  float* tops = carve.take<float>(TILE);  // of each column
+  float* tops = carve.take<float>(TILE);  // the power of 2 above each column's largest element
   const int a0 = static_cast<int>(blockIdx.x) * TILE, b0 = static_cast<int>(blockIdx.y) * TILE;
   for (int a = static_cast<int>(threadIdx.x); a < TILE; a += THREADS) {
     tops[a] = a0 + a < left_columns
@@ -134,7 +134,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   const int split = static_cast<int>(blockIdx.z), splits = static_cast<int>(gridDim.z);
   const int each = ((rows + splits - 1) / splits + TILE - 1) / TILE * TILE;
   const int begin = split * each, end = min(begin + each, rows);
-  // In exact arithmetic every 64 rows are multiplied several times, by pieces.
+  // Exact arithmetic multiplies every tile once for each pair of pieces.
   constexpr int RIGHT_PIECES = std::is_same<S, T>::value ? 1 : PIECES<S>;
   constexpr int LEFT_PIECES = std::is_same<T, __half>::value ? 2 : 3;
   const auto load = [&](int k, int to, int i, int j) {
@@ -150,7 +150,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   };
   Sums<8> sums;
   sums.clear();
-  // The threads below 64 sum a column each, as it is in float32.
+  // Threads 0 to 63 each sum a column of left in float32.
   const int own_column_of_left = a0 + static_cast<int>(threadIdx.x);
   const bool sums_columns = column_parts != nullptr && blockIdx.y == 0 && threadIdx.x < TILE &&
                             own_column_of_left < left_columns;
@@ -174,7 +174,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     add_rounded_product_of_columns(sums, left.tile(step), right.tile(step));
     if (sums_columns && is_first) {
       const float* at = left_rows + own_column_of_left * left_column_stride;
-      float of_tile = 0;  // on its own first: the errors of long sums grow with their length
+      float of_tile = 0;  // a partial sum, since errors of long sums grow with their length
       for (std::int64_t row = k; row < min(k + TILE, end); ++row) {
         of_tile += at[row * left_stride];
       }

@@ -1,4 +1,4 @@
-// Kernels that go row by row, a warp for each: norms and gradients through them. Bound by memory.
+// Kernels with one warp for each row: norms, and gradients through them. Bound by memory.
 //
 // A row whose norm is below MIN_NORM counts as zero, one whose norm overflows float32 is NaN; 1 /
 // norm is 0 and NaN for them.
@@ -31,25 +31,25 @@ CKD_DEVICE float inverse_norm(float sum_of_squares) {
   return norm <= MAX_FLOAT32 ? 1 / norm : nanf("");
 }
 
-// How unit rows stand in memory. With pieces a row is three times as long, so that the product of a
-// student's and the bank's is high high + low high + high low; and all is times PIECE_SCALE, so
-// that low pieces are no subnormal numbers.
+// The layout of unit rows in memory. With pieces a row is three times as long: high, low, high for
+// students and high, high, low for the bank, so that their product is high high + low high + high
+// low. Pieces are multiplied by PIECE_SCALE, so that low ones are not subnormal.
 enum class Layout { plain, student_pieces, bank_pieces };
 constexpr float PIECE_SCALE = 64;
 
-// By what the product of a student's and the bank's row has to be multiplied.
+// The factor that removes PIECE_SCALE from the product of a student's row and a bank row.
 CKD_DEVICE float product_factor(int pieces) {
   return pieces == 1 ? 1 : 1 / (PIECE_SCALE * PIECE_SCALE);
 }
 
-// Column w of a row of the bank (or of sums of such rows) of `pieces` times `width` columns.
+// Column w, its pieces added, of a bank row (or a sum of them) of `pieces` x `width` columns.
 template <class T>
 CKD_DEVICE float bank_column(const T* row, int w, int width, int pieces) {
   if (pieces == 1) return widen(row[w]);
   return (widen(row[w]) + widen(row[2 * width + w])) / PIECE_SCALE;
 }
 
-// One row of unit rows: x scale with zeros behind the width of x, or nothing but zeros.
+// Writes a unit row: x scale, with zeros past the width of x; all zeros if not `used`.
 template <class T>
 CKD_DEVICE void write_unit_row(const T* x, int width, float scale, bool used, __half* to, int ld,
                                Layout layout) {
@@ -67,8 +67,7 @@ CKD_DEVICE void write_unit_row(const T* x, int width, float scale, bool used, __
   }
 }
 
-// unit [rows, ld] = x / |x|, and ld three times as long if there are pieces; inverse [rows] = 1 /
-// |x| (or null).
+// unit [rows, ld] = x / |x|, [rows, 3 ld] with pieces; inverse [rows] = 1 / |x|, or null.
 template <class T>
 struct UnitRows {
   const T* x;
@@ -94,7 +93,7 @@ struct UnitRows {
   }
 };
 
-// Words that a later kernel of the call wants to begin with 0.
+// 32-bit words to be set to 0 for a later kernel of the call.
 struct Cleared {
   std::uint32_t* words;
   int count;
@@ -110,7 +109,7 @@ CKD_KERNEL void __launch_bounds__(THREADS) unit_rows(UnitRows<T> of) {
   of.write(warp_row());
 }
 
-// Of students, to whom the first blocks go, and of the bank.
+// Unit rows of the students, by the first blocks of the grid, and of the bank.
 template <class S, class Z>
 CKD_KERNEL void __launch_bounds__(THREADS)
     unit_rows_of_both(UnitRows<S> students, UnitRows<Z> bank, Cleared cleared) {
@@ -124,9 +123,9 @@ CKD_KERNEL void __launch_bounds__(THREADS)
   }
 }
 
-// d_n [rows, pieces ld] becomes d_z = (d_n - (d_n . n) n) / |z| in its first ld columns; `largest`
-// the maximum of all |d_z|; times a scale, if there is one. The columns of d_n are those of
-// students: high and low ones add up.
+// Overwrites the first ld columns of dN [rows, pieces ld] with dZ = scale (dN - (dN . n) n) / |z|,
+// where a null scale is 1, and raises `largest` to the maximum of |dZ|. Columns of dN are those of
+// the students' pieces: high and low ones are added.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     through_norm(float* gradient, const __half* n, const float* inverse, std::int64_t rows, int ld,
                  int pieces, const float* scale, float* largest) {
@@ -158,9 +157,8 @@ CKD_DEVICE float by_lse(const ContrastiveCeBackward& op, std::int64_t i) {
   return op.d_lse == nullptr ? 0 : op.d_lse[i * op.d_lse_stride];
 }
 
-// What the bank's gradient needs of the students, in arrays of [batch]. With log2_sum = lse / log
-// 2, G_ik = by_p p_ik - by_all, at the target at_target - by_all; zeros where no gradient comes
-// from, since such rows may hold NaN.
+// Factors of G for each student, in arrays of [batch]: G_ik = by_p p_ik - by_all, at the target
+// at_target - by_all; log2_sum = lse / log 2. 0 for rows without gradient, which may hold NaN.
 struct Factors {
   enum Array { column, log2_sum, by_p, at_target, by_all, size, ARRAYS };
   float* data;  // null: not asked for
@@ -180,10 +178,10 @@ struct Factors {
     array(by_p)[i] = g + h;
     array(at_target)[i] = h * (1 - other) - g * (other - smoothing);
     array(by_all)[i] = g * (smoothing / static_cast<float>(op.in.bank.count));
-    // What |G| is at most, but at the target.
+    // An upper bound of |G|, except at the target.
     array(size)[i] = fabsf(g) * fmaxf(other, smoothing) + fabsf(h);
   }
-  // The numbers behind the last student: copies of 16 bytes touch them.
+  // Zeros after the last student, since copies of 16 bytes read them.
   CKD_DEVICE void clear_padding(std::int64_t students) const {
     for (int index = 0; index < ARRAYS; ++index) {
       for (std::int64_t i = students; i < stride; ++i) array(index)[i] = 0;
@@ -191,9 +189,8 @@ struct Factors {
   }
 };
 
-// d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention; and u
-// [rows, ld], or null, of those that some gradient reaches, with their factors. The others get
-// zeros, whatever they hold.
+// d_student and `along`, whose sum is d logit_scale, from slope = g residual + h attention; and,
+// unless u is null, u [rows, ld] and the factors. All 0 for rows without gradient, even if NaN.
 template <class T>
 CKD_KERNEL void __launch_bounds__(THREADS)
     student_rows(ContrastiveCeBackward op, __half* u, int ld, Layout layout, Factors factors,

@@ -11,20 +11,19 @@
 
 namespace ckd::cuda {
 
-// What the forward keeps of each part of the bank.
+// The forward's partial sums over each part of the bank.
 struct PartSums {
-  // [blocks, parts, batch] of the exponentials, to base 2; a copy for each block of W
-  float* shift;
+  float* shift;   // [blocks, parts, batch] of the base-2 exponents; a copy for each block of W
   float* total;   // [parts, batch] sum over k != y of 2^(l - shift)
   float* values;  // [parts, batch, ld] the same, times n; null: not kept
 };
 
-// -1 where the row of the bank is in another chunk, or -1 itself.
+// Row y of the bank as a row of the chunk; -1 if it is in another chunk or y is -1.
 CKD_DEVICE int row_of_chunk(std::int64_t y, const Chunk& chunk) {
   return y >= chunk.first && y < chunk.first + chunk.rows ? static_cast<int>(y - chunk.first) : -1;
 }
 
-// n_target [batch, ld] gets n_y of the students whose target is in the chunk; a warp for each.
+// Copies n_y of students whose target is in the chunk to n_target [batch, ld]; a warp for each.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     keep_targets(Students students, Chunk chunk, Targets targets, __half* n_target) {
   const std::int64_t i = warp_row();
@@ -36,12 +35,11 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   }
 }
 
-// Students stand still, 64 to a block, and the bank passes: sums over the rows of one part of a
-// chunk (axis y), E' for one block of the width (axis z), added to those of the chunks before.
+// Student-stationary: a block keeps 64 students and streams one part of a chunk (grid axis y) past
+// them. Its sums, and E' of one block of the width (axis z), are added to those of earlier chunks.
 //
 // Work: 2 B K W for the logits of each block of the width, 2 B K W for E', B K exponentials.
-// Traffic: u once, n ceil(B / 64) times (from L2), the sums once. Everything but operands in
-// float32.
+// Traffic: u once, n ceil(B / 64) times (from L2), the sums once. All but the operands in float32.
 template <int WIDTH, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
     softmax_sums(Students students, Chunk chunk, Targets targets, const float* scale,
@@ -65,7 +63,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   float* shifts = out.shift + static_cast<std::int64_t>(operands.own * parts + part) * batch;
   const int columns = students.ld - operands.own * WIDTH;
 
-  int y[2];  // rows of the chunk, negative where there is no target in it
+  int y[2];  // the targets' rows of the chunk, -1 for targets elsewhere
   float top[2], total[2];
   Sums<WIDTH / 8> values;
   values.clear();
@@ -73,7 +71,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   for (int h = 0; h < 2; ++h) {
     const int i = i0 + own_row() + 8 * h;
     y[h] = i < batch ? row_of_chunk(load_target(targets, i, chunk.bank_rows), chunk) : -1;
-    // l >= -logit_scale, and the sums of the chunks before may not be scaled up.
+    // Starts at -logit_scale, the least l, or at the maximum of earlier chunks: sums scale down.
     top[h] = chunk.first == 0 || i >= batch ? -tau * LOG2E : shifts[i] + HEADROOM;
     total[h] = 0;
   }
@@ -84,7 +82,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     Sums<ROWS / 8> p;
     p.clear();
     const auto tile = operands.next(p, k0, step, [] {});
-    // Few tiles have columns that do not count: those past the end, and a row's target.
+    // Masks columns past the end and targets, which few tiles have.
     const int rest = end - k0, own[2] = {y[0] - k0, y[1] - k0};
     if (rest < ROWS || in_tile(own[0], ROWS) || in_tile(own[1], ROWS)) {
 #pragma unroll
@@ -104,8 +102,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) largest[h] = max_of_row(largest[h]) * to_base_2;
-    // Scaling the sums down is put off until an exponential would be above 2^SLACK times
-    // 2^HEADROOM.
+    // Sums are scaled down only when an exponential would exceed 2^(HEADROOM + SLACK).
     if (any_of_warp(largest[0] > top[0] + SLACK || largest[1] > top[1] + SLACK)) {
       float rescale[2];
 #pragma unroll
@@ -138,8 +135,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     }
   }
 
-  // The chunk's sums began at zero, so that the matrix unit adds up no more than one part of it:
-  // those of the chunks before are added here.
+  // The chunk's sums began at zero, since tensor cores truncate; those of earlier chunks are added.
   float of_before[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -165,7 +161,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
                  operands.own * WIDTH;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
-      if (8 * n >= columns) break;  // of which there are a multiple of 16
+      if (8 * n >= columns) break;  // `columns` is a multiple of 16
       float2* pair = reinterpret_cast<float2*>(row + own_column(n));
       float2 sum = {values.at[n][2 * h], values.at[n][2 * h + 1]};
       if (chunk.first > 0) {
@@ -177,7 +173,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   }
 }
 
-// n_sum [parts, ld] (+)= the sums of the rows of n, a part of them to each block of axis y.
+// n_sum [parts, ld] (+)= the sums of rows of n: those with row % parts == part (grid axis y).
 static CKD_KERNEL void __launch_bounds__(THREADS) sum_rows(Chunk chunk, int ld, float* n_sum) {
   const int w = static_cast<int>(blockIdx.x * THREADS + threadIdx.x);
   if (w >= ld) return;
@@ -188,10 +184,10 @@ static CKD_KERNEL void __launch_bounds__(THREADS) sum_rows(Chunk chunk, int ld, 
   n_sum[blockIdx.y * ld + w] = sum;
 }
 
-// log(1 + exp(-x)) for x >= 0, exact when tiny too.
+// log(1 + exp(-x)) for x >= 0, accurate for tiny results too.
 CKD_DEVICE float softplus_of_minus(float x) { return log1pf(expf(-x)); }
 
-// n_y of student i: a row of the bank where all of it stands in one chunk, else what was kept.
+// n_y of the students: bank rows if the bank is one chunk, else the copies of keep_targets.
 struct TargetRows {
   const __half* rows;
   bool is_bank;
@@ -201,7 +197,7 @@ struct TargetRows {
   }
 };
 
-// The parts of one student become one, and its results; by a warp.
+// Combines the partial sums of student i and writes its results; for one warp.
 CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& students,
                             const PartSums& sums, int parts, TargetRows n_target,
                             const float* n_sum, int n_sum_parts, std::int64_t i) {
@@ -270,8 +266,8 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
 
 constexpr int COMBINE_BYTES = carve_bytes<float>(THREADS / 32) + 2 * carve_bytes<int>(THREADS / 32);
 
-// The results of the students, a warp for each; then the block that comes last adds up the losses,
-// which are few beside all else, always in one order.
+// The results of the students, a warp for each; then the block that arrives last sums the losses (a
+// small part of the work), always in the same order.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     combine(ContrastiveCeForward op, Students students, PartSums sums, int parts,
             TargetRows n_target, const float* n_sum, int n_sum_parts, int* arrived) {
@@ -289,7 +285,7 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   if (thread == 0) *last = arrive(arrived) == static_cast<int>(gridDim.x) - 1;
   sync_block();
   if (*last == 0) return;
-  double long_sum = 0;  // of as many terms as the batch is long
+  double long_sum = 0;  // in double, since it has B / THREADS terms
   int kept = 0;
   for (std::int64_t i = thread; i < batch; i += THREADS) {
     long_sum += static_cast<double>(op.nll[i]);

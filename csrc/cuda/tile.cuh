@@ -4,13 +4,13 @@
 // most 1 (x = high + low keeps 22 bits, and misses at most 2^-25), bfloat16 ones, with float32's
 // range, in products with the bank. Products of two small pieces are left out.
 //
-// The matrix unit cuts sums off towards zero (csrc/emulation/matrix.cpp): a sum to which it adds n
-// products of 16 terms loses some n 2^-23 of itself, always towards zero. So exact arithmetic sums
-// no more than a tile there, and adds the tiles' products as float32 numbers are, rounded.
+// Tensor cores truncate sums towards zero (csrc/emulation/matrix.cpp): a sum of n products of 16
+// terms loses about n 2^-23 of itself. So exact arithmetic accumulates no more than one tile in
+// them, and adds the products of tiles with ordinary float32 additions, which round to nearest.
 //
 // A block is four warps. A product has 64 rows, of which each warp owns 16; its sums are float32
-// and lie in registers as m16n8k16 leaves them: sums[n][e] of a lane is at row 16 warp + lane / 4 +
-// 8 (e / 2) and column 8 n + 2 (lane % 4) + e % 2.
+// in the register layout of m16n8k16: sums[n][e] of a lane is at row 16 warp + lane / 4 + 8 (e / 2)
+// and column 8 n + 2 (lane % 4) + e % 2.
 
 #pragma once
 
@@ -25,7 +25,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 CKD_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / 32; }
 CKD_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % 32; }
-// Of this lane's sums with e < 2, in the tile; those with e >= 2 are 8 rows below.
+// The row, in the tile, of this lane's sums with e < 2; those with e >= 2 are 8 rows below.
 CKD_DEVICE int own_row() { return 16 * warp_index() + lane_index() / 4; }
 CKD_DEVICE int own_column(int n) { return 8 * n + 2 * (lane_index() % 4); }
 
@@ -33,7 +33,7 @@ CKD_DEVICE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ?
 
 CKD_DEVICE bool in_tile(int row, int rows) { return row >= 0 && row < rows; }
 
-// The four lanes that hold a row.
+// Reductions over the four lanes that hold a row.
 CKD_DEVICE float sum_of_row(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
@@ -57,7 +57,7 @@ CKD_DEVICE T narrow(float x) {
   }
 }
 
-// Piece `index` of x: what the pieces before it miss.
+// Piece `index` of x: x minus the pieces before it, rounded.
 template <class T>
 CKD_DEVICE T piece_of(float x, int index) {
   T piece = narrow<T>(x);
@@ -77,43 +77,43 @@ CKD_DEVICE std::uint32_t half_pair(float low, float high) {
 
 constexpr int ROW_BYTES = TILE * 2;  // of a panel
 
-// A lane's 16 bytes of matrices of a tile of ROWS rows: what depends on the lane is kept, the rest
-// is constant where loops are unrolled.
+// The address of a lane's 16 bytes in a tile of ROWS rows: the fields depend on the lane, and the
+// arguments of `at` are constants where loops are unrolled.
 template <int ROWS>
 struct LanePiece {
   SharedAddress row;
   int offset;  // in the row, in bytes
 
-  // So many rows below, a multiple of 8, and columns behind, a multiple of 16.
+  // The address `rows`, a multiple of 8, below and `columns`, a multiple of 16, to the right.
   CKD_DEVICE SharedAddress at(int rows, int columns) const {
     return row + (offset ^ (columns % TILE * 2)) + (rows + columns / TILE * ROWS) * ROW_BYTES;
   }
 };
 
-// ROWS rows of COLUMNS numbers, in panels of 64 columns. A row of a panel is 8 pieces of 16 bytes,
-// and piece p of row r stands at p ^ (r % 8): the eight rows of a matrix, at one column, then lie
-// in different banks.
+// ROWS rows of COLUMNS elements, in panels of 64 columns. A row of a panel is 8 pieces of 16 bytes,
+// swizzled: piece p of row r is stored at p ^ (r % 8), so that ldmatrix reads the eight rows of a
+// matrix from different memory banks.
 template <class T, int COLUMNS, int ROWS = TILE>
 struct Tile {
   static constexpr int SIZE = ROWS * COLUMNS;
   T* data;
 
-  // Of 8 numbers from `column` on, a multiple of 8.
+  // The address of 8 elements from `column` on, a multiple of 8.
   CKD_DEVICE T* piece(int row, int column) const {
     return data + column / TILE * (ROWS * TILE) + row * TILE + ((column / 8 % 8) ^ (row % 8)) * 8;
   }
   CKD_DEVICE T& at(int row, int column) const { return piece(row, column)[column % 8]; }
-  // The same piece as a lane's.
+  // The same address as a LanePiece.
   CKD_DEVICE LanePiece<ROWS> lane_piece(int row, int column) const {
     return {shared_address(data) + (column / TILE * ROWS + row) * ROW_BYTES,
             ((column / 8 % 8) ^ (row % 8)) * 16};
   }
 
-  // Rows first_row.. and columns first_column.. of a matrix [rows, columns] whose rows are `stride`
-  // apart and aligned to 16 bytes; zeros beyond its edges. In flight until waited for.
+  // Copies rows first_row.. and columns first_column.. of a matrix [rows, columns] whose rows are
+  // `stride` apart and aligned to 16 bytes; zeros beyond its edges. Asynchronous: see wait_copies.
   CKD_DEVICE void copy(const T* matrix, std::int64_t stride, int first_row, int rows,
                        int first_column, int columns) const {
-    constexpr int PER_ROW = COLUMNS / 8, STEP = THREADS / PER_ROW;  // rows that go at once
+    constexpr int PER_ROW = COLUMNS / 8, STEP = THREADS / PER_ROW;  // rows copied at once
     static_assert(STEP % 8 == 0 || 8 % STEP == 0, "a thread's rows differ in few bits");
     const int thread = static_cast<int>(threadIdx.x);
     const int row = thread / PER_ROW, column = thread % PER_ROW * 8;
@@ -123,15 +123,15 @@ struct Tile {
     const T* from = matrix + (first_row + row) * stride + first_column + column;
 #pragma unroll
     for (int i = 0; i < ROWS / STEP; ++i) {
-      // Of no bytes, nothing is read: beyond the edge the address does not matter.
+      // A copy of 0 bytes reads nothing, so that addresses beyond the edge do no harm.
       copy_async(to.row + i * STEP * ROW_BYTES + (to.offset ^ (i * STEP % 8 * 16)), from,
                  i * STEP < rest ? bytes : 0);
       from += STEP * stride;
     }
   }
 
-  // Piece `index` of the same from any dtype and alignment, times factor(column of the tile);
-  // arrives with the next barrier.
+  // The same for any dtype and alignment: stores piece `index` of the elements times factor(column
+  // of the tile). Not asynchronous: the next barrier makes it visible.
   template <class S, class Factor>
   CKD_DEVICE void convert(const S* matrix, std::int64_t stride, int first_row, int rows,
                           int first_column, int columns, int index, const Factor& factor,
@@ -149,7 +149,7 @@ struct AsItIs {
   CKD_DEVICE float operator()(int) const { return 1; }
 };
 
-// Two tiles in turn: one arrives while the other is used.
+// A double buffer: one tile is copied while the other is used.
 template <class T, int COLUMNS, int ROWS = TILE>
 struct Buffers {
   T* data;
@@ -174,7 +174,7 @@ struct Sums {
   }
 };
 
-// sums [64, ROWS] += left right^T over the COLUMNS of both, in the matrix unit.
+// sums [64, ROWS] += left right^T over the COLUMNS of both, accumulated in tensor cores.
 template <class T, int COLUMNS, int ROWS>
 CKD_DEVICE void add_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
                                     Tile<T, COLUMNS, ROWS> right) {
@@ -195,7 +195,7 @@ CKD_DEVICE void add_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
   }
 }
 
-// The same with the product summed from zero, and added rounded.
+// The same, but the product is accumulated from zero and then added with rounding to nearest.
 template <class T, int COLUMNS, int ROWS>
 CKD_DEVICE void add_rounded_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMNS> left,
                                             Tile<T, COLUMNS, ROWS> right) {
@@ -205,7 +205,7 @@ CKD_DEVICE void add_rounded_product_of_rows(Sums<ROWS / 8>& sums, Tile<T, COLUMN
   sums.add(part);
 }
 
-// What float16 misses of the numbers.
+// Replaces elements by their rounding errors in float16.
 template <int N>
 CKD_DEVICE void keep_rest(Sums<N>& x) {
 #pragma unroll
@@ -215,9 +215,9 @@ CKD_DEVICE void keep_rest(Sums<N>& x) {
   }
 }
 
-// sums [64, COLUMNS] += left right, where left [64, ROWS] stands in registers as the sums of a
-// product do and becomes float16; the tile's product is summed from zero and added rounded, or
-// added in the matrix unit, which takes fewer registers.
+// sums [64, COLUMNS] += left right, where left [64, ROWS] is in registers, as the sums of a product
+// are, and is rounded to float16. With ROUNDED the tile's product is accumulated from zero and then
+// added with rounding to nearest; without, in tensor cores, which takes fewer registers.
 template <bool ROUNDED, int COLUMNS, int ROWS>
 CKD_DEVICE void add_product(Sums<COLUMNS / 8>& sums, const Sums<ROWS / 8>& left,
                             Tile<__half, COLUMNS, ROWS> right) {
@@ -252,7 +252,7 @@ CKD_DEVICE void add_product(Sums<COLUMNS / 8>& sums, const Sums<ROWS / 8>& left,
   }
 }
 
-// sums [64, 64] += left^T right over the rows of both: a product summed from zero, added rounded.
+// sums [64, 64] += left^T right over the rows of both, accumulated from zero, then added rounded.
 template <class T>
 CKD_DEVICE void add_rounded_product_of_columns(Sums<8>& sums, Tile<T, TILE> left,
                                                Tile<T, TILE> right) {
@@ -277,12 +277,12 @@ CKD_DEVICE void add_rounded_product_of_columns(Sums<8>& sums, Tile<T, TILE> left
   sums.add(part);
 }
 
-// Whether numbers at even columns of a matrix and those behind them can be stored together.
+// Whether an even column of a matrix and the next one can be stored as one float2.
 CKD_DEVICE bool has_aligned_pairs(const float* matrix, std::int64_t stride) {
   return stride % 2 == 0 && reinterpret_cast<std::uintptr_t>(matrix) % sizeof(float2) == 0;
 }
 
-// The numbers at an even column and the one behind it, those below `width`, (+)= values.
+// row[column], row[column + 1] (+)= values for an even column, but only columns below `width`.
 CKD_DEVICE void store_columns(float* row, int column, int width, bool aligned, bool add,
                               float2 values) {
   if (aligned && column + 1 < width) {
@@ -295,12 +295,12 @@ CKD_DEVICE void store_columns(float* row, int column, int width, bool aligned, b
   if (column + 1 < width) row[column + 1] = values.y + (add ? row[column + 1] : 0.0f);
 }
 
-// NaN in place of a scale that the op refuses: the GPU says so without a synchronisation.
+// The scale, or NaN for one that the op refuses: this reports it without a synchronisation.
 CKD_DEVICE float positive(const float* scale) {
   return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");
 }
 
-// By which one can multiply and divide without rounding.
+// A power of 2, since multiplying and dividing by it does not round.
 CKD_DEVICE float power_of_2_above(float x) {
   int exponent;
   frexpf(x, &exponent);

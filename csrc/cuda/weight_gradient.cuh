@@ -1,6 +1,6 @@
 // The projection's gradient in half precision: d_weight = dZ^T T and d_bias, the sums of the
-// columns of dZ. dZ becomes 16-bit numbers, 64 rows at a time times a power of 2, so that a product
-// of such a tile is one of plain matrices, and is scaled back when it is added to the sums.
+// columns of dZ. dZ is stored in 16 bits with one scale, a power of 2, for each tile of 64 rows. A
+// tile's product is scaled back when it is added to the sums.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace ckd::cuda {
 // dZ of a chunk as it is stored.
 struct ScaledGradient {
   void* rows;          // [rows, ld] of float16 or bfloat16
-  bool is_bfloat16;    // as the bank it is multiplied with
+  bool is_bfloat16;    // the bank is multiplied in the same dtype
   float* scales;       // [tiles of 64 rows] by which to multiply the rows
   float* column_sums;  // [tiles of 64 rows, ld] of dZ itself, as float32; null: not asked for
 
@@ -24,14 +24,13 @@ struct ScaledGradient {
   }
 };
 
-// To between 2^14 and 2^15: what is lost below is 2^-39 of the largest number of a tile.
+// Scales a tile's largest element to between 2^14 and 2^15: underflow starts at 2^-39 of it.
 CKD_DEVICE float scale_to_store(float largest) {
   constexpr float TOP = 32768, SMALLEST = 1e-30f;
   return TOP / power_of_2_above(fmaxf(largest, SMALLEST));
 }
 
-// The largest of a block's numbers that are not negative; `of_warps` is one for each warp, which
-// nobody uses any more.
+// The maximum over the block of x >= 0; `of_warps` is shared memory: a free float for each warp.
 CKD_DEVICE float max_of_block(float x, float* of_warps) {
   x = max_of_warp(x);
   if (lane_index() == 0) of_warps[warp_index()] = x;
@@ -40,8 +39,8 @@ CKD_DEVICE float max_of_block(float x, float* of_warps) {
   return x;
 }
 
-// dZ = (dN - (dN . n) n) factor / |z| of `rows` rows, 64 at most, from dN, whose rows are `stride`
-// apart and which is overwritten, into tile blockIdx.x of `out`; `tops` is one number a warp.
+// Writes dZ = factor (dN - (dN . n) n) / |z| of at most 64 rows to tile blockIdx.x of `out`, and
+// overwrites dN, whose rows are `stride` apart; `tops` is shared memory of a float for each warp.
 CKD_DEVICE void through_norm_of_tile(float* gradient, int stride, const __half* n,
                                      const float* inverse, int rows, int ld, float factor,
                                      float* tops, const ScaledGradient& out) {
@@ -65,7 +64,8 @@ CKD_DEVICE void through_norm_of_tile(float* gradient, int stride, const __half* 
       d[w] = x;
     }
   }
-  const float to_store = scale_to_store(max_of_block(top, tops));  // all rows are written
+  // The barrier in max_of_block also makes all rows of dZ visible.
+  const float to_store = scale_to_store(max_of_block(top, tops));
   if (threadIdx.x == 0) out.scales[blockIdx.x] = 1 / to_store;
   const std::int64_t tile = blockIdx.x;
   for (int w = 2 * static_cast<int>(threadIdx.x); w < ld; w += 2 * THREADS) {
@@ -84,7 +84,7 @@ CKD_DEVICE void through_norm_of_tile(float* gradient, int stride, const __half* 
   }
 }
 
-// The same of all rows of dN [rows, ld], times logit_scale if there is one.
+// The same for all rows of dN [rows, ld], where the factor is the scale, or 1 if null.
 static CKD_KERNEL void __launch_bounds__(THREADS)
     through_norm_scaled(float* gradient, const __half* n, const float* inverse, int rows, int ld,
                         const float* scale, ScaledGradient out) {
@@ -101,11 +101,11 @@ constexpr int GRADIENT_COLUMNS = 128, GRADIENT_STAGES = 3;
 constexpr int GRADIENT_BYTES =
     GRADIENT_STAGES * carve_bytes<__half>(TILE * (TILE + GRADIENT_COLUMNS));
 
-// parts [splits, W, D] (+)= dZ^T t and, where asked for, column_parts [splits, W] (+)= the sums of
-// the columns of dZ, for t [rows, D] of S.
+// parts [splits, W, D] (+)= dZ^T t and, unless null, column_parts [splits, W] (+)= the sums of the
+// columns of dZ, for t [rows, D] of type S.
 //
-// A block owns 64 columns of dZ, 128 of t and one split of the rows, in steps of 64, of which two
-// are under way while one is multiplied; a warp owns 32 x 64 of the sums. Traffic: t ceil(W / 64)
+// A block owns 64 columns of dZ, 128 of t and one split of the rows, in steps of 64 rows: two are
+// being copied while one is multiplied. A warp owns 32 x 64 of the sums. Traffic: t ceil(W / 64)
 // times and dZ ceil(D / 128) times (from L2).
 template <class T, class S, bool ALIGNED>
 CKD_KERNEL void __launch_bounds__(THREADS, 2)
@@ -136,7 +136,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 2)
         right_tile(tile).convert(right, stride, tile * TILE, rows, b0, dim, 0, AsItIs());
       }
     }
-    commit_copies();  // an empty group too: they are counted
+    commit_copies();  // also an empty group: wait_copies counts groups
   };
   const int warp = warp_index(), lane = lane_index();
   const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 64;
