@@ -6,10 +6,10 @@ The softmax sums leave the target out: with a = log sum_{k != y} exp l_k - l_y,
 
     nll = softplus(a)    p_other = sigmoid(a)    d nll / d (logit_scale u) = p_other (E'/Z' - n_y)
 
-where Z' = sum_{k != y} exp l_k and E' = sum_{k != y} exp(l_k) n_k. Exponentials stand under a
-running maximum (to base 2), whatever the scale: float16 weights of the values would underflow under
-a fixed one. Students and bank come as unit rows, in the operands' dtype, rows `width` apart, with
-zeros behind the student's own width (rows.py, products.py).
+where Z' = sum_{k != y} exp l_k and E' = sum_{k != y} exp(l_k) n_k. A running maximum is subtracted
+from exponents (to base 2) at every scale: with a fixed shift, float16 weights of the values would
+underflow. Students and bank are unit rows, in the operands' dtype, rows `width` apart, with zeros
+past the student's own width (rows.py, products.py).
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from .rows import MAX_FLOAT32, add_product, load_scale, load_targets, to_operand
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # With half-precision operands exponentials are multiplied by 2^13: the largest stays in float16's
-# range, and what is lost below it is 2^-37 of it.
+# range, and underflow starts at 2^-37 of it.
 HEADROOM = tl.constexpr(13.0)
-NO_COSINE = tl.constexpr(
-    -2.0
-)  # below every cosine, and finite: a factor of no rows is then not NaN
+# The maximum over no rows: below every cosine, and finite, so that rescaling gives no NaN.
+NO_COSINE = tl.constexpr(-2.0)
 MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
 def softplus_of_minus(x):
-    """log(1 + exp(-x)) = 2 atanh(e / (2 + e)) for x >= 0 and e = exp(-x), exact when tiny too."""
+    """log(1 + exp(-x)) = 2 atanh(e / (2 + e)) for x >= 0 and e = exp(-x), accurate if tiny too."""
     e = tl.exp2(-x * LOG2E)
     s = e / (2.0 + e)
     q = s * s
@@ -43,7 +42,7 @@ def softplus_of_minus(x):
 
 @triton.jit
 def load_scale_to_base_2(scale):
-    """logit_scale log2(e), never subnormal nor infinite: times -inf or 0 it is not NaN."""
+    """logit_scale log2(e), clamped to normal numbers: times -inf or 0 it is not NaN."""
     to_base_2 = tl.minimum(load_scale(scale) * LOG2E, MAX_FLOAT32, tl.PropagateNan.ALL)
     return tl.where(to_base_2 < MIN_NORMAL, MIN_NORMAL, to_base_2)
 
@@ -62,7 +61,7 @@ def keep_targets_kernel(
     BLOCK_BATCH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """n_y of the students whose target is among these bank rows."""
+    """Stores n_y of the students whose target is among these bank rows."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     k = load_targets(target, i, i < batch, ignore_index, bank_rows) - first
     mine = (k >= 0) & (k < rows)
@@ -89,7 +88,7 @@ def logits_tile(
 ):
     """Cosines of rows i of left and k of right, in steps of BLOCK_INNER of the width."""
     if PRECISION == "tf32":
-        tl.assume(width > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+        tl.assume(width > 0)  # the loop runs: ptxas serialises wgmma in one that may not
     total = tl.zeros([BLOCK_LEFT, BLOCK_RIGHT], tl.float32)
     for start in range(0, width, BLOCK_INNER):
         w = start + tl.arange(0, BLOCK_INNER)
@@ -123,7 +122,7 @@ def softmax_step(
     top,
     z,
     e,
-    EDGE: tl.constexpr,  # rows of the tile may lie behind `end`
+    EDGE: tl.constexpr,  # rows of the tile may be past `end`
     KEEP_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
@@ -131,10 +130,10 @@ def softmax_step(
     WHOLE: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    """The state (top, z, e) with one more tile of the bank. The maximum is one of cosines: their
-    difference is exact where it counts, and the largest exponent is `headroom` at every scale.
-    Comparisons are of 32-bit numbers within the tile: these instructions are what limits the loop,
-    beside the matrix units."""
+    """Returns the state (top, z, e) after one more tile of the bank. `top` is a maximum of cosines,
+    not of logits: differences of close cosines are exact, and the largest exponent is `headroom` at
+    every scale. Masks compare 32-bit indices within the tile, since these instructions limit the
+    loop, beside the tensor cores."""
     column = tl.arange(0, BLOCK_BANK)
     k = (k0 + column).to(tl.int64)
     inside = (w < width)[None, :]
@@ -185,11 +184,11 @@ def forward_kernel(
     BLOCK_BANK: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,  # columns of the values that a program keeps
     WHOLE: tl.constexpr,  # they are the whole width; else program axis 2 has the others
-    BLOCK_INNER: tl.constexpr,  # steps of the logits' sums, where they are not
+    BLOCK_INNER: tl.constexpr,  # columns of a step of the logits' sums, without WHOLE
 ):
-    """Students stand still and the bank passes: sums over the rows of one split (axis 1). Programs
-    of axis 2 keep a top and a total each: none may read what another has written by then. Where
-    `first` is not 0, top, total and values hold what earlier rows of the bank left."""
+    """Student-stationary: a program keeps its students and loops over the bank rows of one split
+    (axis 1). Programs of axis 2 have a top and a total each, since none may read what another has
+    overwritten. If `first` is not 0, top, total and values hold the state after earlier rows."""
     row = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     i = row.to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -236,9 +235,9 @@ def forward_kernel(
 
 @triton.jit
 def is_last_program(arrived):
-    """Atomic counter of finished programs: true in the last one, to which all that the others
-    stored before they counted is visible."""
-    tl.debug_barrier()  # the atomic releases what its own thread has seen
+    """Counts finished programs: true in the last one, to which all earlier stores of the others are
+    visible."""
+    tl.debug_barrier()  # the atomic releases stores of its own thread, and those before a barrier
     return tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1
 
 
@@ -273,8 +272,8 @@ def combine_kernel(
     residual,  # [batch, student_dim]
     attention,  # [batch, student_dim]
     reference,  # [2, batch]: a cosine c, and (lse - logit_scale c) log2(e)
-    loss,  # [] with MEAN, that of nll over the students that are not ignored, 0 of none
-    kept,  # [] float32, with MEAN: how many they are, at least 1
+    loss,  # [] with MEAN: the mean nll of students that are not ignored, 0 if all are
+    kept,  # [] float32, with MEAN: the number of these students, at least 1
     arrived,  # [] int32, 0: how many programs have stored their nll
     batch,
     splits,
@@ -295,8 +294,8 @@ def combine_kernel(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_MEAN: tl.constexpr,
 ):
-    """The splits become one under the largest top, and the students' results. The last program to
-    arrive takes the mean, always in the same order."""
+    """Combines the splits, rescaled to the largest top, and writes the students' results. The last
+    program to arrive computes the mean, always in the same order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     here = i < batch
     column = tl.arange(0, BLOCK_WIDTH)
@@ -326,7 +325,7 @@ def combine_kernel(
             mean += tl.sum(query.to(tl.float32) * n_all[None, :], 1)
     factor = load_scale(scale)
     l_y = along * factor
-    odds = (highest - along) * factor + log_z  # -inf where the target is the whole bank
+    odds = (highest - along) * factor + log_z  # -inf if the target is the bank's only row
     distance = tl.abs(odds)
     small = tl.exp2(-distance * LOG2E)
     other = tl.where(has_target, tl.where(odds < 0, small, 1.0) / (1.0 + small), 1.0)
@@ -334,11 +333,11 @@ def combine_kernel(
     tl.store(lse + i, tl.where(has_target, l_y + row_nll, highest * factor + log_z), mask=here)
     tl.store(p_other + i, other, mask=here)
     if KEEP_REFERENCE:
-        # The lse itself is as large as the scale, and its rounding would be one of every p_ik. What
-        # it is beyond the largest cosine's logit is small, and exact.
+        # The lse is as large as the scale, and its rounding error would be that of every p_ik. Its
+        # distance from the largest cosine's logit is small, and so is the rounding error.
         beyond = tl.where(odds < 0, -odds, 0.0) + softplus_of_minus(distance)
         beyond = log_z + tl.where(has_target, beyond, 0.0)
-        alone = has_target & (z == 0)  # the target is the whole bank
+        alone = has_target & (z == 0)  # the target is the bank's only row
         tl.store(reference + i, tl.where(alone, along, highest), mask=here)
         tl.store(reference + batch + i, tl.where(alone, 0.0, beyond * LOG2E), mask=here)
     if SMOOTH:
@@ -376,6 +375,6 @@ def combine_kernel(
             if KEEP_ATTENTION:
                 average = other[:, None] * n_other + (1.0 - other)[:, None] * n_y
                 tl.store(attention + out_at, average, mask=inside)
-    if MEAN:  # noqa: SIM102 (a constant, unlike the other)
+    if MEAN:  # noqa: SIM102 (a compile-time constant)
         if is_last_program(arrived):
             store_mean(nll, target, loss, kept, batch, ignore_index, BLOCK_MEAN)

@@ -5,11 +5,11 @@ With p_ik = exp(l_ik - lse_i), g = d loss / d nll and h = d loss / d lse,
     G_ik = (g_i + h_i) p_ik - g_i [k = y_i]        dN_k = logit_scale sum_i G_ik u_i
     dZ_k = (dN_k - (dN_k.n_k) n_k) / |z_k|
 
-At the target G is taken as h p - g p_other, where nothing cancels.
-G is divided by the largest value that it may have, |g| max(p_other, label_smoothing) + |h|, and
-multiplied by 2^13 before it becomes half precision: loss weights of any size survive, and losses of
-any. The magnitude of g + h stands in the exponent and its sign in u, so that an element of G costs
-a subtraction, one FMA and one exp2.
+At the target G is computed as h p - g p_other, where nothing cancels.
+Before it is rounded to half precision, G is divided by its upper bound over all students,
+|g| max(p_other, label_smoothing) + |h|, and multiplied by 2^13, so that it does not underflow for
+loss weights and losses of any size. log2 |g + h| is part of the exponent and the sign of g + h part
+of u, so that an element of G costs a subtraction, one FMA and one exp2.
 Gradients of students and scale come from the forward (rows.py).
 """
 
@@ -31,7 +31,7 @@ from .rows import (
     to_operand,
 )
 
-# Students stand padded to a multiple of this, so that tiles of whole rows of them need no masks.
+# Arrays of students are padded to a multiple of this, so that tiles of whole rows need no masks.
 STUDENTS_MULTIPLE = tl.constexpr(128)
 
 
@@ -44,19 +44,19 @@ def student_factors_kernel(
     target,
     g,  # [batch] float32 d loss / d nll, g_stride apart; None: zeros
     h,  # [batch] float32 d loss / d lse, h_stride apart; None: zeros
-    kept,  # [] what g is to be divided by; None: nothing
+    kept,  # [] the divisor of g; None: 1
     lse,  # [batch], without a reference
-    reference,  # [2, batch] as combine_kernel leaves it: a cosine, and what the lse is beyond it
+    reference,  # [2, batch] of combine_kernel: a cosine c, and (lse - logit_scale c) log2(e)
     p_other,
-    largest,  # [parts] as student_gradient_kernel leaves it
+    largest,  # [parts] of student_gradient_kernel
     along,  # [parts], with HAS_SCALE
     u,  # [padded, width] operand: unit rows times the sign of g + h
-    column,  # [padded] int32 the target's row of the bank, -1 where there is none
-    rate,  # [padded] logit_scale log2(e), times the sign: with u, that of the cosine itself
-    cosine,  # [padded] from which those of the bank are counted, times the sign
+    column,  # [padded] int32 the target's row of the bank, -1 without a target
+    rate,  # [padded] logit_scale log2(e), times the sign, which cancels the sign in u
+    cosine,  # [padded] the reference's, times the sign: subtracted from those of the bank
     above,  # [padded] (lse - logit_scale cosine) log2(e) - log2(|g + h| / size) - headroom
     at_target,  # [padded] G / size at the target, times the sign
-    by_all,  # [padded] what label smoothing takes from every G / size, times the sign
+    by_all,  # [padded] label smoothing's term, subtracted from every G / size, times the sign
     size,  # [] the largest of `largest`
     d_scale,  # [] the sum of `along`
     batch,
@@ -80,8 +80,8 @@ def student_factors_kernel(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
 ):
-    """What the bank's gradient needs of each student. Rows without any gradient become zeros,
-    whatever they hold, as those of the padding do."""
+    """Factors of G for each student. Rows without gradient, even if they hold NaN, and rows of the
+    padding become zeros."""
     part = tl.arange(0, BLOCK_PARTS)
     tops = tl.zeros([BLOCK_PARTS], tl.float32)
     for start in range(0, parts, BLOCK_PARTS):
@@ -110,7 +110,7 @@ def student_factors_kernel(
     headroom = HEADROOM if HALF else 0.0
     both = (by_g + by_h) * down
     sign = tl.where(both < 0, -1.0, 1.0)
-    # Infinite where every row is confident and weights are huge: p is 0 there, and G finite.
+    # Overflows if weights are huge and every row is confident: p is 0 there, and G finite.
     magnitude = tl.minimum(tl.abs(both), MAX_FLOAT32, propagate_nan=tl.PropagateNan.ALL)
     if HAS_REFERENCE:
         row_cosine = tl.load(reference + i, mask=here & busy, other=0.0)
@@ -146,7 +146,7 @@ def student_factors_kernel(
 
 @triton.jit(do_not_specialize=["batch", "rows", "first"])
 def bank_gradient_kernel(
-    u,  # [padded, width] operand, and so on, as student_factors_kernel leaves them
+    u,  # [padded, width] operand; this and the following, up to size, of student_factors_kernel
     column,
     rate,
     cosine,
@@ -158,7 +158,7 @@ def bank_gradient_kernel(
     inverse,  # [rows] 1 / |z|
     scale,
     gradient,  # [rows, width] d z with WHOLE, in half precision times a scale; else d n in float32
-    scales,  # [programs] with WHOLE and HALF: what to multiply d z with
+    scales,  # [programs] with WHOLE and HALF: the inverse of that scale
     sums,  # [programs, width] float32, with HAS_SUMS: sums of d z over a program's rows
     batch,
     rows,
@@ -175,9 +175,9 @@ def bank_gradient_kernel(
     FULL: tl.constexpr,  # width == BLOCK_WIDTH
     BLOCK_INNER: tl.constexpr,
 ):
-    """Bank rows stand still and the students pass: each row of dN is owned by one program, and with
-    the whole of it at hand it becomes dZ."""
-    tl.assume(batch > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+    """Bank-stationary: a program keeps its bank rows and loops over the students. It owns these
+    rows of dN, and with WHOLE turns them into dZ."""
+    tl.assume(batch > 0)  # the loop runs: ptxas serialises wgmma in one that may not
     row = tl.program_id(0) * BLOCK_BANK + tl.arange(0, BLOCK_BANK)
     k = row.to(tl.int64)
     here = row < rows
@@ -211,16 +211,16 @@ def bank_gradient_kernel(
     up = load_scale(scale) * tl.load(size) / (8192.0 if HALF else 1.0)
     at = k[:, None] * width + w[None, :]
     if WHOLE:
-        # Read again: kept in registers all along, the tile would not leave enough for the sums.
+        # Loaded again: a tile kept in registers would not leave enough of them for the sums.
         tile = tl.load(n_at, mask=n_mask, other=0.0).to(tl.float32)
         along = tl.sum(total * tile, 1)
         scaled = up * tl.load(inverse + k, mask=here, other=0.0)
         d_z = (total - along[:, None] * tile) * scaled[:, None]
-        # Behind the bank cosines are 0: above all of a row's, perhaps, and p is then infinite.
+        # Past the bank cosines are 0, which may exceed a student's reference: p may be infinite.
         d_z = tl.where(here[:, None], d_z, 0.0)
         if HAS_SUMS:
             sums_at = sums + tl.program_id(0).to(tl.int64) * width + w
-            # What earlier rows of the bank left.
+            # The sums of earlier rows of the bank.
             before = tl.load(sums_at, mask=w < tl.where(first > 0, width, 0), other=0.0)
             tl.store(sums_at, before + tl.sum(d_z, 0), mask=w < width)
         if HALF:

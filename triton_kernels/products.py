@@ -1,7 +1,7 @@
-"""Matrix products around the loss: the bank through the projection, and sums over many rows.
+"""Matrix products around the loss: the bank's projection, and products that sum over many rows.
 
-Operands of the matrix units are half precision where the caller allows it, else float32 with
-PRECISION "ieee" or "tf32"; sums are float32.
+Operands are half precision if the caller allows it, else float32 with PRECISION "ieee" or "tf32";
+sums are float32.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from .rows import SMALLEST, add_product, inverse_norm, to_operand
 
-# A float32 operand is scaled so that its largest element is this before it becomes half precision:
-# 34 binary orders of magnitude then lie between it and the smallest float16.
+# Before a float32 operand is rounded to half precision it is scaled so that its largest element is
+# this: 2^34 times the smallest float16.
 HALF_TOP = tl.constexpr(1024.0)
 
 
@@ -21,7 +21,7 @@ def project_kernel(
     bank,  # [rows, dim] rows bank_stride apart
     weight,  # [width, dim] operand
     bias,  # [width] float32
-    z,  # [rows, z_width] float32; with FUSED n = z / |z| in its own dtype, zeros behind width
+    z,  # [rows, z_width] float32; with FUSED n = z / |z| in its own dtype, zeros past width
     inverse,  # [rows] float32 1 / |z|, with FUSED
     rows,
     dim,
@@ -35,7 +35,7 @@ def project_kernel(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    tl.assume(dim > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+    tl.assume(dim > 0)  # the loop runs: ptxas serialises wgmma in one that may not
     k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     w = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     column = tl.arange(0, BLOCK_DIM)
@@ -71,7 +71,7 @@ def project_kernel(
 def product_kernel(
     a,  # float32, element (m, s) at m a_m + s a_s
     b,  # [sums, columns] rows b_stride apart
-    largest,  # [rows] float32 max |a|: by it a becomes half precision, with HALF
+    largest,  # [rows] float32 max |a|: the scale of a in half precision, with HALF
     out,  # [splits, rows, columns] float32; with ADD added to, else written
     rows,
     columns,
@@ -87,7 +87,7 @@ def product_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """out = a b, with the sum cut into parts that each program owns: no atomics."""
+    """out = a b; each program owns its split of the sum, so that there are no atomics."""
     m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     split = tl.program_id(2).to(tl.int64)
@@ -132,11 +132,11 @@ def product_kernel(
 @triton.jit(do_not_specialize=["rows", "add", "sums_rows"])
 def weight_gradient_kernel(
     d_z,  # [rows, width] half precision
-    scales,  # [tiles of BLOCK_SUMS rows]: what to multiply d_z with
+    scales,  # [tiles of BLOCK_SUMS rows]: factors of d_z
     t,  # [rows, columns] bank rows, t_stride apart
     out,  # [splits, student_dim, columns] float32; added to where `add` is 1, written where it is 0
     sums,  # [sums_rows, width] float32, with HAS_SUMS
-    d_bias,  # [student_dim] float32: sums over the rows of `sums`, where it has any
+    d_bias,  # [student_dim] float32: sums over the rows of `sums`, if it has any
     rows,
     width,
     student_dim,
@@ -149,9 +149,9 @@ def weight_gradient_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_SUMS: tl.constexpr,
 ):
-    """out = d_z^T t, with the sum cut into parts that each program owns: no atomics. The product of
-    a tile begins at zero and is added rounded: matrix units cut off what they add to. The sums of
-    d z come along, since a step of a small bank is bound by its launches."""
+    """out = d_z^T t; each program owns its split of the sum, so that there are no atomics. A tile's
+    product is accumulated from zero and then added, since tensor cores truncate long sums. d_bias
+    is computed here too, since a step with a small bank is bound by its launches."""
     m = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     split = tl.program_id(2)
@@ -181,7 +181,7 @@ def weight_gradient_kernel(
     before = (m < tl.where(add != 0, student_dim, 0))[:, None] & in_columns[None, :]
     total += tl.load(at, mask=before, other=0.0)
     tl.store(at, total, mask=stored)
-    if HAS_SUMS:  # noqa: SIM102 (a constant, unlike the other)
+    if HAS_SUMS:  # noqa: SIM102 (a compile-time constant)
         if (sums_rows > 0) & (tl.program_id(1) + split == 0):
             total_sums = tl.zeros([BLOCK_ROWS], tl.float32)
             for start in range(0, sums_rows, 32):

@@ -1,4 +1,4 @@
-"""Row by row: norms, and gradients through them. All bound by memory.
+"""Kernels over rows: norms, and gradients through them. All are bound by memory.
 
 A row whose norm is below MIN_NORM counts as zero, one whose norm overflows float32 is NaN; 1/norm
 is 0 and NaN for them. Row numbers are 64-bit before they are multiplied by a stride.
@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 
 MIN_NORM = tl.constexpr(1e-6)
-SMALLEST = tl.constexpr(1e-30)  # that a float16 operand's scale may be: its inverse is finite
+SMALLEST = tl.constexpr(1e-30)  # the least scale of a float16 operand: its inverse is finite
 MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)  # in float32; a larger literal would be float64
 
 
 @triton.jit
 def load_scale(scale):
-    """NaN in place of a scale that the op refuses: the GPU says so without a synchronisation."""
+    """The scale, or NaN for one that the op refuses, which needs no synchronisation."""
     value = tl.load(scale).to(tl.float32)
     return tl.where((value > 0) & (value < float("inf")), value, float("nan"))
 
 
 @triton.jit
 def load_targets(target, i, here, ignore_index, bank_rows):
-    """Bank rows, -1 where there is no target: it is ignored, or out of range."""
+    """The targets' bank rows; -1 for a target that is ignored or out of range."""
     y = tl.load(target + i, mask=here, other=-1)
     return tl.where((y != ignore_index) & (y >= 0) & (y < bank_rows), y, -1)
 
@@ -33,8 +33,8 @@ def load_gradients(
     g, h, kept, i, has_target, here, g_stride, h_stride,
     HAS_G: tl.constexpr, HAS_H: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d nll, 0 without a target, and d loss / d lse, of students i. `g` is d loss / d nll
-    itself, or with HAS_KEPT that of its mean over `kept` students."""
+    """d loss / d nll, 0 without a target, and d loss / d lse, of students i. `g` is d loss / d nll,
+    or with HAS_KEPT d loss / d mean, where the mean is over `kept` students."""
     by_g = tl.zeros([BLOCK], tl.float32)
     by_h = tl.zeros([BLOCK], tl.float32)
     if HAS_G:
@@ -56,8 +56,8 @@ def round_to_tf32(x):
 
 @triton.jit
 def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """float32 as an operand of the matrix units. In tf32 they cut off what does not fit: unrounded,
-    every product would be biased towards zero."""
+    """Rounds float32 to an operand of tensor cores. They truncate float32 to tf32: without rounding
+    first, every product would be biased towards zero."""
     if PRECISION == "tf32" and dtype == tl.float32:
         return round_to_tf32(x)
     else:
@@ -66,8 +66,8 @@ def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
-    """total + left right. In float32 the product begins at zero: a sum over n rows then has the
-    rounding of n / BLOCK additions, not of n."""
+    """total + left right. In float32 the product is accumulated from zero: a sum over n rows then
+    has the rounding of n / BLOCK additions, not of n."""
     if PRECISION == "ieee" and right.dtype == tl.float32:
         return total + tl.dot(left, right, input_precision=PRECISION)
     else:
@@ -76,11 +76,11 @@ def add_product(total, left, right, PRECISION: tl.constexpr):
 
 @triton.jit
 def half_scale(largest):
-    """A power of two that brings numbers of at most `largest` below 2^11, and its inverse; the
-    smallest float16 is 34 binary orders of magnitude below."""
+    """A power of two that scales `largest` to between 2^10 and 2^11, 2^34 times the smallest
+    float16, and its inverse."""
     exponent = tl.floor(tl.log2(tl.maximum(largest, SMALLEST)))
     down = tl.exp2(10.0 - exponent)
-    # What is not finite stays so: it meets a scale of 1.
+    # 1 for infinity and NaN, which must stay as they are.
     finite = largest <= MAX_FLOAT32
     return tl.where(finite, down, 1.0), tl.where(finite, tl.exp2(exponent - 10.0), 1.0)
 
@@ -95,7 +95,7 @@ def inverse_norm(sum_of_squares):
 @triton.jit(do_not_specialize=["rows"])
 def unit_rows_kernel(
     x,  # [rows, width] any float, rows x_stride apart
-    unit,  # [rows, unit_width] x / |x|, zeros behind width
+    unit,  # [rows, unit_width] x / |x|, zeros past width
     inverse,  # [rows] float32 1 / |x|
     rows,
     width,
@@ -129,7 +129,7 @@ def unit_rows_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def bank_norm_backward_kernel(
-    d_n,  # [rows, width] float32 d loss / d n; becomes d loss / d z
+    d_n,  # [rows, width] float32 d loss / d n; overwritten with d loss / d z
     n,  # [rows, width] z / |z|
     inverse,  # [rows] 1 / |z|
     largest,  # [rows] max |d z|
@@ -167,7 +167,7 @@ def half_tiles_kernel(
     x,  # [rows, width] float32
     largest,  # [rows] max |x|
     half,  # [rows, width] half precision: x times a power of two for each tile of BLOCK_ROWS
-    scales,  # [tiles]: what to multiply `half` with
+    scales,  # [tiles]: the inverse of that power
     rows,
     width,
     BLOCK_ROWS: tl.constexpr,
@@ -204,15 +204,15 @@ def load_slope(
 def student_gradient_kernel(
     student,  # [rows, width]
     scale,  # [] logit_scale
-    target,  # [rows]: g is of account where there is one; None: everywhere
+    target,  # [rows]: g applies only to rows with a valid target; None: to all rows
     g,  # [rows], g_stride apart; None: zeros
     h,  # [rows], h_stride apart; None: zeros
-    kept,  # [] what g is to be divided by; None: nothing
+    kept,  # [] the divisor of g; None: 1
     residual,  # [rows, width] float32: slope = g residual + h attention
     attention,
     p_other,  # [rows]
     d_student,  # [rows, width] logit_scale (slope - (slope.u) u) / |s|, with HAS_STUDENT
-    along,  # [programs] float32 slope.u of a program's rows, whose sum is d logit_scale
+    along,  # [programs] float32 sums of slope.u over a program's rows; their sum is d logit_scale
     largest,  # [programs] a bound on |G| (contrastive_ce_backward.py), of a program's rows
     rows,
     width,
@@ -226,14 +226,14 @@ def student_gradient_kernel(
     HAS_G: tl.constexpr,
     HAS_H: tl.constexpr,
     HAS_KEPT: tl.constexpr,
-    HAS_SLOPE: tl.constexpr,  # d_student or along is asked for
+    HAS_SLOPE: tl.constexpr,  # d_student or along is needed
     HAS_STUDENT: tl.constexpr,
-    HAS_BOUND: tl.constexpr,  # largest is asked for
+    HAS_BOUND: tl.constexpr,  # largest is needed
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Rows whose g and h are zero get zeros, whatever they hold. Grid-stride loop over blocks of
-    rows: however large the batch, a bounded number of programs leaves partial sums and maxima."""
+    """Rows whose g and h are zero get zeros, even if they hold NaN. A grid-stride loop over blocks
+    of rows bounds the number of programs, and so of partial sums and maxima, for any batch."""
     column = tl.arange(0, BLOCK_WIDTH)
     top = tl.zeros([BLOCK_ROWS], tl.float32)
     by_scale = tl.zeros([BLOCK_ROWS], tl.float32)

@@ -24,7 +24,7 @@ def similarity_kernel(
     BLOCK_BANK: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
 ):
-    tl.assume(width > 0)  # a loop that surely runs: without, ptxas serialises the wgmma
+    tl.assume(width > 0)  # the loop runs: ptxas serialises wgmma in one that may not
     i = tl.program_id(0).to(tl.int64) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
     k = tl.program_id(1).to(tl.int64) * BLOCK_BANK + tl.arange(0, BLOCK_BANK)
     cosines = logits_tile(

@@ -1,35 +1,35 @@
-"""How much of a problem one program holds, and how many programs share it.
+"""Tile sizes of the kernels, and the number of programs that share a sum.
 
-Every function gives the tiles that may be launched, best guess first: tuning.py takes the first or
-measures all. They are bounded by registers (65,536 of 32 bits a thread block) and by shared memory.
-docs/results/kernels-triton.md lists what the compilers make of them.
+Functions return the tiles that may be launched, best guess first: tuning.py takes the first or
+measures all. Registers (65,536 of 32 bits for a thread block) and shared memory bound their size.
+docs/results/kernels-triton.md lists the compiled kernels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Devices that get tiles of their own, by the shared memory of a thread block: 227 KiB (H100 and
-# later), 163 KiB (A100), 64 KiB (AMD's CDNA, and NVIDIA's for desktops, which have 99).
+# Families of devices with tiles of their own, by the shared memory of a thread block: 227 KiB (H100
+# and later), 163 KiB (A100), 64 KiB (AMD's CDNA, and NVIDIA's for desktops, which have 99).
 HOPPER, AMPERE, SMALL = "hopper", "ampere", "small"
-TINY = "tiny"  # of a simulated device, where small problems shall have several tiles
-# Of the matrix operands: float16 (bfloat16), or float32 in the matrix units, or outside them.
+TINY = "tiny"  # for simulated devices, where small problems need several tiles
+# Products: of float16 or bfloat16 operands; of float32 ones in tensor cores; or outside them.
 HALF, TF32, IEEE = "half", "tf32", "ieee"
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of the kernels over students and bank: powers of two from 16 up."""
+    """Tiles of the kernels over students and bank: powers of two from 16 up."""
 
     batch: int
     bank: int
     width: int  # columns of the sums over rows that one program keeps in registers
-    inner: int  # steps of the logits' sums, where these are not the whole width
+    inner: int  # columns of a step of the logits' sums, if not the whole width
     warps: int = 8
     stages: int = 2
 
     def launch(self, width: int) -> dict[str, int | bool]:
-        """For rows of `width`."""
+        """The arguments of a launch, for rows of `width`."""
         return {
             "BLOCK_BATCH": self.batch,
             "BLOCK_BANK": self.bank,
@@ -43,7 +43,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class ProductTiles:
-    """Of a matrix product."""
+    """Tiles of a matrix product."""
 
     rows: int
     columns: int
@@ -57,14 +57,14 @@ def power_of_two(n: int, least: int = 16) -> int:
 
 
 def waves(rows: int, block: int, processors: int) -> int:
-    """Rounds that programs of one block each take, one a processor."""
+    """Waves of programs of one block each, if every processor runs one program at a time."""
     return -(-rows // (block * processors))
 
 
 def forward_tiles(
     width: int, arithmetic: str, family: str, batch: int, rows: int, processors: int
 ) -> tuple[Tiles, ...]:
-    """The sums of the values, batch x width in float32, stay in registers."""
+    """Registers hold the sums of the values, batch x width in float32."""
     whole = power_of_two(width)
     if family == TINY:
         return (Tiles(32, 32, min(64, whole), min(32, whole)),)
@@ -85,14 +85,14 @@ def forward_tiles(
         return (Tiles(64, 64 if few else 128, whole, 64, warps=4, stages=3),)
     if whole == 256:
         return (Tiles(64, 64, 256, 64, warps=4) if few else Tiles(128, 64, 256, 64),)
-    # Where the width does not fit, each program of axis 2 computes the logits anew.
+    # The width does not fit: each program of axis 2 computes the logits again.
     return (Tiles(128, 64, 256, 64, stages=3),)
 
 
 def backward_tiles(
     width: int, arithmetic: str, family: str, rows: int, processors: int
 ) -> tuple[Tiles, ...]:
-    """Bank x width stay in registers. On Hopper 64 bank rows go with 4 warps: with 8, both
+    """Registers hold dN, bank x width in float32. On Hopper 64 bank rows take 4 warps: with 8, both
     warpgroups would compute the same logits."""
     whole = power_of_two(width)
     if arithmetic == HALF and family == SMALL:
@@ -116,8 +116,8 @@ def backward_tiles(
 def project_tiles(
     width: int, arithmetic: str, family: str, aligned: bool, rows: int, processors: int
 ) -> tuple[ProductTiles, ...]:
-    """Bank rows, columns of the projection (the whole width where that fits: norms are then taken
-    at once), steps of D. Rows that are not aligned cost registers for addresses."""
+    """Bank rows, columns of the projection (the whole width if it fits: the kernel then normalises
+    too), elements of D in a step. Rows that are not aligned cost registers for addresses."""
     whole = power_of_two(width)
     if family == TINY:
         return (ProductTiles(32, min(32, whole), 16),)
@@ -129,7 +129,7 @@ def project_tiles(
         return (ProductTiles(64, whole, 32),)
     if family != HOPPER:
         return (ProductTiles(64, whole, 64),)
-    # By what a program takes, measured on an H100: 128 rows 2, 64 rows 1.2, 16 rows 1.
+    # The relative time of a program, measured on an H100.
     choices = {
         ProductTiles(128, whole, 64, stages=4): 2.0,
         ProductTiles(64, whole, 64, stages=4): 1.2,
@@ -162,7 +162,7 @@ def weight_gradient_tiles(
 
 
 def similarity_tiles(arithmetic: str, family: str) -> tuple[Tiles, ...]:
-    """width and blocks are not used."""
+    """`width` is not used."""
     if family == TINY:
         return (Tiles(32, 32, 16, 16),)
     if arithmetic != HALF:
@@ -174,12 +174,12 @@ MOST_SPLITS = 64
 
 
 def splits(rows: int, block: int, others: int, processors: int, most: int = MOST_SPLITS) -> int:
-    """Into how many parts to cut `rows`, so that `others` programs a part keep all processors busy
-    to the end, in two rounds at most; a part has one block at least."""
+    """The number of parts of `rows`, of one block at least, that leaves the fewest processors idle
+    in the last wave. Each part takes `others` programs, and all of them at most two waves."""
     best, busiest = 1, 0.0
     for parts in range(1, min(most, rows // block, -(-2 * processors // others)) + 1):
         programs = parts * others
         busy = programs / (-(-programs // processors) * processors)
-        if busy > busiest + 0.02:  # more parts are more sums to join
+        if busy > busiest + 0.02:  # more parts are more sums to combine
             best, busiest = parts, busy
     return best

@@ -1,8 +1,8 @@
-"""The fastest of a kernel's tiles, measured on the device that is there.
+"""Autotuning: the fastest of a kernel's tiles, measured on the current device.
 
-Measuring waits for the device, the first time that a kernel meets a kind of problem; nothing else
-does. Tiles decide in which order sums are taken, so another process may measure otherwise and get
-other last bits: with `torch.use_deterministic_algorithms(True)` the first candidate is taken.
+The first call of a kernel with a kind of problem measures, which synchronises; no other call does.
+Tiles determine the order of sums, so another process may choose other tiles and get other last
+bits: with `torch.use_deterministic_algorithms(True)` the first candidate is taken.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def bucket(n: int) -> int:
 def choose(key: Hashable, candidates: Sequence[T], launch: Callable[[T], None]) -> T:
     """The candidate whose launch takes the least time, measured once for each key.
 
-    `launch` may run several times, and has to leave the same each time. The first candidate where
-    there is nothing to choose, and where nothing may be measured: under deterministic algorithms,
-    and while a CUDA graph is captured. (Kernels are compiled and measured by a call before the
-    capture: what is captured without one runs with the first candidate for as long as it is used.)
+    `launch` may run several times and must give the same results each time. Returns the first
+    candidate without measuring if it is the only one, under deterministic algorithms, and while a
+    CUDA graph is captured. (A call before the capture compiles and measures; a graph captured
+    without one keeps the first candidate.)
     """
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return candidates[0]
@@ -49,7 +49,7 @@ def choose(key: Hashable, candidates: Sequence[T], launch: Callable[[T], None]) 
 
 
 def seconds(launch: Callable[[T], None], candidate: T) -> float:
-    """Median time of a launch; infinite for one that this device has no room for."""
+    """Median time of a launch; infinite for tiles that exceed the device's resources."""
     times = []
     try:
         launch(candidate)  # compiles
