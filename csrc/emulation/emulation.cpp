@@ -1,4 +1,4 @@
-// Launches: blocks one after another, the threads of a block as fibers, and what they wait for.
+// Launches (blocks run one after another, their threads as fibers), barriers and collectives.
 
 #include "emulation.h"
 
@@ -21,8 +21,8 @@ dim3 block_size, grid_size;
 
 namespace {
 
-// Barriers use the two addresses in turn: a thread that is already at the next barrier must not
-// seem to come before one that has yet to leave this one.
+// Tells ThreadSanitizer what barriers order. They alternate between two addresses: a thread that is
+// already at the next barrier must not be ordered before one that has yet to leave this one.
 struct Ordering {
   char address[2];
   int turn = 0;
@@ -36,7 +36,7 @@ struct Warp {
   Ordering ordering;
 };
 
-// The launch and the block that run. There is one at a time.
+// The state of the running launch and block. Only one runs at a time.
 const char* kernel = "";
 void (*body)(const void*);
 const void* body_context;
@@ -111,8 +111,8 @@ void run_thread() {
 void run_block(int shared_bytes) {
   begin_shared(shared_bytes);
   at_barrier = returned = 0;
-  // On the heap and new for each block: ThreadSanitizer forgets what was released in memory that is
-  // freed, and else a barrier would order its block after the blocks before.
+  // Allocated anew for each block, since ThreadSanitizer forgets releases in freed memory:
+  // otherwise a barrier would order its block after earlier blocks.
   block_ordering = std::make_unique<Ordering>();
   warps = std::vector<Warp>(fibers.size() / LANES);
   for (std::size_t i = 0; i < fibers.size(); ++i) {
@@ -213,7 +213,7 @@ void wait_for_warp(const Collective& collective, const void* in, std::size_t in_
     warp.arrived = 0;
     if (orders) warp.ordering.turn ^= 1;
     set_states(fibers.begin() + fiber.warp * LANES, LANES, State::ready);
-    if (orders) suspend(fiber);  // or the last lane would always be the first to go on
+    if (orders) suspend(fiber);  // otherwise the last lane would always go on first
   } else {
     suspend(fiber);
   }

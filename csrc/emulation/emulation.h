@@ -1,10 +1,10 @@
-// csrc/cuda/device.cuh for the CPU: the same names, where every CUDA thread is a fiber. What it
-// checks and what it cannot is in docs/emulation.md. x86-64 Linux only.
+// The names of csrc/cuda/device.cuh for the CPU, where every CUDA thread is a fiber.
+// docs/emulation.md says what the emulation checks and what it cannot. x86-64 Linux only.
 
 #pragma once
 
 #if !defined(__x86_64__) || !defined(__linux__)
-#error "the emulation of CUDA kernels switches stacks as x86-64 Linux has them"
+#error "the emulation of CUDA kernels needs x86-64 Linux: it switches stacks in assembly"
 #endif
 
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@
 #include <cstring>
 #include <type_traits>
 
-// The toolkit's headers give these meanings for nvcc alone.
+// The toolkit's headers define these for nvcc only.
 #undef __global__
 #undef __device__
 #undef __host__
@@ -58,7 +58,7 @@ namespace ckd::emulation {
 
 constexpr int LANES = 32;
 
-// Where in a kernel something happened.
+// A source line of a kernel.
 struct Site {
   const char* file;
   int line;
@@ -73,7 +73,7 @@ extern Thread* current;
 extern uint3 block_index;
 extern dim3 block_size, grid_size;
 
-// Calls `thread` once for each thread of the grid, block after block; a cudaError or 0.
+// Calls `thread` for each thread of the grid, block after block; returns a cudaError or 0.
 int run(const char* kernel, dim3 grid, dim3 block, int shared_bytes, void (*thread)(const void*),
         const void* context);
 
@@ -88,20 +88,20 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
 
 unsigned char* shared_begin();
 
-// The piece of shared memory that begins at `piece`; returns where the next one does. `used` is
-// what the pieces take on a GPU, this one included.
+// Allocates the piece of shared memory that begins at `piece`; returns the address of the next one.
+// `used` is the size of all pieces on a GPU, this one included.
 unsigned char* carve(unsigned char* piece, std::size_t bytes, int used, Site site);
 
 void wait_for_block(Site site);
 
-// What the lanes of a warp hand in and get in a collective.
+// The operands and results of a warp's lanes in a collective.
 struct Exchange {
   alignas(16) unsigned char in[LANES][64];
   alignas(16) unsigned char out[LANES][64];
 };
 using Compute = void (*)(Exchange& warp, int argument);
 
-enum class Order { none, memory };  // of what the lanes wrote before, as __syncwarp makes it
+enum class Order { none, memory };  // memory: orders the lanes' writes, as __syncwarp does
 
 struct Collective {
   const char* name;
@@ -110,7 +110,7 @@ struct Collective {
   Order order;
 };
 
-// Waits for all 32 lanes; the last one computes what each of them gets.
+// Waits for all 32 lanes; the last one to arrive computes the results of all.
 void wait_for_warp(const Collective& collective, const void* in, std::size_t in_bytes, void* out,
                    std::size_t out_bytes, Site site);
 
@@ -121,7 +121,7 @@ void compute_load_matrix(Exchange& warp, int transposed);
 void compute_multiply_add_half(Exchange& warp, int);
 void compute_multiply_add_bfloat16(Exchange& warp, int);
 
-// A lane's part of a matrix product, as it is handed in.
+// A lane's operands of a matrix product.
 struct Fragments {
   std::uint32_t a[4], b[2];
   float c[4];
@@ -135,7 +135,7 @@ void wait_copies(int newest);
 
 }  // namespace ckd::emulation
 
-// A last parameter that callers leave out: the line of the call.
+// A last parameter whose default is the line of the call.
 #define CKD_SITE ::ckd::emulation::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 namespace ckd::cuda {

@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::size_t STACK_BYTES = 256 << 10, GUARD_BYTES = 4096;
 
-// Pushes what a function keeps for its caller, leaves this stack for the other and pops the same.
+// Saves the callee-saved registers on this stack, switches stacks and restores those of the other.
 [[gnu::naked, gnu::noinline]] void switch_stacks(void** /*leave*/, void* /*enter*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
@@ -46,7 +46,7 @@ unsigned char* map_stacks(unsigned char* where, std::size_t count) {
   return static_cast<unsigned char*>(mapped);
 }
 
-// Stacks for at least so many fibers. They stay for the next blocks.
+// Stacks for at least `count` fibers, which later blocks use again.
 unsigned char* take_stacks(std::size_t count) {
   static unsigned char* stacks = nullptr;
   static std::size_t mapped = 0;
@@ -58,8 +58,8 @@ unsigned char* take_stacks(std::size_t count) {
       mprotect(stacks + i * STACK_BYTES, GUARD_BYTES, PROT_NONE);
     }
   } else if (FINDS_RACES) {
-    // Blocks are not ordered after one another, so what the last one left on its stacks would race
-    // with this one. ThreadSanitizer forgets the accesses to memory that is mapped anew.
+    // Blocks are not ordered, so accesses of the last one to the stacks would race with those of
+    // this one. ThreadSanitizer forgets accesses to memory that is mapped anew.
     map_stacks(stacks, mapped);
   }
   return stacks;
@@ -98,8 +98,8 @@ void leave_fiber(Fiber&, bool) { __tsan_switch_to_fiber(scheduler_state, NO_ORDE
 void back_in_fiber(Fiber&) {}
 void first_in_fiber() {}
 
-// ThreadSanitizer gives the number of a destroyed fiber to a new one, and accesses of equal numbers
-// never race: so fibers of past blocks are kept, as many as it has room for.
+// ThreadSanitizer reuses the numbers of destroyed fibers, and accesses with equal numbers never
+// race: so fibers of past blocks are kept, as many as it has room for.
 void announce(Fiber& fiber) {
   constexpr std::size_t KEPT = 4096;
   static std::deque<void*> past;
@@ -126,10 +126,10 @@ void prepare(std::vector<Fiber>& fibers, void (*entry)()) {
   for (std::size_t i = 0; i < fibers.size(); ++i) {
     Fiber& fiber = fibers[i];
     fiber.stack = stacks + i * STACK_BYTES;
-    // The frames of a fiber that suspended forever are never left, so they are still marked.
+    // A fiber that suspended forever has not left its frames, whose red zones are still marked.
     allow(fiber.stack + GUARD_BYTES, STACK_BYTES - GUARD_BYTES);
-    // As switch_stacks leaves a stack. Above it, a return address that ends stack traces; the ABI
-    // wants a function to begin 8 bytes below a multiple of 16.
+    // The layout in which switch_stacks leaves a stack, below a null return address, which ends
+    // stack traces. By the ABI a function begins 8 bytes below a multiple of 16.
     void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES - 64);
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(entry);

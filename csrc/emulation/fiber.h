@@ -1,4 +1,4 @@
-// Stacks of their own for the threads of a block, and switching between them and the scheduler.
+// Fibers: a stack for each thread of a block, and switches between them and the scheduler.
 
 #pragma once
 
@@ -27,20 +27,20 @@ struct Fiber : Thread {
 
   unsigned char* stack = nullptr;
   void* stack_pointer = nullptr;
-  void* address_sanitizer = nullptr;  // its state of this fiber while it does not run
+  void* address_sanitizer = nullptr;  // its state of this fiber while suspended
   void* thread_sanitizer = nullptr;
 };
 
 // Makes the fibers begin `entry` on empty stacks; `entry` does not return.
 void prepare(std::vector<Fiber>& fibers, void (*entry)());
 
-// To be called once by `entry`, first thing.
+// `entry` must call this first.
 void entered();
 
 // Runs a fiber until it suspends. Called by the scheduler.
 void resume(Fiber& fiber);
 
-// Goes back to the scheduler until it resumes this fiber; `forever` if it will not.
+// Returns to the scheduler until it resumes this fiber; `forever`: it never will.
 void suspend(Fiber& fiber, bool forever = false);
 
 }  // namespace ckd::emulation

@@ -1,4 +1,4 @@
-// What the collectives compute, by the fragment layouts of the PTX manual ("ldmatrix" and "Matrix
+// The results of collectives, by the fragment layouts of the PTX manual ("ldmatrix" and "Matrix
 // fragments for mma.m16n8k16 with floating point type").
 
 #include <algorithm>
@@ -71,7 +71,7 @@ double from_bits(std::uint64_t bits) {
   return x;
 }
 
-// Towards zero to float32.
+// x rounded towards zero to float32.
 float truncated(double x) {
   if (std::fabs(x) < static_cast<double>(FLT_MIN)) {
     constexpr double SMALLEST = 0x1p-149;
@@ -81,17 +81,16 @@ float truncated(double x) {
   return static_cast<float>(from_bits(bits_of(x) & ~dropped));
 }
 
-// c += a b much as the tensor cores of an H100 were measured to sum (tests/emulation/wrappers.cu:
-// 82 % of its sums have equal bits): the 16 products are exact; they and c are aligned to the
-// largest of the 17 and cut off towards zero two bits below its last bit as a float32; their sum is
-// exact, and is cut off to float32. Earlier GPUs keep fewer bits (Fasi et al. 2021, "Numerical
-// behavior of NVIDIA tensor cores").
+// c += a b by a model of an H100's tensor cores (82 % of the sums in tests/emulation/wrappers.cu
+// have equal bits): the 16 products are exact; they and c are aligned to the largest of the 17 and
+// truncated two bits below its last bit as a float32; their sum is exact, and truncated to float32.
+// Earlier GPUs keep fewer bits (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores").
 void add_truncated(Operands& x) {
   constexpr int EXTRA_BITS = 2, TERMS = INNER + 1;
   constexpr std::uint64_t KEPT = FLOAT_MANTISSA + EXTRA_BITS;
   for (int row = 0; row < ROWS; ++row) {
     double terms[TERMS][COLUMNS];
-    std::uint64_t largest[COLUMNS] = {};  // without the sign, ordered as the numbers are
+    std::uint64_t largest[COLUMNS] = {};  // bits of |term|, which are ordered as the numbers are
     for (int k = 0; k < TERMS; ++k) {
       for (int column = 0; column < COLUMNS; ++column) {
         const double term = k < INNER ? static_cast<double>(x.a[row][k]) * x.b[k][column]

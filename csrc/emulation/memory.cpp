@@ -1,4 +1,4 @@
-// Shared memory, its checks, and copies that are under way until they are waited for.
+// Shared memory and its checks; asynchronous copies, which are made when they are waited for.
 
 #include <sys/mman.h>
 
@@ -23,7 +23,7 @@ std::size_t shared_bytes;
 
 bool inside_shared(const void* address, std::size_t bytes) {
   const auto* first = static_cast<const unsigned char*>(address);
-  // The red zones push pieces past the end that they have on a GPU; AddressSanitizer then checks.
+  // Red zones push pieces past the end of the GPU's memory; AddressSanitizer checks bounds then.
   const std::size_t size = RED_ZONE > 0 ? MAPPED : shared_bytes;
   return first >= shared && first + bytes <= shared + size;
 }
@@ -44,7 +44,7 @@ void check_shared(const void* address, const char* what, Site site) {
 
 void begin_shared(int bytes) {
   if (shared == nullptr || FINDS_RACES) {
-    // Mapped anew for ThreadSanitizer, to which the blocks are not ordered: see take_stacks.
+    // Mapped anew for each block, which ThreadSanitizer takes as unordered: see take_stacks.
     const int fixed = shared == nullptr ? 0 : MAP_FIXED;
     void* mapped =
         mmap(shared, MAPPED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | fixed, -1, 0);
@@ -103,7 +103,7 @@ void start_copy(void* to, const void* from, int bytes, Site site) {
   note_write(to, 16);
   note_read(from, static_cast<std::size_t>(bytes));
   const Unseen unseen;
-  std::memset(to, NAN_BYTE, 16);  // nobody may count on what is there while the copy is under way
+  std::memset(to, NAN_BYTE, 16);  // undefined while the copy is pending
   running()->open_copies.push_back({to, from, bytes});
 }
 

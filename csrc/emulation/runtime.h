@@ -1,4 +1,4 @@
-// What the files of the emulation share.
+// Functions that the files of the emulation share.
 
 #pragma once
 
@@ -11,16 +11,16 @@ namespace ckd::emulation {
 // The fiber that runs; null in the scheduler.
 Fiber* running();
 
-constexpr Site LAUNCH = {"the launch", 0};  // stands for a line where there is none
+constexpr Site LAUNCH = {"the launch", 0};  // in place of a line
 
-// Ends the process: says what is wrong, in which kernel, where, in which block and thread.
+// Prints what is wrong, in which kernel, at which line, in which block and thread, and aborts.
 [[noreturn]] void fail(const std::string& what, Site site);
 
 std::string place(Site site);  // file:line
 
-// Makes the shared memory of a block, all NaN.
+// Fills a block's shared memory with NaN.
 void begin_shared(int bytes);
-// After a block: whether something was written just past the end.
+// After a block: whether it wrote just past the end.
 bool shared_overrun();
 
 }  // namespace ckd::emulation

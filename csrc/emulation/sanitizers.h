@@ -1,9 +1,8 @@
-// What AddressSanitizer and ThreadSanitizer must be told of fibers and of accesses that the
-// emulation makes for a kernel; nothing where neither is in use.
+// Annotations for AddressSanitizer and ThreadSanitizer: fibers, and accesses that the emulation
+// makes for a kernel. They do nothing where neither is in use.
 //
-// For ThreadSanitizer the kernel is compiled with -fsanitize=thread and the emulation without it
-// but with -DCKD_EMULATION_TSAN: what the scheduler does to its own memory is no access of the
-// kernel.
+// For ThreadSanitizer the kernel is compiled with -fsanitize=thread, and the emulation without it
+// but with -DCKD_EMULATION_TSAN: accesses of the scheduler to its own memory are not the kernel's.
 
 #pragma once
 
@@ -40,8 +39,8 @@ namespace ckd::emulation {
 #ifdef CKD_EMULATION_TSAN
 constexpr bool FINDS_RACES = true;
 
-// While one lives, ThreadSanitizer does not see what this fiber does through memcpy, memset and
-// malloc. The state is the fiber's own, so it may last across a switch.
+// During its lifetime ThreadSanitizer ignores this fiber's memcpy, memset and malloc. The state
+// belongs to the fiber, so it may last across a switch.
 class Unseen {
  public:
   Unseen() {

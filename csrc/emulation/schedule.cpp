@@ -12,9 +12,9 @@ namespace ckd::emulation {
 namespace {
 
 enum class Schedule {
-  ordered,  // every thread as far as it can, by number
-  eager,    // every warp as far as it can, in random order
-  random,   // a few steps of a random warp
+  ordered,  // every thread to its next wait, by number
+  eager,    // every warp until it waits for others, in random order
+  random,   // every warp for a few waits, in random order
 };
 
 Schedule schedule;

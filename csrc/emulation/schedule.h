@@ -1,4 +1,4 @@
-// Who runs next: the same in every run with the same schedule and seed.
+// The order in which fibers run: the same in every run with the same schedule and seed.
 
 #pragma once
 
@@ -8,12 +8,12 @@
 
 namespace ckd::emulation {
 
-// Takes CKD_EMULATION_SCHEDULE and CKD_EMULATION_SEED from the environment.
+// Reads CKD_EMULATION_SCHEDULE and CKD_EMULATION_SEED from the environment.
 void read_schedule();
 
 std::vector<unsigned> block_order(unsigned blocks);
 
-// Runs fibers of a block, each as far as its next waits; false if none could go on.
+// Runs fibers of a block for one or more waits each; false if all were waiting.
 bool run_some(std::vector<Fiber>& fibers);
 
 }  // namespace ckd::emulation
