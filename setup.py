@@ -1,13 +1,13 @@
 """Builds `ckd._C` from csrc/ with ninja, without torch headers. All metadata is in pyproject.toml.
 
-No compiler is no error: the package then installs without the module, and `python -m ckd.info`
-tells why. Nor is no nvcc: the module then has no CUDA kernels. A compiler that fails on the sources
-is an error.
+Both compilers are optional. Without a C++ compiler the package installs without the module, and
+`python -m ckd.info` says why; without nvcc the module has no CUDA kernels. A compiler that fails on
+the sources is an error.
 
-An editable install keeps its objects in build/editable, so that the next one compiles what changed.
+An editable install keeps its objects in build/editable, so that the next one compiles only changes.
 
 MAX_JOBS bounds parallel compilation, CXX names the compiler, CKD_CUDA=0 leaves the CUDA kernels out
-and CKD_CUDA=1 demands them, and CKD_CUDA_ARCHS lists what they are compiled for ("80;90").
+and CKD_CUDA=1 requires them, and CKD_CUDA_ARCHS lists their architectures ("80;90").
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     )
 
 ROOT = Path(__file__).parent
-# csrc/emulation runs the CUDA kernels on the CPU, in tests alone.
+# csrc/emulation runs the CUDA kernels on the CPU, in tests only.
 SOURCES = sorted(
     str(p.relative_to(ROOT))
     for p in (ROOT / "csrc").glob("**/*.c*")
@@ -45,13 +45,13 @@ SOURCES = sorted(
 )
 # The CPU kernels are compiled once for each instruction set; csrc/cpu/tiers.cpp picks at run time.
 TIERS: dict[str, list[str]] = json.loads((ROOT / "csrc" / "cpu" / "tiers.json").read_text())
-# sm_80 serves Ampere and Ada, sm_90 Hopper, and its PTX what comes later.
+# sm_80 serves Ampere and Ada, sm_90 Hopper, and its PTX later GPUs.
 CUDA_ARCHS = "80;90"
 REPORT = "_build.json"  # beside the module: {"built": bool, "reason": str}
 
 
 class NinjaBuild(build_ext):
-    """Compiles and links with ninja, and leaves a report of what it did beside the module."""
+    """Compiles and links with ninja, and writes a report (REPORT) beside the module."""
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -80,8 +80,8 @@ class NinjaBuild(build_ext):
         import pybind11
 
         folder.mkdir(parents=True, exist_ok=True)
-        # Where pip builds in isolation, pybind11 lies somewhere else each time: under its own path
-        # every command would change.
+        # An isolated build of pip has pybind11 at a new path each time, which would change every
+        # command; the path of this link stays.
         headers = folder / "pybind11"
         headers.unlink(missing_ok=True)
         headers.symlink_to(pybind11.get_include(), target_is_directory=True)
@@ -94,7 +94,7 @@ class NinjaBuild(build_ext):
         flags += [f"-DCKD_HAS_{name.upper()}" for name in tiers]
         flags += [f'-DCKD_VERSION="{self.distribution.get_version()}"']
         flags += [f'-DCKD_CUDA_ABOUT="{cuda.about}"', f"-DCKD_HAS_CUDA={int(bool(cuda.nvcc))}"]
-        # A system folder among them would hide the compiler's own headers from C++'s.
+        # -isystem /usr/include would break #include_next in the C++ library's headers.
         if cuda.nvcc and cuda.headers != Path("/usr/include"):
             flags += ["-isystem", str(cuda.headers)]
         flags += [f"-I{path}" for path in includes]
@@ -102,13 +102,13 @@ class NinjaBuild(build_ext):
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
 
-        # Side by side for all architectures, which take longest.
+        # nvcc compiles its architectures in parallel, since its sources take longest.
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         threads = f"--threads {min(jobs, len(cuda.arch_flags))}" if cuda.nvcc else ""
         openmp, nvcc = "-fopenmp" in link, f"{quote(cuda.nvcc)} {host_flags(compiler)}"
         linker = f"$cxx {' '.join(link)}"
         if cuda.nvcc:
-            # nvcc links what CUDA needs, statically: the module loads where there is no driver.
+            # nvcc links the CUDA runtime statically: the module loads without a driver too.
             linker = f"{nvcc} -shared -cudart static"
             linker += " -Xcompiler -fopenmp" * openmp
         lines = [
@@ -139,7 +139,7 @@ class NinjaBuild(build_ext):
                     continue
             tier = stem.removeprefix("tier_") if stem.startswith("tier_") else "portable"
             if tier != "portable" and tier not in tiers:
-                continue  # this compiler, or this architecture, does not have it
+                continue  # the compiler, or the architecture, does not support it
             objects.append(escape(folder / f"{source.replace('/', '_')}.o"))
             lines.append(f"build {objects[-1]}: compile {escape((ROOT / source).resolve())}")
             lines.append(f"  tier = {' '.join(tiers.get(tier, []))}")
@@ -150,10 +150,10 @@ class NinjaBuild(build_ext):
 
 
 class Cuda(NamedTuple):
-    """The CUDA compiler, if the kernels are to be built."""
+    """The CUDA compiler; nvcc is None if the kernels are not built."""
 
     nvcc: str | None
-    about: str  # in words
+    about: str  # for people: its release and architectures, or why there is none
     headers: Path | None = None
     arch_flags: tuple[str, ...] = ()
 
@@ -167,7 +167,7 @@ class Cuda(NamedTuple):
         homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
         candidates = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
         for nvcc in candidates:
-            # The toolkit's folder, which the nvcc on PATH may be a link into.
+            # The nvcc on PATH may be a link into the toolkit's folder, which has the headers.
             headers = Path(nvcc).resolve().parents[1] / "include" if nvcc else Path()
             if nvcc and Path(nvcc).exists() and (headers / "cuda_fp16.h").exists():
                 archs = cls.archs(nvcc)
@@ -178,7 +178,7 @@ class Cuda(NamedTuple):
 
     @staticmethod
     def archs(nvcc: str) -> list[str]:
-        """Those that are asked for; by default those of CUDA_ARCHS that this nvcc knows."""
+        """The architectures of CKD_CUDA_ARCHS; by default those of CUDA_ARCHS that nvcc knows."""
         asked = os.environ.get("CKD_CUDA_ARCHS", "")
         archs = [a.strip() for a in (asked or CUDA_ARCHS).replace(",", ";").split(";") if a.strip()]
         if wrong := [a for a in archs if not re.fullmatch(r"([89]|1\d)\d[af]?", a)]:
@@ -219,7 +219,7 @@ def find_compiler() -> str | None:
 
 
 def host_flags(compiler: str) -> str:
-    """For nvcc, which starts the compiler itself: of "ccache g++ -m64" it takes g++, and -m64."""
+    """nvcc's options for its host compiler: "ccache g++ -m64" is -ccbin g++ -Xcompiler -m64."""
     words = shlex.split(compiler)
     *_, program = [word for word in words if not word.startswith("-")]
     flags = words[words.index(program) + 1 :]
@@ -236,16 +236,16 @@ def accepts(compiler: str, flags: list[str]) -> bool:
 
 
 def quote(argument: object) -> str:
-    """For a command in a rule: the shell's quoting, and ninja's of `$`."""
+    """Quotes an argument of a rule's command for the shell, and its `$` for ninja."""
     return shlex.quote(str(argument)).replace("$", "$$")
 
 
 def escape(path: object) -> str:
-    """A path in a build line, where `$`, space and colon are special."""
+    """Escapes a path in a build line, where `$`, space and colon are special."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-# optional: setuptools then does not miss the module where there is no compiler.
+# optional: setuptools then accepts that there is no module without a compiler.
 setup(
     ext_modules=[Extension("ckd._C", SOURCES, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
