@@ -33,7 +33,7 @@ constexpr Element HALF = Element::float16, BFLOAT = Element::bfloat16, FLOAT = E
 constexpr Int IGNORE = -100, WHOLE = Int{1} << 40;
 const double NaN = std::numeric_limits<double>::quiet_NaN();
 
-// To every launch it seems that there are so many multiprocessors: few, so that parts are few.
+// The number of multiprocessors that launches plan for: few, so that parts are few.
 constexpr int PROCESSORS = 3;
 
 double rounded(double x, Element element) {
@@ -43,7 +43,7 @@ double rounded(double x, Element element) {
   return narrow;
 }
 
-// No byte more than asked for, so that AddressSanitizer sees what lies behind. Begins as NaN.
+// Exactly `size` bytes, so that AddressSanitizer finds overruns, initialised as NaN.
 class Bytes {
  public:
   explicit Bytes(Int size) : size_(size), data_(new unsigned char[static_cast<std::size_t>(size)]) {
@@ -60,8 +60,8 @@ class Bytes {
 };
 
 // Rows `stride` apart, `offset` elements into their memory, which ends with the last row. Elements
-// begin as a NaN that nothing computes: what a kernel forgets to write is seen, where NaN is right
-// too.
+// are initialised as a NaN that no arithmetic gives, which shows those that a kernel does not write
+// even if NaN is their right value.
 class Matrix {
  public:
   Matrix(Element element, Int rows, Int width, Int stride, Int offset = 0)
@@ -128,7 +128,7 @@ class Matrix {
            (offset_ + row * stride + column) * static_cast<Int>(size());
   }
 
-  static constexpr std::uint32_t UNTOUCHED = 0xffadffad;  // NaN as one number and as two
+  static constexpr std::uint32_t UNTOUCHED = 0xffadffad;  // NaN as float32 and as two 16-bit ones
 
   Int offset_;
   Bytes bytes_;
@@ -147,8 +147,8 @@ struct Case {
   Int most_chunk_rows = WHOLE;
   Int bank_gap = 0, bank_offset = 0, student_gap = 0;  // elements
   int weight_parts = 1;
-  bool in_pieces = false;  // also backwards for some of the gradients
-  bool odd_rows = false;   // zero and NaN students that nothing is asked of
+  bool in_pieces = false;  // also runs backwards of only some gradients
+  bool odd_rows = false;   // a zero student, and NaN students without gradient
   bool climbing = false;   // logits rise from -scale to scale along the bank, for every student
 };
 
@@ -161,7 +161,7 @@ struct Problem {
                : c.bank == HALF ? HALF
                                 : BFLOAT,
                c.projection ? c.width : 0, c.dim,
-               c.exact ? c.dim + 1 : (c.dim + 7) / 8 * 8),  // rows on 16 bytes, unless exact
+               c.exact ? c.dim + 1 : (c.dim + 7) / 8 * 8),  // rows aligned to 16 bytes
         bias(vector(c.projection && c.bias ? c.width : 0)),
         scale(vector(1)),
         d_nll(vector(2 * c.batch - 1)),
@@ -247,10 +247,10 @@ double dot(const Table& a, Int i, const Table& b, Int j) {
   return sum;
 }
 
-// Everything in double, from the formulae. What the products take is rounded as the op promises: u
-// and n to float16, the bank to the dtype of the projection. Else a few components would show in
-// the logits as errors of 1e-3, which hide real ones. Probabilities and gradients stay exact, and
-// all of it in exact arithmetic.
+// Everything in double, from the formulae. Operands of products are rounded as the op documents: u
+// and n to float16, the bank to the dtype of the projection. Otherwise rounding of a few components
+// would show in the logits as errors of 1e-3, which hide real ones. Probabilities and gradients are
+// not rounded, and nothing is with exact arithmetic.
 struct Truth {
   explicit Truth(const Problem& p)
       : u(p.c.batch, p.c.width),
@@ -344,7 +344,7 @@ struct Truth {
 
   void of_student(const Problem& p, Int i) {
     if (!is_busy(p, i)) return;
-    // The kernel takes these from the student's row itself, not from u.
+    // As the kernel, from the student's row itself and not from the rounded u.
     Table row(1, p.c.width), slope(1, p.c.width);
     for (Int w = 0; w < p.c.width; ++w) {
       row.at(0, w) = p.student.at(i, w);
@@ -391,7 +391,7 @@ void complain(const char* what, const Case& c, const std::string& how) {
       c.most_chunk_rows, c.weight_parts, c.exact);
 }
 
-// Of everything that was computed, in this order.
+// Of all results, in the order in which they are checked.
 std::uint64_t hash = 14695981039346656037u;
 
 void add_to_hash(double x) {
@@ -400,8 +400,8 @@ void add_to_hash(double x) {
   hash = (std::isnan(x) ? ~hash : hash ^ bits) * 1099511628211u;
 }
 
-// `parts` matrices below each other, whose sum is the result, have the truth: to `limit` of its
-// norm, and each element to `limit` of the largest.
+// Compares the sum of `parts` stacked matrices with the truth: to `limit` of its norm, and each
+// element to `limit` of the largest.
 void check(const char* what, const Case& c, const Matrix& got, Table truth, double limit,
            Int parts = 1) {
   // Where the truth is zero, as with one bank row, so is the result but for rounding.
@@ -450,9 +450,9 @@ void check_launch(const char* what, const Case& c, int error) {
   if (error != 0) complain(what, c, "cudaError " + std::to_string(error));
 }
 
-// Exponentials, G and dZ become float16, 2^-12 of each at most, and dZ bfloat16 for such weights,
-// 2^-9, as does a bfloat16 student's gradient. Many such errors leave less than that of the norm of
-// a sum, unless its terms cancel, as those of d_bias do.
+// Exponentials, G and dZ are rounded to float16, with errors up to 2^-12 of each; dZ with bfloat16
+// weights, and gradients of bfloat16 students, to bfloat16, 2^-9. The relative error of a sum of
+// many is smaller, unless terms cancel, as those of d_bias do.
 constexpr double HALF_LIMIT = 1e-3, CANCELLED_LIMIT = 5e-3, BFLOAT_LIMIT = 5e-3, EXACT_LIMIT = 1e-5;
 
 double limit_of(const Case& c) { return c.exact ? EXACT_LIMIT : HALF_LIMIT; }
@@ -547,7 +547,7 @@ void test(const Case& c, unsigned seed) {
   all.check_bias(truth);
   if (!c.in_pieces) return;
 
-  // Only some of the gradients, and nothing that they do not need.
+  // Only some of the gradients, without arguments that they do not need.
   const Gradients some(c);
   ContrastiveCeBackward of_weight = op;
   of_weight.residual = of_weight.attention = nullptr;
@@ -582,8 +582,8 @@ Case with(Case c, const std::function<void(Case&)>& change) {
   return c;
 }
 
-// Each in few blocks, since a thread takes long; between them every buffer that is used more than
-// twice, and blocks beside each other.
+// Few blocks each, since ThreadSanitizer is slow; together they have several blocks, and use each
+// buffer more than twice.
 std::vector<Case> small_cases() {
   return {
       // Three steps of 32 students, and of 64 of the bank's dimension.
@@ -617,9 +617,9 @@ std::vector<Case> all_cases() {
              c.most_chunk_rows = 64, c.smoothing = 0.2, c.cache = false;
              c.lse_gradient = c.in_pieces = true;
            }),
-      // Three blocks of the width, of which the last has one column of 16.
+      // Three blocks of the width, of which the last has 16 columns.
       with({3, 40, 8, 513}, [](Case& c) { c.bank = BFLOAT; }),
-      // Parts of the bank beside each other, one of them empty in the second chunk.
+      // Several parts of the bank, one of them empty in the second chunk.
       with({4, 1100, 5, 20}, [](Case& c) { c.most_chunk_rows = 1024, c.weight_parts = 5; }),
       // A sharp softmax: partial sums with maxima that differ, losses near 0.
       with({12, 140, 17, 40}, [](Case& c) { c.scale = 100, c.most_chunk_rows = 64; }),

@@ -1,5 +1,5 @@
-// A kernel with planted bugs, which shows what the emulation finds. With logits = a b for a [rows,
-// inner] and b [inner, columns], row by row log2 of the sum of 2^logit, and the largest |logit|.
+// A kernel with planted bugs, which shows what the emulation finds. For logits = a b, a [rows,
+// inner], b [inner, columns]: log2 of each row's sum of 2^logit, and the largest |logit|.
 //
 // 32 x 32 tiles of logits by 2 x 2 warps, copies one tile ahead, a running sum over column tiles.
 // -DBUG=n plants bug n; without it the program's argument does. 0 is none.
@@ -19,7 +19,7 @@ namespace {
 using namespace ckd::cuda;
 
 constexpr int THREADS = 128, TILE = 32, INNER = 32, STAGES = 2;
-constexpr int STRIDE = INNER + 8;  // rows of a tile, 8 apart from the banks of the row before
+constexpr int STRIDE = INNER + 8;  // padded, so that rows begin in different memory banks
 constexpr int PIECE = TILE * STRIDE;
 
 template <class T>
@@ -81,7 +81,7 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     } else {
       wait_copies<1>();
     }
-    if (BUG != 1) sync_block();  // the copies of all threads are there
+    if (BUG != 1) sync_block();  // the copies of all threads have arrived
     if (step % inner_tiles == 0) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) logits[i / 4][i % 4] = 0;
@@ -165,7 +165,7 @@ CKD_KERNEL void __launch_bounds__(THREADS)
       sync_block();
     }
   } else if (BUG != 17) {
-    sync_block();  // rows are joined from the parts of two warps
+    sync_block();  // each row combines the partial sums of two warps
   }
   if (BUG == 21 && thread == 0 && sums[0] == FLT_MAX) return;
   if (thread >= TILE && BUG != 14) return;

@@ -4,10 +4,10 @@
 //     wrappers check FILE       compares; exits with 1 where they differ, and says what does
 //
 // tests/emulation/wrappers.golden is what the emulation prints (docs/emulation.md). The first
-// letter of a line says how its words are compared: `=` bit by bit, `u` as float32 to 2.5 units in
-// the last place, `s` as sums of a matrix unit, to 1e-6 of their size. How many of those have equal
-// bits is printed: on an H100 847 of 1,029, since the emulation's `truncated` is a model of what it
-// does; other GPUs sum otherwise.
+// letter of a line says how its 32-bit words are compared: `=` bit by bit, `u` as float32 to 2.5
+// units in the last place, `s` and `l` as sums of tensor cores, to 1e-6 and 1e-3 of their size. It
+// prints how many sums have equal bits: on an H100 847 of 1,029, since the emulation's `truncated`
+// is a model of its sums; other GPUs sum differently.
 
 #include <cmath>
 #include <cstdio>
@@ -34,7 +34,7 @@ void require(int error, const char* what) {
   std::exit(2);
 }
 
-// Memory of the device that begins as a copy of a vector.
+// Device memory, initialised from a vector.
 template <class T>
 class Device {
  public:
@@ -74,7 +74,7 @@ class Device {
   std::size_t count_;
 };
 
-// 16 rows of 64 numbers as a Tile stores them, loaded in both ways from every column of matrices.
+// 16 rows of 64 elements in the layout of a Tile, loaded both straight and transposed.
 CKD_KERNEL void matrices(const std::uint16_t* from, Word* to) {
   CKD_SHARED(memory);
   Carve carve(memory);
@@ -98,7 +98,7 @@ CKD_KERNEL void matrices(const std::uint16_t* from, Word* to) {
   }
 }
 
-// c += a b, `times` times over, of fragments as they come.
+// c += a b, `times` times, for fragments in memory.
 template <class T>
 CKD_KERNEL void products(const Word* a, const Word* b, float* c, int times) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -109,7 +109,7 @@ CKD_KERNEL void products(const Word* a, const Word* b, float* c, int times) {
   for (int e = 0; e < 4; ++e) c[lane * 4 + e] = sums[e];
 }
 
-// 0 to 16 bytes, in three groups; what is not copied becomes zero.
+// Copies of 0 to 16 bytes in three groups; the rest of the 16 becomes zero.
 CKD_KERNEL void copies(const unsigned char* from, Word* to) {
   CKD_SHARED(memory);
   Carve carve(memory);
@@ -132,7 +132,7 @@ CKD_KERNEL void copies(const unsigned char* from, Word* to) {
   wait_copies<0>();
   if (group == 2) store_own();
   sync_warp();
-  const int other = (lane + 1) % WARP;  // another thread's, behind the barrier
+  const int other = (lane + 1) % WARP;  // another thread's copy, after the barrier
   for (int i = 0; i < 4; ++i) to[128 + lane * 4 + i] = pieces[other * 4 + i];
 }
 
@@ -160,7 +160,7 @@ CKD_KERNEL void maxima(const float* x, float* largest, int count) {
   if (i < count) atomic_max(largest, x[i]);
 }
 
-// Each block writes what the last one has to see, which adds it up, as `combine` does.
+// The last block to arrive must see and add what all blocks wrote, as `combine` does.
 CKD_KERNEL void last_block(int* values, int* counter, int* sum, int seed) {
   CKD_SHARED(memory);
   Carve carve(memory);
@@ -183,7 +183,7 @@ CKD_KERNEL void last_block(int* values, int* counter, int* sum, int seed) {
   *counter = 0;
 }
 
-// What goes in, the same everywhere.
+// Pseudo-random inputs, the same on every machine.
 class Numbers {
  public:
   Word word() { return state_ = state_ * 1664525u + 1013904223u; }
@@ -220,12 +220,12 @@ std::vector<Word> words(const std::vector<V>& values) {
 
 using Floats = std::vector<float>;
 
-// c [16, 8] + a [16, 16] b [16, 8], by the tables of the PTX manual, written once more.
+// c [16, 8] + a [16, 16] b [16, 8] by the PTX manual's tables, independently of csrc/emulation.
 template <class T>
 Floats product(const Floats& a, const Floats& b, const Floats& c, int times = 1) {
   std::vector<Word> of_a(4 * WARP), of_b(2 * WARP);
   Floats of_c(4 * WARP), out(128);
-  const auto place = [](int lane, int i) {  // of element i of c
+  const auto place = [](int lane, int i) {  // index in c of a lane's element i
     return ((lane >> 2) + (i < 2 ? 0 : 8)) * 8 + (lane & 3) * 2 + (i & 1);
   };
   for (int lane = 0; lane < WARP; ++lane) {
@@ -267,21 +267,20 @@ void add_products(Lines& lines, const std::string& type, Numbers& numbers) {
     for (float& x : *v) x = numbers.below_1();
   }
   lines["s mma " + type + " random"] = words(product<T>(a, b, c));
-  // Terms of any size beside each other.
+  // Terms of very different sizes.
   for (float& x : a) x *= std::ldexp(1.0f, static_cast<int>(numbers.integer(6)));
   for (float& x : b) x *= std::ldexp(1.0f, static_cast<int>(numbers.integer(6)));
   lines["s mma " + type + " many sizes"] = words(product<T>(a, b, c));
   for (float& x : a) x = 6e-8f * std::fabs(numbers.below_1());  // subnormal as float16
   lines["s mma " + type + " subnormal"] = words(product<T>(a, b, Floats(128, 0)));
-  // Always the same positive products, as long sums over a bank have them.
+  // A long sum of positive products, as sums over a bank are: truncation makes it too small.
   for (Floats* v : {&a, &b}) {
     for (float& x : *v) x = std::fabs(numbers.below_1());
   }
   lines["l mma " + type + " 2048 times"] = words(product<T>(a, b, Floats(128, 0), 2048));
 }
 
-// 1 + `count` products of 2^-exponent, from term `first` on: what is kept of them, in units of
-// 2^-23.
+// For 1 + `count` products of 2^-exponent, from term `first` on: the sum - 1 in units of 2^-23.
 float kept(int first, int count, int exponent) {
   Floats a(256, 0), b(128, 0);
   for (int k = first; k < first + count; ++k) a[k] = 1, b[k * 8] = std::ldexp(1.0f, -exponent / 2);
@@ -304,7 +303,7 @@ Lines run() {
   }
   add_products<__half>(lines, "float16", numbers);
   add_products<__nv_bfloat16>(lines, "bfloat16", numbers);
-  // How far below the largest term others still count, and whether the 16 products are one sum.
+  // How far below the largest term others still count, and whether 16 products are added at once.
   lines["l kept beside 1: 2 2^-24, 4 2^-25, 8 2^-26, 16 2^-27; 4 2^-25 in two halves"] = words(
       Floats{kept(0, 2, 24), kept(0, 4, 25), kept(0, 8, 26), kept(0, 16, 27), kept(6, 4, 25)});
   {
@@ -401,9 +400,9 @@ bool agree(char how, Word found, Word wanted) {
       if (std::isnan(y)) return std::isnan(x);
       if (std::fabs(y) < 1.2e-38 && x == 0) return true;  // subnormal results are 0
       return std::fabs(x - y) <= 2.5 * 1.1920929e-7 * std::fabs(y);
-    case 's':  // beside terms of up to 64 x 64, and subnormal ones
+    case 's':  // terms are as large as 64 x 64, or subnormal
       return std::fabs(x - y) <= 1e-6 * (std::fabs(y) + (std::fabs(y) < 1e-6 ? 1e-6 : 64.0 * 64));
-    case 'l':  // depends on how sums are rounded, by as much as is to be shown
+    case 'l':  // depends on the hardware's rounding, which these vectors show
       return std::fabs(x - y) <= 1e-3 * std::fabs(y) + 2;
     default:
       return false;

@@ -1,7 +1,7 @@
-// AMX tiles in plain C++, so that the tier's walk over tiles runs where there is no AMX: to be
-// included before anything else in the AVX-512 tier with bfloat16, which then multiplies with them.
+// AMX tiles in plain C++, so that the tier's loops over tiles run on processors without AMX. Must
+// be the first include of the AVX-512 tier with bfloat16, which then multiplies with these tiles.
 //
-// Tiles that were never loaded hold NaN. A tile used against its configuration ends the program.
+// Tiles hold NaN until they are loaded. Use of a tile against its configuration aborts.
 
 #pragma once
 
@@ -21,7 +21,7 @@ namespace amx_emulated {
 
 struct Tile {
   int rows = 0, row_bytes = 0;
-  float words[16][16];  // as bits
+  float words[16][16];  // 32 bits each, of any type
 };
 inline thread_local Tile tiles[8];
 
@@ -79,7 +79,7 @@ inline void store_tile(int tile, void* to, std::int64_t stride) {
   }
 }
 
-// Elements 0 and 1 of a pair of bfloat16.
+// Element 0 or 1 of a pair of bfloat16.
 inline float element(float pair, int which) {
   std::uint32_t bits;
   std::memcpy(&bits, &pair, sizeof bits);

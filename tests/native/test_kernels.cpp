@@ -23,7 +23,7 @@ namespace {
 
 using namespace ckd::cpu;
 
-// Ends with the page of its allocation as far as AddressSanitizer can see: no slack behind it.
+// An array of exactly n elements, so that AddressSanitizer finds overruns.
 template <class T>
 struct Exact {
   explicit Exact(std::int64_t n, T fill = T()) : size(n), data(new T[static_cast<std::size_t>(n)]) {
@@ -36,7 +36,7 @@ struct Exact {
   std::unique_ptr<T[]> data;
 };
 
-// A copy that ends with its page; to write to it ends the program.
+// A copy in read-only pages, at their end: a write or an overrun ends the program.
 class ReadOnly {
  public:
   ReadOnly(const void* from, std::int64_t n)
@@ -61,7 +61,7 @@ class ReadOnly {
   void* pages_ = nullptr;
 };
 
-// Results begin as NaN: what a kernel forgets to write is seen.
+// Results begin as NaN, which shows elements that a kernel does not write.
 const float NOTHING = std::nanf("");
 
 struct Shape {
@@ -76,14 +76,14 @@ std::uint32_t bits_of(float x) {
   return bits;
 }
 
-// The next smaller number that every Element holds: eight digits, and no exponent below -13.
+// x rounded towards zero to a number of every Element: eight bits, and no exponent below -13.
 float storable(float x) {
   const std::uint32_t bits = std::fabs(x) < 0x1p-13f ? 0 : bits_of(x) & 0xffff0000u;
   std::memcpy(&x, &bits, sizeof bits);
   return x;
 }
 
-// Such a number as it is stored.
+// The bits of such a number in the dtype `element`.
 std::uint32_t stored_bits(float x, Element element) {
   const std::uint32_t bits = bits_of(x);
   if (element == Element::float32) return bits;
@@ -92,7 +92,7 @@ std::uint32_t stored_bits(float x, Element element) {
 }
 
 struct Problem {
-  // Rows of the bank are `gap` elements apart.
+  // `gap` elements lie between rows of the bank.
   Problem(const Shape& shape, Element element, std::int64_t gap, unsigned seed)
       : shape(shape),
         element(element),
@@ -318,7 +318,7 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
     check("d_bias", s, d_bias, truth.d_bias, 1e-3);
   }
 
-  // Without what no gradient needs, and without a cache.
+  // Without residual and attention, and without a cache.
   forward.residual = forward.attention = nullptr;
   forward.cache = NO_CACHE;
   kernels.contrastive_ce_forward(forward);
@@ -382,7 +382,7 @@ int main(int argc, char** argv) {
       const Problem problem(shape, static_cast<Element>(variant / halves), seed % 3, seed);
       ++seed;
       const Truth truth(problem);
-      // Room for everything, for a panel, and for none.
+      // A cache with room for all panels, for one, and for none.
       const std::int64_t head = 64 + (shape.batch + 15) / 16 * 64;
       const std::int64_t panel = (shape.student_dim + 33) * 256;
       for (const std::int64_t bytes :

@@ -1,5 +1,5 @@
-// `each` of csrc/cpu/parallel.h: every index once, loops one after another, nobody left alone.
-// Exits with 1 and says what is wrong.
+// `each` of csrc/cpu/parallel.h: every index runs once, a loop ends before the next begins, and
+// members steal work. Exits with 1 and says what is wrong.
 
 #include <cstdio>
 #include <vector>
@@ -11,8 +11,8 @@ namespace {
 
 using namespace ckd::cpu::portable;
 
-// Loops of all lengths up to some, in one team: what a loop finds is what the one before left. What
-// is written is nobody else's and not atomic, so that ThreadSanitizer sees an index taken twice.
+// Loops of all lengths up to MOST in one team: each must read what the one before wrote. An index
+// writes only its own data, without atomics, so that ThreadSanitizer finds one that is taken twice.
 bool loops_are_whole(int threads) {
   constexpr int MOST = 40;
   std::vector<int> seen(MOST, 0);
@@ -29,7 +29,7 @@ bool loops_are_whole(int threads) {
   });
   for (int n = 0; n <= MOST; ++n) {
     for (int i = 0; i < n; ++i) {
-      // It looked at index n - 1 - i, which was counted in the loops of length n - i to n - 1.
+      // It read index n - 1 - i, which was counted in the loops of length n - i to n - 1.
       const int got = before[static_cast<std::size_t>(n)][static_cast<std::size_t>(i)];
       if (got == i) continue;
       std::printf("threads %d, length %d, index %d: %d\n", threads, n, i, got);
@@ -39,7 +39,7 @@ bool loops_are_whole(int threads) {
   return true;
 }
 
-// The first index waits for all others, among them those of its own member's part.
+// The first index waits for all others, of which those in its own member's share must be stolen.
 bool others_help(int threads) {
   constexpr int LENGTH = 64;
   int done = 0;
