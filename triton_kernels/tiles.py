@@ -151,7 +151,7 @@ def product_tiles(arithmetic: str, family: str, aligned: bool) -> tuple[ProductT
 def weight_gradient_tiles(
     width: int, family: str, sums: int, aligned: bool
 ) -> tuple[ProductTiles, ...]:
-    """Columns of dZ, columns of the bank, and the rows that share a scale: as many as dZ has."""
+    """Columns of dZ, columns of the bank, and `sums`: the rows of dZ that share a scale."""
     if family == TINY:
         return (ProductTiles(32, 32, sums),)
     if not aligned:

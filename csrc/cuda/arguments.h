@@ -42,9 +42,9 @@ struct ContrastiveCeForward {
   Inputs in;
   Targets targets;
   void* cache;  // the projected bank, for the backward; null: it is projected again
-  // Results. [B] each; residual and attention [B, W], or null where not asked for.
+  // Results. [B] each; residual and attention [B, W], or null: not computed.
   float* nll;
-  float* loss;  // [] the sum of nll, divided by kept; null: not asked for
+  float* loss;  // [] the sum of nll, divided by kept; null: not computed
   float* kept;  // [] the number of rows that are not ignored, at least 1; null: loss is the sum
   float* lse;
   float* p_other;
@@ -65,7 +65,7 @@ struct ContrastiveCeBackward {
   const float* p_other;
   const float* residual;
   const float* attention;
-  // Results, null where not asked for.
+  // Results; null ones are not computed.
   void* d_student;  // [B, W] in the student's dtype
   float* along;     // [B], whose sum is d logit_scale
   float* d_weight;  // [parts, W, D], whose sum over parts is d weight
@@ -83,7 +83,7 @@ struct SimilarityBackward {
   const float* d_logits;            // [B, K]
   const float* largest_of_student;  // [B] the largest |d_logits| of a row; needed for slope
   const float* largest_of_bank;     // [K] that of a column; needed for d_weight
-  // Results, null where not asked for.
+  // Results; null ones are not computed.
   float* slope;  // [slope_parts, B, ld]: sum_k d_logits n_k, in the layout of bank rows (rows.cuh)
   int slope_parts;
   float* d_weight;  // this and the rest as in ContrastiveCeBackward

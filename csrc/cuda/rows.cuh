@@ -161,7 +161,7 @@ CKD_DEVICE float by_lse(const ContrastiveCeBackward& op, std::int64_t i) {
 // at_target - by_all; log2_sum = lse / log 2. 0 for rows without gradient, which may hold NaN.
 struct Factors {
   enum Array { column, log2_sum, by_p, at_target, by_all, size, ARRAYS };
-  float* data;  // null: not asked for
+  float* data;  // null: not computed
   int stride;   // a multiple of 4, so that each array is aligned to 16 bytes
 
   CKD_DEVICE float* array(int index) const {
@@ -171,7 +171,7 @@ struct Factors {
     const float smoothing = op.targets.label_smoothing;
     const bool busy = g != 0 || h != 0;
     const float other = busy ? op.p_other[i] : 0;
-    // The target's row of the bank, -1 where there is none.
+    // The target's row of the bank, -1 without a target.
     const std::int64_t y = load_target(op.targets, i, op.in.bank.count);
     reinterpret_cast<int*>(array(column))[i] = static_cast<int>(y);
     array(log2_sum)[i] = busy ? op.lse[i] * LOG2E : 0;

@@ -1,5 +1,4 @@
-// logit_scale u . n for every pair, as a matrix. See contrastive_ce.h for what the functions
-// return.
+// logit_scale u . n for every pair, as a matrix. Functions return as those of contrastive_ce.h do.
 
 #pragma once
 

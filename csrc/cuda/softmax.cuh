@@ -1,5 +1,5 @@
 // The forward of the contrastive cross-entropy over unit rows: u of the students, n of a chunk of
-// the bank, float16, rows `ld` apart with zeros behind the student's width.
+// the bank, float16, rows `ld` apart with zeros past the student's width.
 //
 //   l = logit_scale u . n     with the target left out: a = log sum_{k != y} exp l_k - l_y
 //   nll = softplus(a)     p_other = sigmoid(a)

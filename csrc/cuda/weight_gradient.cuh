@@ -13,7 +13,7 @@ struct ScaledGradient {
   void* rows;          // [rows, ld] of float16 or bfloat16
   bool is_bfloat16;    // the bank is multiplied in the same dtype
   float* scales;       // [tiles of 64 rows] by which to multiply the rows
-  float* column_sums;  // [tiles of 64 rows, ld] of dZ itself, as float32; null: not asked for
+  float* column_sums;  // [tiles of 64 rows, ld] of dZ itself, as float32; null: not computed
 
   CKD_DEVICE void store_pair(std::int64_t at, float low, float high) const {
     if (is_bfloat16) {
