@@ -1,6 +1,7 @@
-"""The compiled kernels, as functions on addresses (0: null) and sizes.
+"""The compiled kernels, as functions of addresses (0: null) and sizes.
 
-Tensors are named, so that two of them cannot be swapped.
+Tensors are keyword arguments, so that a caller cannot swap two of them by position. The structs of
+csrc/cpu/arguments.h and csrc/cuda/arguments.h describe each of them.
 """
 
 from typing import TypeAlias
@@ -21,7 +22,7 @@ _CpuTargets: TypeAlias = tuple[int, int, float, int]
 _CudaInputs: TypeAlias = tuple[_Rows, _Rows, _Strided, int, int, bool]
 # (target, ignore_index, label_smoothing).
 _CudaTargets: TypeAlias = tuple[int, int, float]
-# (processors, most rows of a chunk, workspace, stream).
+# (processors, most bank rows of a chunk, workspace, stream).
 _Launch: TypeAlias = tuple[int, int, int, int]
 
 def build_info() -> dict[str, str]: ...
@@ -29,10 +30,10 @@ def cpu_tiers() -> list[tuple[str, bool]]:
     """The instruction sets that run here, best first: (name, has bfloat16 arithmetic)."""
 
 def cpu_gemm_peak(tier: str, half: bool, threads: int, seconds: float, /) -> float:
-    """GFLOP/s of the tier's matrix product on operands in the cache."""
+    """GFLOP/s of the tier's matrix product on operands that fit the cache."""
 
 class CpuWorkspace:
-    """Memory that stays allocated after a call, as a buffer of bytes that are not initialised."""
+    """A buffer of uninitialised bytes. Its memory returns to a pool, not to the system."""
 
     def __init__(self, size: int) -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
@@ -49,8 +50,7 @@ def cpu_contrastive_ce_forward(
     residual: int,
     attention: int,
 ) -> int:
-    """The row of the first target that is no row of the bank, and then nothing is computed; or
-    -1."""
+    """Returns -1, or the index of the first target out of range; then nothing is computed."""
 
 def cpu_contrastive_ce_backward(
     *,
@@ -80,8 +80,8 @@ def cpu_similarity_backward(
     d_logit_scale: int,
 ) -> None: ...
 
-# Functions of csrc/cuda launch kernels and return a cudaError, 0 for none. With a workspace of 0
-# they return the bytes of workspace that they need.
+# Functions of csrc/cuda launch kernels and return a cudaError, 0 for success. With a workspace of 0
+# they launch nothing and return the size of the workspace that they need, in bytes.
 def cuda_contrastive_ce_forward(
     *,
     inputs: _CudaInputs,
@@ -131,4 +131,4 @@ def cuda_similarity_backward(
 ) -> int: ...
 def cuda_error(error: int, /) -> str: ...
 def cuda_error_is_of_earlier_work(error: int, /) -> bool:
-    """Whether a cudaError comes from work that was launched before."""
+    """Whether a cudaError comes from work that was launched before the call that returned it."""

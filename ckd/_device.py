@@ -1,4 +1,4 @@
-"""From the `--device` of a command to a device that computes."""
+"""The device that the `--device` of a command names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ckd._errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else the CPU.
+    """The device of that name; `auto` is CUDA if torch sees a GPU, else the CPU.
 
-    Raises ConfigError for a device that is not here, or whose tensors hold no values (`meta`).
+    Raises ConfigError for a device that is absent, or whose tensors hold no values (`meta`).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Error messages that say what to do: unknown names with the nearest known ones, missing extras."""
+"""Error messages with a remedy: the known names nearest to an unknown one, an extra to install."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ckd._errors import ConfigError
 
 
 def unknown(kind: str, name: str, known: Iterable[str], takes: str = "known") -> str:
-    """The message for a name that is not in a table, the known ones listed nearest first."""
+    """The message for a name that is not known; it lists the known ones, the most similar first."""
     names = sorted(known, key=lambda k: -difflib.SequenceMatcher(None, str(name), k).ratio())
     return f"unknown {kind} {name!r}; {takes}, nearest first: {', '.join(names)}"
 
@@ -25,8 +25,8 @@ def flag(field: str) -> str:
 def check_choices(settings: Any) -> None:
     """Raise ConfigError for the first field of a dataclass whose value its Literal type excludes.
 
-    Python does not check types when an object is made, and `ckd.cli.command.parse` leaves choices
-    to this function, so that one message serves settings from Python, files and command lines.
+    Dataclasses do not check types, and `ckd.cli.command.parse` leaves choices to this function, so
+    that settings from Python, files and command lines get the same message.
     """
     for name, hint in get_type_hints(type(settings)).items():
         literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]

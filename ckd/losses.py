@@ -1,4 +1,4 @@
-"""Losses as modules: the op together with the parameters it trains."""
+"""Losses as modules: an op and its trainable parameters."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class EmbeddingDistillationLoss(nn.Module):
 
     (CLIP-Embed-KD, arXiv 2404.06170.) The module owns `weight` [student_dim, teacher_dim] and
     `bias` [student_dim], initialised like `nn.Linear`, and `log_logit_scale`, a 0-dim parameter
-    (or buffer) that holds the logarithm of the scale as CLIP does. Give its parameters to the
-    optimizer beside the student's; nothing of it is needed once the student is trained.
+    (a buffer when the scale is fixed) that holds the logarithm of the scale, as in CLIP. Give its
+    parameters to the optimizer with the student's. The trained student does not need the module.
 
     Args:
         student_dim: W, width of the student's embedding.
         teacher_dim: D, width of the bank.
-        projection: False to use the bank as it is, which needs D == W.
+        projection: False compares students with the bank itself, which needs D == W.
         bias: whether the projection has a bias.
         logit_scale: initial (or fixed) inverse temperature; 14.2857 = 1 / 0.07 as in CLIP.
         learn_logit_scale: False keeps it fixed.
-        max_logit_scale: the learned scale is held at or below this, to rounding (CLIP: 100).
+        max_logit_scale: each forward clamps the learned scale to this, up to rounding (CLIP: 100).
         label_smoothing, ignore_index, reduction, backend: as for the op.
 
     Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none".
 
     Raises:
-        ValueError: dimensions or scale that do not fit, naming the argument.
+        ValueError: dimensions, scale or options out of range; the message names the argument.
 
     Example:
         >>> criterion = ckd.EmbeddingDistillationLoss(256, 1024)
@@ -91,7 +91,8 @@ class EmbeddingDistillationLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projection as in `nn.Linear` (uniform within 1 / sqrt(teacher_dim)), scale as given."""
+        """Draw the projection as `nn.Linear` does, uniform in +-1 / sqrt(teacher_dim), and set the
+        scale to its initial value."""
         bound = 1 / math.sqrt(self.teacher_dim)
         for parameter in (self.weight, self.bias):
             if parameter is not None:
@@ -100,13 +101,13 @@ class EmbeddingDistillationLoss(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The scale in force, 0-dim."""
+        """The current scale, 0-dim, differentiable if it is learned."""
         return self.log_logit_scale.exp()
 
     def forward(self, student: Tensor, bank: Tensor, target: Tensor) -> Tensor:
         if self.log_logit_scale.requires_grad:
-            # The parameter itself is held at the maximum: clamping its exponential instead would
-            # give a zero gradient beyond it, from which it could never come back.
+            # The parameter is clamped, not its exponential: the gradient of a clamped exponential
+            # is zero above the maximum, so that a parameter there would stay there.
             with torch.no_grad():
                 self.log_logit_scale.clamp_(max=math.log(self.max_logit_scale))
         return contrastive_cross_entropy(

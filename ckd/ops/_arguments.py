@@ -1,5 +1,5 @@
-"""Checks shared by the ops. Everything here is static (shapes, dtypes, devices) except
-`check_scale`, which reads a tensor and therefore runs inside the op and on the CPU alone."""
+"""Argument checks shared by the ops. They read metadata alone (shapes, dtypes, devices), except
+`check_scale`: it reads a tensor's value, and so runs inside the op and on the CPU alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckd import _hints
 from ckd.backends.interface import Inputs, Reduction, Targets
 
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-# Only float64 mathematics has a use for float64 data; elsewhere it is a mistake that costs 4x.
+# Only with a float64 student: for any other, float64 tensors would cost memory and add no digit.
 DOUBLE = (*SINGLE, torch.float64)
 
 
@@ -35,7 +35,7 @@ def check_inputs(inputs: Inputs) -> None:
             raise ValueError("bias needs weight: without a projection pass bias=None")
         if bank.shape[1] != student.shape[1]:
             raise ValueError(
-                f"without weight, bank and student must be of one width, got bank "
+                f"without weight, bank and student must have the same width, got bank "
                 f"{list(bank.shape)} and student {list(student.shape)}; pass weight "
                 f"[{student.shape[1]}, {bank.shape[1]}] to project the bank"
             )
@@ -59,11 +59,12 @@ def check_inputs(inputs: Inputs) -> None:
 
 
 def check_targets(targets: Targets, inputs: Inputs) -> None:
+    """Check all but the values of the targets: those are left to the backends, which read them."""
     target, label_smoothing, ignore_index, reduction = targets
     _check_type("target", target)
     if target.is_floating_point() and target.dim() == 2:
         raise ValueError(
-            f"target must be rows of the bank, int64 [B], got {_words((target.dtype,))} "
+            f"target must be rows of the bank, int64 [B], got {_names((target.dtype,))} "
             f"{list(target.shape)}; probabilities are not supported: pass target.argmax(1)"
         )
     _check_tensor("target", target, ("B",), (torch.int64,), inputs.student)
@@ -72,7 +73,7 @@ def check_targets(targets: Targets, inputs: Inputs) -> None:
 
 
 def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
-    """The options of the loss."""
+    """Check the options of the loss; `reduction` may be any object."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not isinstance(ignore_index, int):
@@ -82,7 +83,7 @@ def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> 
 
 
 def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
-    """The scale as a 0-dim tensor beside the student: float32, or float64 for a float64 student."""
+    """A 0-dim tensor on the student's device: float32, or float64 for a float64 student."""
     _check_type("student", student)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     if isinstance(logit_scale, Tensor):
@@ -98,14 +99,14 @@ def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
         raise TypeError(
             f"logit_scale must be a float or a 0-dim tensor, got {type(logit_scale).__name__}"
         )
-    if not 0 < logit_scale < math.inf:  # comparisons alone: torch.compile traces them
+    if not 0 < logit_scale < math.inf:  # only comparisons: torch.compile can trace these
         raise ValueError(_scale_message(logit_scale))
     return torch.full((), logit_scale, dtype=dtype, device=student.device)
 
 
 def check_scale(logit_scale: Tensor) -> None:
-    """Refuse a scale that is not finite and > 0. On a GPU, where reading it would be a
-    synchronisation, it gives a NaN loss instead."""
+    """Raise ValueError for a scale that is not finite and > 0. On a GPU, where reading it would
+    synchronise, nothing is raised and the loss is NaN."""
     if logit_scale.is_cpu and not 0 < logit_scale.item() < math.inf:
         raise ValueError(_scale_message(logit_scale.item()))
 
@@ -127,12 +128,12 @@ def _check_tensor(
     _check_type(name, value)
     where = value.device if student is None else student.device
     if value.dtype not in dtypes or value.device != where:
-        known = _words(dtypes)
-        # The caller's own dtype where it is allowed; else the one that keeps most of the values.
+        known = _names(dtypes)
+        # The remedy keeps an allowed dtype; else it is float32, but float16 for a (large) bank.
         wide = torch.float32 if torch.float32 in dtypes and name != "bank" else dtypes[0]
         remedy = f'{name}.to("{where}", {value.dtype if value.dtype in dtypes else wide})'
         raise ValueError(
-            f"{name} must be {known} on {where}, got {_words((value.dtype,))} on {value.device}; "
+            f"{name} must be {known} on {where}, got {_names((value.dtype,))} on {value.device}; "
             f"convert with {remedy}"
         )
     if value.dim() != len(axes):
@@ -154,6 +155,6 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _words(dtypes: tuple[torch.dtype, ...]) -> str:
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     names = [str(d).removeprefix("torch.") for d in dtypes]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,12 +1,12 @@
-"""A shorter way through torch to the same results, for calls that nothing else has to see.
+"""Bypasses torch's dispatcher for calls that no other part of torch has to observe.
 
-The public way of `Op` checks every call anew and passes `torch.autograd.Function.apply` and the
-dispatcher: together they take longer than the loss against a small bank. The shortcut caches the
-checks and the choice of a backend, and calls the implementation itself. It is taken where no
-compiler, tracer, transform, mode, profiler or tensor subclass has to see the op.
+`Op` checks the arguments of every call and goes through `torch.autograd.Function.apply` and the
+dispatcher: together these take longer than the loss against a small bank. A `Shortcut` caches the
+checks and the choice of a backend, and calls the implementation itself. It does so only where no
+compiler, tracer, transform, mode, profiler or tensor subclass observes the op; results are equal.
 
-All names that are private to torch stand here. Where torch lacks one of them, or this module is
-deleted and `shorten` with it, every call takes the public way.
+This module alone uses names that are private to torch. Without one of them, every call takes the
+public path of `Op`; so it does if this module and the calls of `shorten` are deleted.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ try:
 except (ImportError, AttributeError):
     _enabled = False
 
-MOST = 256  # cached plans of an op
-PLAIN = (Tensor, torch.nn.Parameter)
+MOST = 256  # plans that an op caches at most
+PLAIN = (Tensor, torch.nn.Parameter)  # other subclasses may override operators
 _VALUES = (float, int, str, bool, type(None))
-_dense_keys: set[int] = set()  # dispatch keys of tensors that torch dispatches by device alone
+_dense_keys: set[int] = set()  # dispatch key sets of ordinary tensors, one for each device
 
 
 def shorten(op: Op) -> Op | Shortcut:
-    """The op with a shortcut, where torch has the names that it needs."""
+    """The op with a shortcut; the op itself where torch lacks a name that the shortcut needs."""
     return Shortcut(op) if _enabled else op
 
 
@@ -56,7 +56,7 @@ def is_enabled() -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Every call takes the public way: for tests. Not thread-safe."""
+    """Every call inside takes the public path: for tests. Not thread-safe."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -66,11 +66,12 @@ def disabled() -> Iterator[None]:
 
 
 class Shortcut:
-    """An op as `Op` is: `shortcut(*arguments)` and `shortcut.call(records, *options)`."""
+    """Has the interface of `Op`: `shortcut(*arguments)` and `shortcut.call(records, *options)`."""
 
     def __init__(self, op: Op) -> None:
         self.op, self.tensors = op, op.tensors
-        # apply of the C++ base class: that of torch.autograd.Function looks for transforms first.
+        # `apply` of the C++ base class: torch.autograd.Function's own first checks for functorch
+        # transforms, and calls under a transform never reach it.
         self._apply = super(torch.autograd.Function, _direct(op)).apply  # type: ignore[misc]
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
@@ -104,7 +105,7 @@ class Shortcut:
 
 
 def _direct(op: Op) -> type[torch.autograd.Function]:
-    """op.function, with what computes the result as an argument behind those of the op."""
+    """`op.function` without the dispatcher: its last argument is a function that computes."""
     setup_context = op.function.setup_context
 
     class Direct(torch.autograd.Function):
@@ -120,15 +121,17 @@ def _direct(op: Op) -> type[torch.autograd.Function]:
 
 
 class _Plan(NamedTuple):
-    recorded: bool  # by autograd
-    prepared: tuple[tuple[Any, ...], ...]  # the records of Op.prepare
-    flat: tuple[Any, ...]  # their fields
+    """The cached result of `Op.prepare` for all calls with one key."""
+
+    recorded: bool  # whether autograd records the call
+    prepared: tuple[tuple[Any, ...], ...]  # the records that Op.prepare returned
+    flat: tuple[Any, ...]  # the fields of these records, one after another
 
 
 def is_observed() -> bool:
-    """Whether something other than reverse-mode autograd has to see the ops that are called now."""
+    """Whether anything but reverse-mode autograd observes the ops that are called now."""
     return (
-        torch.compiler.is_dynamo_compiling()  # other compilers trace, by a dispatch mode
+        torch.compiler.is_dynamo_compiling()  # other compilers trace with a dispatch mode
         or not _enabled
         or _is_tracing()
         or _len_torch_dispatch_stack() > 0
@@ -144,8 +147,8 @@ def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _key(records: tuple[tuple[Any, ...], ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The cache key of a plan: all that it may depend on, so all metadata of the tensors except
-    strides and address. None: the call is not cached."""
+    """The cache key of a plan: everything that a plan may depend on. Of a tensor this is all
+    metadata except strides and address. None: the call is not cached."""
     student = records[0][0]
     if type(student) not in PLAIN or student.is_meta:
         return None
@@ -167,8 +170,8 @@ def _key(records: tuple[tuple[Any, ...], ...], options: tuple[Any, ...]) -> tupl
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether the memory of the tensors holds their values, as implementations take for granted:
-    not so for subclasses, and for meta, lazily negated and batched tensors."""
+    """Whether an implementation may read the tensors' memory. It may not for subclasses, nor for
+    meta, lazily negated and batched tensors, whose memory does not hold their values."""
     for x in tensors:
         if x is None:
             continue
@@ -180,7 +183,7 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """By comparison with a new tensor on the same device."""
+    """Whether x has the dispatch keys of a new tensor on its device, and no others."""
     if x.is_meta:
         return False
     with torch.inference_mode(False):

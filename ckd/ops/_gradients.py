@@ -10,13 +10,13 @@ from ckd.backends.interface import Gradients, Inputs, Needs
 
 
 def needs(ctx: Any) -> Needs:
-    """Read from the context of an op whose first arguments are Inputs."""
+    """Which gradients autograd asks for, of an op whose first arguments are Inputs."""
     student, _, weight, bias, logit_scale, *_ = ctx.needs_input_grad
     return Needs(student, weight, bias, logit_scale)
 
 
 def for_autograd(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """A gradient for each argument of such an op: None where none was asked for."""
+    """One gradient for each argument of such an op, None where autograd asks for none."""
     d_student, d_weight, d_bias, d_logit_scale = gradients
     student, _, weight, bias, logit_scale, *others = ctx.needs_input_grad
     return (
@@ -30,7 +30,7 @@ def for_autograd(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None
 
 
 def fake(inputs: Inputs, needs: Needs) -> Gradients:
-    """Shapes and dtypes alone; [0] where no gradient is asked for."""
+    """Uninitialised gradients, for shapes and dtypes; [0] where none is asked for."""
     student, _, weight, bias, logit_scale = inputs
 
     def like(x: Tensor | None, needed: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The records that all ops share, field by field, as schemas have them.
+# The records that all ops share, as parts of a schema: one argument for each field, in their order.
 INPUTS = "Tensor student, Tensor bank, Tensor? weight, Tensor? bias, Tensor logit_scale"
 PLAN = "str backend, bool allow_half"
 NEEDS = "bool needs_student, bool needs_weight, bool needs_bias, bool needs_logit_scale"
@@ -28,7 +28,8 @@ class Op:
     """`torch.ops.ckd.<name>`.
 
     The schema is flat. `implementation` and `fake` take records (NamedTuples), whose fields, one
-    record after another, are the arguments of the schema. Tensors of the caller come first.
+    record after another, are the arguments of the schema. The schema begins with the tensors that
+    the caller passes.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Op:
         formula: Formula | None = None,
         prepare: Callable[..., tuple[tuple[Any, ...], ...]] = lambda *records: (),
     ) -> None:
-        """Without a formula the op has no derivative, and asking for one is an error.
+        """Without a formula, differentiating the op raises NotImplementedError.
 
-        `prepare(*records, *options)` checks the records of a caller and returns those that follow.
+        `prepare(*records, *options)` checks the records that a caller passes and returns the other
+        records of the schema.
         """
         self.name, _, arguments = schema.partition("(")
         kinds = arguments.partition(")")[0].split(",")
@@ -62,15 +64,15 @@ class Op:
         self.function = _function(self, formula)
 
     def __call__(self, *arguments: Any) -> Any:
-        """The op on the arguments of its schema."""
+        """Call the op on the arguments of its schema."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return self.registered(*arguments)
-        # An autograd.Function around the op: the formula that is registered with the dispatcher
-        # does not serve torch.func, and in forward mode it gives zero tangents without an error.
+        # An autograd.Function wraps the op: with the formula that is registered with the dispatcher
+        # alone, torch.func does not work, and forward mode gives zero tangents without an error.
         return self.function.apply(*arguments)
 
     def call(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> Any:
-        """The op on the caller's records and those that `prepare` adds."""
+        """Call the op on the caller's records and those that `prepare` returns."""
         return self(*chain(*records, *self.prepare(*records, *options)))
 
 
@@ -79,10 +81,10 @@ def _is_tensor(argument: str) -> bool:
 
 
 def _flat(function: Callable[..., Any], records: Sequence[type[Any]]) -> Callable[..., Any]:
-    """A function of the records' fields in place of the records."""
+    """`function` as a function of the records' fields, for the dispatcher."""
     ends = list(accumulate(len(record._fields) for record in records))
     parts = [(r, slice(end - len(r._fields), end)) for r, end in zip(records, ends)]
-    make = tuple.__new__  # a third of the time of `record(*fields)`
+    make = tuple.__new__  # takes a third of the time of `record(*fields)`
 
     def call(*arguments: Any) -> Any:
         return function(*[make(record, arguments[part]) for record, part in parts])

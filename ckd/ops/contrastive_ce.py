@@ -86,38 +86,39 @@ def contrastive_cross_entropy(
         nll_i = log sum_k exp l_ik - l_{i, target_i}
 
     This is the objective of CLIP-Embed-KD (arXiv 2404.06170), in which stored teacher embeddings
-    take the place of a running teacher; with the teacher embeddings of the batch as bank and
-    `arange(B)` as target it is CLIP's image-to-text half (arXiv 2103.00020). The [B, K] logits
-    are never held in memory.
+    take the place of a running teacher. With the teacher embeddings of the batch as bank and
+    `arange(B)` as target it is the image-to-text half of CLIP's loss (arXiv 2103.00020). The
+    [B, K] logits are never held in memory.
 
     Args:
-        student: [B, W] float32, float16 or bfloat16 (float64 for gradient checks). Gradient.
-        bank: [K, D] float16, bfloat16 or float32 teacher embeddings, any norm. Never a gradient.
+        student: [B, W] float32, float16 or bfloat16 (float64 for gradient checks).
+        bank: [K, D] float16, bfloat16 or float32 teacher embeddings of any norm.
         target: [B] int64, a row of the bank for each student row, or `ignore_index`.
-        weight: P [W, D], the projection from teacher to student width; None when D == W. Gradient.
-        bias: b [W], or None. Gradient.
+        weight: P [W, D], the projection from teacher to student width; None when D == W.
+        bias: b [W], or None.
         logit_scale: inverse temperature, a float or 0-dim tensor, > 0 and already exponentiated.
-            Gradient.
-        label_smoothing: mass in [0, 1] spread evenly over the bank, as in
+        label_smoothing: probability in [0, 1] spread evenly over the bank, as in
             `torch.nn.functional.cross_entropy`.
         ignore_index: rows with this target have loss 0 and no gradient.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", "none".
-        return_lse: also return lse_i = log sum_k exp l_ik, of every row, differentiable.
-        backend: "auto", or a name from `ckd.backends.available()`, which then never falls back.
+        return_lse: also return lse_i = log sum_k exp l_ik, for every row, differentiable.
+        backend: "auto", or a name from `ckd.backends.available()`; named, it never falls back.
 
     Returns:
-        The loss: 0-dim, or [B] for reduction "none"; with `return_lse` also lse [B]. float32
-        (float64 for a float64 student), also under autocast, which lets the backend use
-        half-precision operands with float32 accumulation. Gradients have their inputs' dtypes.
+        The loss: 0-dim, or [B] for reduction "none"; with `return_lse` also lse [B]. Both are
+        float32 (float64 for a float64 student), under autocast too: autocast lets the backend use
+        half-precision operands with float32 accumulation.
+
+    Differentiable in student, weight, bias and logit_scale, with gradients in their dtypes; the
+    bank never receives a gradient. Second derivatives are not implemented.
 
     A student or projected bank row with norm below 1e-6 has zero logits and zero gradient. A
-    student row with NaN or inf, or whose norm is not finite, has a NaN loss. Second derivatives
-    are not implemented.
+    student row with NaN or inf, or whose norm is not finite, has a NaN loss.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, device, shape or value.
-        IndexError: a target out of range, on the CPU. On a GPU, where looking would need a
-            synchronisation, that row's loss is NaN and its gradient zero.
+        IndexError: a target out of range, on the CPU. On a GPU, where reading targets would
+            synchronise, that row's loss is NaN and its gradient zero.
         ckd.backends.BackendError: the named backend cannot serve the call.
 
     Example:
@@ -198,8 +199,8 @@ def _compute_backward(
 ) -> Gradients:
     if upstream.d_lse is not None and (needs.student or needs.logit_scale) and not keep.attention:
         raise ValueError(
-            "a gradient of lse for student or logit_scale needs what ckd::contrastive_ce keeps "
-            "with save_attention=True, but it was called with False"
+            "the gradient of lse for student or logit_scale needs the output `attention` of "
+            "ckd::contrastive_ce: call it with save_attention=True, not False"
         )
     backend = backends.ORDER[plan.backend]
     return backend.contrastive_ce_backward(upstream, inputs, targets, plan, saved, needs)

@@ -24,9 +24,9 @@ def normalized_similarity(
 ) -> Tensor:
     """logit_scale u_i.n_k for every pair, with u = s/|s| and n = z/|z|, z = P t + b.
 
-    The logits of `contrastive_cross_entropy`, materialised: for retrieval, evaluation and small
-    banks. Arguments, zero and non-finite rows, and errors as there; differentiable in student,
-    weight, bias and logit_scale.
+    These are the logits of `contrastive_cross_entropy`, held in memory: for retrieval, evaluation
+    and small banks. Arguments, derivatives, zero and non-finite rows, and errors are as documented
+    there.
 
     Returns:
         [B, K] float32 (float64 for a float64 student).
