@@ -1,4 +1,4 @@
-"""Which code serves a call: an ordered list of backends, each of which says why it cannot.
+"""The choice of a backend: an ordered list, each entry of which serves a call or says why not.
 
 A backend is a module of this package that has the functions of `interface.Backend`. Backends differ
 in speed, never in results; `ckd/backends/reference.py` defines what they compute.
@@ -16,8 +16,8 @@ from ckd._errors import CkdError
 from ckd.backends import cpu, cuda, reference, triton
 from ckd.backends.interface import Backend, BackendName, Problem, cache_limit, set_cache_limit
 
-# "auto" takes the first that serves the problem, so the fastest stands first. cuda has not been
-# measured on a GPU: until it is shown to be the faster, triton stands before it.
+# "auto" takes the first that serves the problem, so the order is by speed. cuda has not been
+# measured on a GPU: until it proves faster, it comes after triton.
 ORDER: dict[str, Backend] = {
     "triton": triton,
     "cuda": cuda,
@@ -44,7 +44,8 @@ class BackendError(CkdError, RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend `auto` takes, and for every other one the reason in words (None: it could)."""
+    """The backend that `auto` takes, and for each backend the reason why it cannot serve the call,
+    or None if it can."""
 
     chosen: str
     reasons: dict[str, str | None]
@@ -54,7 +55,7 @@ class Explanation:
         for name, reason in self.reasons.items():
             if name != self.chosen:
                 lines.append(
-                    f"  {name}: {reason or 'could serve too, but stands later in the order'}"
+                    f"  {name}: {reason or 'could serve it too, but comes later in the order'}"
                 )
         return "\n".join(lines)
 
@@ -88,7 +89,7 @@ def explain(
 
 
 def resolve(name: str, problem: Problem) -> str:
-    """The concrete backend for `name`, which may be "auto".
+    """The name of the backend that serves the problem; `name` may be "auto".
 
     Raises:
         ValueError: no backend has that name.

@@ -2,7 +2,7 @@
 
 Arithmetic is float32. Where half precision is allowed (by the problem, or by
 `torch.set_float32_matmul_precision("medium")`) and the tier has it, matrix operands are rounded to
-bfloat16; sums, softmax and norms stay float32. Results are the same bits on any number of threads.
+bfloat16; sums, softmax and norms stay float32. Results are bitwise equal for any number of threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ckd.backends.interface import (
 from ckd.backends.native import _C
 from ckd.backends.precision import float32_products
 
-# name -> has bfloat16
+# name -> has bfloat16 arithmetic; the best first
 TIERS = dict(_C.cpu_tiers()) if native.missing is None else {}
 ELEMENTS = {
     torch.float16: 0,
@@ -40,12 +40,13 @@ ELEMENTS = {
     torch.float32: 2,
 }  # Element of csrc/cpu/arguments.h
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2}  # Reduction of csrc/cpu/arguments.h
-PANEL = 64  # bank rows of a panel of the cache
+PANEL = 64  # bank rows of a panel: the cache holds whole panels
 CACHE_HEADER_BYTES = 64
 SMALL_WORKSPACE = 1 << 20  # bytes
 
-# Allocation on the CPU in half the time of torch.empty. new_empty ignores torch's default dtype and
-# device, and of a buffer it is real even under FakeTensorMode.
+# Fast CPU allocation, in half the time of torch.empty: `new_empty` ignores torch's default dtype
+# and device, and the new_empty of a tensor over a buffer gives a real tensor even under
+# FakeTensorMode.
 _empty = torch.frombuffer(bytearray(4), dtype=torch.float32).new_empty
 _empty_bytes = torch.frombuffer(bytearray(4), dtype=torch.uint8).new_empty
 
@@ -54,10 +55,9 @@ _tier = next(iter(TIERS), "")
 
 @contextlib.contextmanager
 def use_tier(name: str) -> Iterator[None]:
-    """Compute with another instruction set than the best one: for tests and benchmarks.
+    """Compute with the named instruction set instead of the best one: for tests and benchmarks.
 
-    Not thread-safe.
-    Raises ValueError for a tier that does not run here (see TIERS).
+    Not thread-safe. Raises ValueError for a tier that does not run here (see TIERS).
     """
     global _tier
     if name not in TIERS:
@@ -85,14 +85,15 @@ def unsupported(problem: Problem) -> str | None:
     if problem.student_dtype == torch.float64:
         return "a float64 student is for the reference backend alone"
     if problem.student_dim == 0 or problem.teacher_dim == 0:
-        return "rows of width 0"
+        return "the tensors have rows of width 0"
     return None
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Memory for what the forward leaves to the backward (Cache of csrc/cpu/arguments.h): a float
-    for each student, and panels of the bank, words(W) rows of 64 words (as AMX pads them; other
-    tiers may need less) and 64 inverse norms."""
+    """Size of the forward's cache for the backward (Cache of csrc/cpu/arguments.h): a header, a
+    float for each student, and panels of projected bank rows. A panel takes 64 x `words` words of 4
+    bytes and 64 inverse norms. A word is one float32 or two bfloat16 (gemm.h), `words` their number
+    in a row of width W, padded as AMX needs it; other tiers may need less."""
     panels = (problem.bank_rows + PANEL - 1) // PANEL
     half = problem.allow_half and TIERS[_tier]
     words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim
@@ -176,10 +177,10 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
 
 
 class _Call:
-    """The inputs as the kernels take them, kept alive during the call.
+    """The inputs in the kernels' form; holds the tensors whose addresses it passes.
 
-    The bank is read in place, whatever its dtype and the distance of its rows; the rest is small
-    and converted to contiguous float32.
+    Kernels read the bank in place, in any dtype and with any row stride. The other tensors are
+    small and are converted to contiguous float32.
     """
 
     def __init__(self, inputs: Inputs, plan: Plan) -> None:
@@ -214,16 +215,16 @@ def _single(x: Tensor) -> Tensor: ...
 @overload
 def _single(x: Tensor | None) -> Tensor | None: ...
 def _single(x: Tensor | None) -> Tensor | None:
-    """Contiguous float32. To look first is faster than to let torch find that there is nothing to
-    do."""
+    """Contiguous float32. Checking in Python is faster than two calls of torch without effect."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
         return x
     return x.float().contiguous()
 
 
 def _workspace(size: int) -> Tensor:
-    """Bytes. Many come from the kernels' own memory, which stays allocated: fresh pages cost 4 % of
-    a step. Few come from torch, which is faster, and malloc keeps their pages too."""
+    """Uninitialised bytes. Large workspaces come from the kernels' pool, which keeps its memory:
+    page faults of fresh memory cost 4 % of a step. Small ones come from torch, which is faster, and
+    malloc keeps their pages mapped too."""
     if size <= SMALL_WORKSPACE:
         return _empty_bytes(size)
     return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)

@@ -1,9 +1,9 @@
 """The ops in CUDA C++ (csrc/cuda), for NVIDIA GPUs from sm_80 on.
 
-Operands of the matrix units are float16 where half precision is permitted (bfloat16 for the
-projection of a bank in another dtype), else float32 numbers taken apart into several such; sums
-are float32. No logits in memory, no host synchronisation; atomics take maxima alone, which do not
-depend on an order: the same bits every time.
+Operands of the matrix units are float16 where half precision is permitted (bfloat16 in the
+projection of a bank that is not float16); else each float32 number is split into several 16-bit
+pieces (csrc/cuda/tile.cuh). Sums are float32. No logits in memory, no host synchronisation. Results
+are bitwise reproducible: atomics compute only maxima, which do not depend on the order.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ if _missing is None and not hasattr(_C, "cuda_contrastive_ce_forward"):
 gpu = Gpu()
 
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # Element of arguments.h
-WIDTH_MULTIPLE = 16  # of the projected bank's rows
-TILE = 64  # of the kernels
-PIECE_SCALE = 64  # by which pieces of float32 numbers are multiplied
-MAX_PARTS = 16
-LEAST_TERMS = 8 * TILE  # of a part of a long sum: fewer are not worth adding up parts for
-WIDEST = 1 << 20  # a row: 65,535 tiles are the most of a launch
+WIDTH_MULTIPLE = 16  # rows of the projected bank are padded to a multiple of this
+TILE = 64  # rows and columns of a kernel's tile
+PIECE_SCALE = 64  # factor of the pieces of a float32 number
+MAX_PARTS = 16  # of a split sum
+LEAST_TERMS = 8 * TILE  # of a part of a split sum: with fewer, adding the parts costs too much
+WIDEST = 1 << 20  # elements of a row: a launch has at most 65,535 tiles along it
 
 
 def use(module: ModuleType, device: Gpu) -> None:
-    """Launch the kernels of another module on another device: for tests."""
+    """Take the kernels from another module and launch them on another device: for tests."""
     global _C, _missing, gpu
     _C, _missing, gpu = module, None, device
 
 
 def missing() -> str | None:
-    """Why no problem at all can be served here, on the current GPU."""
+    """Why the backend can serve no problem on the current GPU, or None."""
     return _missing_on(None)
 
 
@@ -73,17 +73,18 @@ def _missing_on(device_index: int | None) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     reason = (
-        elsewhere(problem, gpu)  # first: asking for GPUs takes longer
+        elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or _missing_on(problem.device_index)
-        or beyond_limits(problem, spare_rows=2 * TILE)  # the next tile's row is one too
+        or beyond_limits(problem, spare_rows=2 * TILE)  # kernels also index the next tile's rows
     )
     if reason is None and max(problem.student_dim, problem.teacher_dim) > WIDEST:
-        return f"rows wider than {WIDEST:,}"
+        return f"the tensors have rows wider than {WIDEST:,}"
     return reason
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Room for the whole projected bank and its inverse norms, or none."""
+    """Size of a cache for the whole projected bank and its inverse norms; 0 if that is beyond the
+    limit."""
     width = -(-problem.student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     pieces = 1 if problem.allow_half else 3
     needed = problem.bank_rows * (2 * pieces * width + 4)
@@ -168,7 +169,7 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
     d_logits = d_logits.float().contiguous()
     gradients = _Gradients(call, needs)
     of_rows, of_bank = needs.student or needs.logit_scale, needs.weight or needs.bias
-    # float16 is scaled by these: each student's slope, and each bank row's gradient, on its own.
+    # They scale float16 operands: one for each student's slope, one for each bank row's gradient.
     largest_of_student, largest_of_row = (
         torch.linalg.vector_norm(d_logits, torch.inf, dim=dim) if wanted else call.empty(0)
         for dim, wanted in ((1, of_rows), (0, of_bank))
@@ -190,7 +191,7 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
     )
     if of_rows:
         slope = slope.sum(0)
-        if call.exact:  # the bank's high and low pieces
+        if call.exact:  # add the products with the high and the low pieces of the bank
             piece = -(-width // 16) * 16
             slope = (slope[:, :piece] + slope[:, 2 * piece :]) / PIECE_SCALE
         slope = slope[:, :width].contiguous()
@@ -208,14 +209,13 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
 
 
 class _Gradients:
-    """Outputs of the kernels, [0] for a gradient that is not asked for."""
+    """Outputs of the kernels, [0] for a gradient that is not requested."""
 
     def __init__(self, call: _Call, needs: Needs) -> None:
         self._call, self._needs = call, needs
         (batch, width), dim = call.student.shape, call.bank.shape[1]
         of_rows, projection = needs.student or needs.logit_scale, needs.weight or needs.bias
-        # A block of the kernel that multiplies with the bank has two tiles of columns, where half
-        # precision is permitted.
+        # In half precision a block of the weight_gradient kernel computes two tiles of columns.
         self.parts = parts = call.parts(width, dim if call.exact else dim / 2, len(call.bank))
         self.student = call.empty((batch, width) if needs.student else 0, dtype=call.dtype)
         self.along = call.empty(batch if of_rows else 0)  # its sum is d_logit_scale
@@ -223,7 +223,7 @@ class _Gradients:
         self.bias = call.empty((parts, width) if needs.bias else 0)
 
     def result(self) -> Gradients:
-        """Each in its input's dtype, [0] where none was asked for."""
+        """The gradients in their inputs' dtypes, [0] where none is requested."""
         call, needs = self._call, self._needs
         d_weight = d_bias = d_scale = None
         if needs.weight and call.weight_like is not None:
@@ -237,7 +237,7 @@ class _Gradients:
 
 
 class _Call:
-    """The inputs as the kernels take them, kept alive until they are launched."""
+    """The inputs in the kernels' form; holds the tensors whose addresses it passes."""
 
     def __init__(self, inputs: Inputs, plan: Plan) -> None:
         student, bank, weight, bias, logit_scale = inputs
@@ -258,7 +258,7 @@ class _Call:
         )
 
     def _operand(self, weight: Tensor) -> Tensor:
-        """In the dtype of the projection's operands, with rows that begin at 16 bytes."""
+        """The weight in the dtype of the projection's operands, with rows aligned to 16 bytes."""
         if self.exact:
             return weight.float().contiguous()
         half = torch.float16 if self.bank.dtype == torch.float16 else torch.bfloat16
@@ -273,19 +273,19 @@ class _Call:
 
     @property
     def row_length(self) -> int:
-        """Of unit rows, with all their pieces."""
+        """Elements of a unit row with all its pieces."""
         return (3 if self.exact else 1) * -(-self.student.shape[1] // 16) * 16
 
     def parts(self, rows: int, columns: float, terms: int) -> int:
-        """Into how many parts long sums are cut: with the tiles of [rows, columns], as many as run
-        at once, two blocks on each multiprocessor."""
+        """The split-k factor of a product [rows, columns] that sums over `terms`: enough parts that
+        its blocks fill the GPU, two on each multiprocessor."""
         tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
         wanted = 2 * gpu.processors(self.student.device) // tiles
         return max(1, min(wanted, MAX_PARTS, terms // LEAST_TERMS))
 
     def run(self, function: Callable[..., int]) -> None:
-        """Launch the kernels of a function of _C; without a workspace it returns the bytes of one
-        that it needs."""
+        """Launch the kernels of a function of _C: its first call, without a workspace, returns the
+        size of the workspace that it needs."""
         device = self.student.device
         sizes = (gpu.processors(device), gpu.chunk_rows)
         needed = function(inputs=self._inputs, launch=(*sizes, 0, 0))
@@ -315,7 +315,7 @@ def _sum_of_parts(parts: Tensor) -> Tensor:
 
 
 def _strided(d: Tensor | None) -> tuple[int, int]:
-    """A gradient of every row, which may be one number."""
+    """(address, stride) of a gradient [B]; stride 0 for a 0-dim one, which all rows share."""
     return (0, 0) if d is None else (d.data_ptr(), d.stride(0) if d.dim() > 0 else 0)
 
 

@@ -13,23 +13,24 @@ settings_version = 0  # +1 on each change of a setting; part of every plan's cac
 
 
 def invalidate_plans() -> None:
-    """Invalidate all cached plans. Call it after a change on which a plan depends."""
+    """Invalidate all cached plans: to be called when a setting that plans depend on changes."""
     global settings_version
     settings_version += 1
 
 
 def cache_limit() -> int:
-    """Bytes of the projected bank that a forward may keep for its backward; see
-    `set_cache_limit`."""
+    """The most bytes of the projected bank that a forward keeps for its backward (see
+    `set_cache_limit`)."""
     return _cache_limit
 
 
 def set_cache_limit(limit: int) -> None:
     """Let a forward keep up to `limit` bytes of the projected bank for its backward.
 
-    Without it the backward for weight and bias projects the bank again: 2 K D W operations. Kept
-    rows take W float16 numbers on a GPU and W bfloat16 ones on the CPU where half precision is
-    permitted, else W float32 ones; a GPU keeps all rows or none. The default is 128 MiB.
+    The backward for weight and bias projects all other rows again, 2 D W operations each. A kept
+    row takes W float16 numbers on a GPU or W bfloat16 ones on the CPU where half precision is
+    permitted, else W float32 ones (`cuda`: 3 W float16). A GPU keeps all rows or none. The default
+    is 128 MiB.
 
     Raises ValueError for a negative limit.
 
@@ -66,14 +67,14 @@ class Targets(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Who computes a call, and in which precision."""
+    """The backend that computes a call, and the precision that it may use."""
 
     backend: str
-    allow_half: bool  # see Problem; permission, not an order
+    allow_half: bool  # see Problem: the backend may still use float32
 
 
 class Keep(NamedTuple):
-    """What the forward of the contrastive cross-entropy keeps for its backward; see Forward."""
+    """Which fields of Forward the contrastive cross-entropy keeps for its backward."""
 
     residual: bool
     attention: bool
@@ -81,10 +82,10 @@ class Keep(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The metadata of a call, by which a backend says whether it can serve it: no tensors.
+    """The metadata of a call, by which backends decide whether they can serve it.
 
     `allow_half` permits rounding the operands of matrix products to half precision (sums and the
-    softmax stay float32): the student is half precision, or autocast is on.
+    softmax stay float32): the student is in half precision, or autocast is on.
     """
 
     op: str
@@ -97,7 +98,7 @@ class Problem(NamedTuple):
     bank_dtype: torch.dtype
     weight_dtype: torch.dtype | None  # None: no projection
     allow_half: bool
-    cache_limit: int  # bytes that the forward may keep of the projected bank
+    cache_limit: int  # most bytes of the projected bank that the forward keeps
     device_index: int | None  # None for a device type that has a single device
 
     @classmethod
@@ -122,18 +123,18 @@ class Problem(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The forward of the contrastive cross-entropy; float32, or float64 for a float64 student.
+    """The results of the contrastive cross-entropy; float32, or float64 for a float64 student.
 
-    Everything after lse is for the backward, which then computes the gradients of student and
+    The fields after lse are for the backward: with them it computes the gradients of student and
     logit_scale without reading the bank again.
     """
 
     loss: Tensor  # [B] for reduction "none": nll, 0 where ignored; else 0-dim
     lse: Tensor  # [B] log sum exp over the whole bank
-    kept: Tensor  # 0-dim, for reduction "mean": the rows that are not ignored, at least 1; else [0]
-    p_other: Tensor  # [B] probability of all rows but the target, exact when it is tiny
-    residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] when not asked for
-    attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] when not asked for
+    kept: Tensor  # 0-dim, for reduction "mean": number of rows not ignored, at least 1; else [0]
+    p_other: Tensor  # [B] probability of all rows but the target, accurate when it is tiny
+    residual: Tensor  # [B, W] d nll / d (logit_scale u); [0] unless kept
+    attention: Tensor  # [B, W] d lse / d (logit_scale u) = sum_k p_k n_k; [0] unless kept
     cache: Tensor  # uint8 [Keep.cache_bytes], in the backend's own format
 
 
@@ -156,7 +157,7 @@ class Upstream(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients autograd requests."""
 
     student: bool
     weight: bool
@@ -165,7 +166,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in their inputs' dtypes; an empty tensor [0] where none was asked for."""
+    """Gradients in their inputs' dtypes; an empty tensor [0] where none is requested."""
 
     student: Tensor
     weight: Tensor
@@ -183,7 +184,7 @@ class Backend(Protocol):
         """Why the backend cannot serve a problem, in words, or None."""
 
     def contrastive_ce_cache_bytes(self, problem: Problem) -> int:
-        """The size of Forward.cache, where the backward needs gradients of weight or bias."""
+        """The size of Forward.cache in bytes, for a call with a gradient of weight or bias."""
 
     def contrastive_ce_forward(
         self, inputs: Inputs, targets: Targets, plan: Plan, keep: Keep
@@ -217,7 +218,7 @@ def zero_gradients(inputs: Inputs, needs: Needs) -> Gradients:
 
 
 def reduce_rows(nll: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Forward.loss and Forward.kept from the losses [B] of the rows. The mean over no rows is 0."""
+    """Forward.loss and Forward.kept from the rows' losses [B]. The mean over no rows is 0."""
     if targets.reduction != "mean":
         return nll if targets.reduction == "none" else nll.sum(), nll.new_empty(0)
     kept = (targets.target != targets.ignore_index).sum().clamp_(min=1).to(nll.dtype)
@@ -225,8 +226,8 @@ def reduce_rows(nll: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def check_targets(targets: Targets, bank_rows: int) -> None:
-    """Raise IndexError for a target that is no row of the bank. On a GPU, where reading it would
-    be a synchronisation, nothing is read, and the loss of such a row is NaN."""
+    """Raise IndexError for a target out of range. On a GPU, where reading targets would
+    synchronise, nothing is read, and the kernels give such a row the loss NaN."""
     target = targets.target
     if target.device.type != "cpu" or len(target) == 0:
         return

@@ -1,4 +1,4 @@
-"""`ckd._C`, the compiled kernels, if they are installed."""
+"""`ckd._C`, the compiled kernels, or the reason why it is missing."""
 
 from __future__ import annotations
 

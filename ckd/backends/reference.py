@@ -1,9 +1,9 @@
-"""The definition of every op in plain torch: exact, on any device, in memory bounded by a tile.
+"""The definition of every op in plain torch: any device, full precision, memory bounded by a tile.
 
-The bank is read in tiles of rows. Arithmetic is float32 (float64 for a float64 student) whatever
-the inputs, autocast and `allow_half` say; no [B, K] array of logits and no projected bank ever
-exist. Backward passes are analytic. In the comments u = s/|s|, z = P t + b, n = z/|z| and
-l = logit_scale u.n.
+The bank is read in tiles of rows. Arithmetic is float32 (float64 for a float64 student), regardless
+of the inputs' dtypes, autocast and `allow_half`. Neither the [B, K] logits nor the projected bank
+is ever held in memory. Backward passes are analytic. In the comments u = s/|s|, z = P t + b,
+n = z/|z|, l = logit_scale u.n, and y is the target's row.
 
 Rows whose norm is below MIN_NORM count as zero: logits 0, gradient 0. Rows whose norm is not
 finite give NaN.
@@ -33,12 +33,12 @@ from ckd.backends.interface import (
 )
 
 MIN_NORM = 1e-6
-TILE_ELEMENTS = 1 << 21  # of the largest array of a tile: 8 MiB in float32
-MIN_TILE_ROWS = 64  # below this, matrix products are too thin to be worth their overhead
+TILE_ELEMENTS = 1 << 21  # in the largest array of a tile: 8 MiB in float32
+MIN_TILE_ROWS = 64  # with fewer, call overhead outweighs the matrix products
 
 
 def missing() -> str | None:
-    """Never: it needs torch alone."""
+    """None: the backend needs torch alone."""
     return None
 
 
@@ -48,16 +48,17 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """None: the backward projects the bank again."""
+    """0: the backward projects the bank again."""
     return 0
 
 
 def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
-    """One pass over the bank: loss, lse and what the backward for student and scale needs.
+    """One pass over the bank gives the loss, lse and the gradients with respect to logit_scale u.
 
-    The sums leave the target out: with a = log sum_{k != y} exp(l_k) - l_y, the loss is
-    softplus(a) and E - n_y = sigmoid(a) (E' - n_y), E' being the mean of n over k != y. Nothing
-    cancels when the softmax is peaked, where lse - l_y and E - n_y would lose every digit.
+    The softmax sums exclude the target: with a = log sum_{k != y} exp(l_k) - l_y, the loss is
+    softplus(a) and E - n_y = sigmoid(a) (E' - n_y), where E and E' are the softmax-weighted means
+    of n over all k and over k != y. Nothing cancels when the softmax is peaked, whereas lse - l_y
+    and E - n_y would lose every digit.
     """
     bank_rows, label_smoothing = len(inputs.bank), targets.label_smoothing
     check_targets(targets, bank_rows)
@@ -69,7 +70,7 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
         sums = _sum_over_bank(u, tau, targets.target, has_target, _tiles(u, inputs), keep_values)
 
         log_other = sums.shift + sums.total.log()
-        log_odds = log_other - sums.l_target  # of "not the target"; +inf where there is no target
+        log_odds = log_other - sums.l_target  # a in the docstring; +inf for a row without a target
         p_other = torch.sigmoid(log_odds)
         nll = torch.logaddexp(log_odds, torch.zeros_like(log_odds))
         lse = torch.logaddexp(sums.l_target, log_other)
@@ -98,9 +99,9 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
 
 
 class _Sums(NamedTuple):
-    """What one pass over the bank leaves for each student row."""
+    """The sums of one pass over the bank, for each student row."""
 
-    shift: Tensor  # [B, 1] the maximum of l over k != y, and at least -logit_scale
+    shift: Tensor  # [B, 1] the maximum of l over k != y; -logit_scale if there is no such k
     total: Tensor  # [B, 1] sum over k != y of exp(l - shift)
     values: Tensor  # [B, W] sum over k != y of exp(l - shift) n; zero when not kept
     l_target: Tensor  # [B, 1] l_y; -inf where there is no target
@@ -116,7 +117,7 @@ def _sum_over_bank(
     tiles: Iterator[_Tile],
     keep_values: bool,
 ) -> _Sums:
-    """The softmax sums without the target, under a running maximum."""
+    """The softmax sums without the target, relative to a running maximum (online softmax)."""
     query = tau * u
     shift = (-tau).expand(len(u), 1)  # l >= -tau always
     total = u.new_zeros(len(u), 1)
@@ -145,7 +146,7 @@ def _sum_over_bank(
 def contrastive_ce_backward(
     upstream: Upstream, inputs: Inputs, targets: Targets, plan: Plan, saved: Saved, needs: Needs
 ) -> Gradients:
-    """Only the gradients of weight and bias read the bank again."""
+    """Reads the bank again for the gradients of weight and bias alone."""
     student, bank, _, _, logit_scale = inputs
     target, label_smoothing = targets.target, targets.label_smoothing
     d_nll, d_lse = upstream
@@ -158,7 +159,7 @@ def contrastive_ce_backward(
         g = zero if d_nll is None else d_nll.to(zero.dtype).unsqueeze(-1)
         g = torch.where(has_target, g, 0)
         h = zero if d_lse is None else d_lse.to(zero.dtype).unsqueeze(1)
-        # Rows that no gradient reaches (ignored ones, say) may hold NaN, and 0 NaN is NaN.
+        # Rows with zero gradient (ignored ones, say) may hold NaN, and 0 * NaN would be NaN.
         idle = (g == 0) & (h == 0)
         u, inverse_norm = (x.masked_fill(idle, 0) for x in _student_rows(student))
 
@@ -182,7 +183,7 @@ def contrastive_ce_backward(
                 inside, column = tile.locate(target, has_target.squeeze(1))
                 p_target = p.gather(1, column)
                 d_logits = (g + h) * p - smooth
-                # g (p - 1) at the target, as -g p_other: nothing cancels when p is close to 1.
+                # At the target, g (p - 1) is computed as -g p_other: nothing cancels for p near 1.
                 at_target = h * p_target - g * (p_other - label_smoothing) - smooth
                 d_logits.scatter_(
                     1, column, torch.where(inside, at_target, d_logits.gather(1, column))
@@ -231,7 +232,7 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
 
 
 class _Tile(NamedTuple):
-    """A run of bank rows: raw t [n, D], unit rows n [n, W] and 1/r [n, 1]."""
+    """Consecutive bank rows: t [rows, D] as stored, n [rows, W] and 1/|z| [rows, 1]."""
 
     start: int
     t: Tensor
@@ -239,9 +240,9 @@ class _Tile(NamedTuple):
     inverse_norm: Tensor
 
     def locate(self, target: Tensor, has_target: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether each row's target lies in this tile [B, 1], and a column that is safe to index.
+        """Whether each student's target lies in this tile [B, 1], and its column in it [B, 1].
 
-        No host synchronisation: rows whose target lies elsewhere get a clamped column.
+        For other targets the column is clamped: indexing with it needs no host synchronisation.
         """
         column = target - self.start
         inside = has_target & (column >= 0) & (column < len(self.n))
@@ -249,7 +250,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(u: Tensor, inputs: Inputs) -> Iterator[_Tile]:
-    """The bank in tiles, projected and normalised in the dtype of u."""
+    """The bank, tile by tile, projected and normalised in the dtype of u."""
     _, bank, weight, bias, _ = inputs
     widest = max(len(u), u.shape[1], bank.shape[1], 1)
     rows = max(MIN_TILE_ROWS, TILE_ELEMENTS // widest)
@@ -299,18 +300,18 @@ def _row_gradients(
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
-    """d x for x -> x/|x|: (d - (d.unit) unit) / |x|."""
+    """The gradient of x from d, that of unit = x/|x|: (d - (d.unit) unit) / |x|."""
     return (d_unit - (d_unit * unit).sum(1, keepdim=True) * unit) * inverse_norm
 
 
 def _student_rows(student: Tensor) -> tuple[Tensor, Tensor]:
-    """u and 1/|s| in the accumulator's dtype, row-major whatever the student's strides: outputs
-    take their strides from u, and have to be as the op's fake says."""
+    """u and 1/|s| in the accumulator's dtype. Always row-major: outputs take their strides from u,
+    and these must match those of the op's fake."""
     return _unit_rows(student.to(_accumulator(student)).contiguous())
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x/|x| and 1/|x| [n, 1] by rows; zeros for both below MIN_NORM, NaN where |x| overflows."""
+    """x/|x| and 1/|x| [rows, 1] for each row: zeros if |x| < MIN_NORM, NaN if |x| overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     inverse = norm.reciprocal().masked_fill(norm < MIN_NORM, 0).masked_fill(norm.isinf(), torch.nan)
     return x * inverse, inverse
@@ -321,7 +322,7 @@ def _accumulator(student: Tensor) -> torch.dtype:
 
 
 def _positive(logit_scale: Tensor) -> Tensor:
-    """NaN in place of a scale that the op refuses, so that a GPU says so without synchronising."""
+    """The scale, or NaN unless it is finite and > 0: so a GPU reports it without synchronising."""
     return torch.where((logit_scale > 0) & logit_scale.isfinite(), logit_scale, torch.nan)
 
 
@@ -331,11 +332,11 @@ def _has_target(targets: Targets, bank_rows: int) -> Tensor:
 
 
 def _loss_without_target(targets: Targets, like: Tensor) -> Tensor:
-    """0 for ignored rows, NaN for those out of range."""
+    """[B] 0 for ignored rows, NaN for all others: these are used where a target is out of range."""
     nan = torch.full_like(targets.target, torch.nan, dtype=like.dtype)
     return nan.masked_fill(targets.target == targets.ignore_index, 0)
 
 
 def _exact(student: Tensor) -> torch.autocast:
-    """Matrix products here stay in the accumulator's dtype even inside an autocast region."""
+    """Switches autocast off, so that matrix products stay in the accumulator's dtype."""
     return torch.autocast(student.device.type, enabled=False)

@@ -1,13 +1,13 @@
-"""The ops in Triton kernels (triton_kernels/, installed as ckd._triton), for any GPU it serves.
+"""The ops in Triton kernels (triton_kernels/, installed as ckd._triton), for NVIDIA and AMD GPUs.
 
-The bank is projected and normalised a chunk at a time into a workspace, in float16 where half
-precision is permitted, else float32 ("ieee", or "tf32" as torch's float32 matmul precision says);
-then every kernel reads unit rows. No logits in memory, no atomics on results, no host
-synchronisation but for measuring which tiles are fastest, once for each kind of problem.
+The bank is projected and normalised into a workspace, one chunk at a time: in float16 where half
+precision is permitted, else in float32 (matrix units use tf32 if torch's float32 matmul precision
+allows it). All other kernels read these unit rows. No logits in memory, no atomics on results. The
+host synchronises only to measure which tiles are fastest, once for each kind of problem.
 
 With TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly, for tests.
 
-Triton takes a second to import, so functions here import the modules that launch kernels.
+Importing Triton takes a second, so the functions here import the modules that launch kernels.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ckd.backends.interface import (
 from ckd.backends.triton import layout
 
 _installed = importlib.util.find_spec("triton") is not None
-# As Triton reads it, once.
+# Triton too reads this variable only once, when kernels are imported.
 _interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 gpu = Simulated() if _interpreted else Gpu()
 
 
 def missing() -> str | None:
-    """Why no problem at all can be served here."""
+    """Why this installation cannot run the backend at all, or None."""
     if not _installed:
         return "triton is not installed; pip install triton"
     reason = gpu.missing()
@@ -54,7 +54,7 @@ def interpreted() -> bool:
 
 def unsupported(problem: Problem) -> str | None:
     return (
-        elsewhere(problem, gpu)  # first: asking for GPUs takes longer
+        elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or missing()
         or beyond_limits(problem, spare_rows=1024)
     )

@@ -1,4 +1,4 @@
-"""One call of an op: its inputs as the kernels take them, and the bank in projected chunks."""
+"""One call of an op: its inputs in the kernels' form, and the projected bank chunk by chunk."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ckd.backends.interface import Inputs, Plan
 from ckd.backends.precision import float32_products
 from ckd.backends.triton.layout import padded, reference_bytes
 
-# Bytes of a chunk of the bank with what is computed about it, at most; a chunk has whole waves, one
-# at least. The forward reads it for every tile of students: at two waves of W = 256 its kernel took
-# 4 % longer than at one, and the backward 2 % less (H100, 2026-11-27).
+# Limits on the bytes of a chunk's unit rows and of the arrays computed from them, in whole waves of
+# programs (at least one). The forward reads a chunk for every tile of students: with two waves of
+# W = 256 its kernel took 4 % longer than with one, the backward 2 % less (H100, 2026-11-27).
 FORWARD_BYTES, BACKWARD_BYTES = 24 << 20, 48 << 20
-# Bank rows that a program of the projection and of the bank's gradient owns in a large problem.
+# Bank rows of a program of project_kernel and bank_gradient_kernel in a large problem.
 PROGRAM_ROWS = 128
 T = TypeVar("T")
 
 
 class Chunk(NamedTuple):
-    """Rows first, first + 1, ... of the bank."""
+    """Consecutive rows of the bank, from row `first` on."""
 
     first: int
     t: Tensor  # [rows, D] as stored
@@ -39,7 +39,7 @@ class Chunk(NamedTuple):
 
 
 class Call:
-    """The inputs as the kernels take them, and what both ops do with them."""
+    """The inputs in the kernels' form, and the launches that both ops share."""
 
     def __init__(
         self, gpu: Gpu, inputs: Inputs, plan: Plan, chunk_bytes: int = BACKWARD_BYTES
@@ -48,7 +48,7 @@ class Call:
         self._gpu, self._chunk_bytes = gpu, chunk_bytes
         self.half = allow_half = plan.allow_half
         self.operand = torch.float16 if allow_half else torch.float32
-        # float16 would overflow on what a bank in another dtype may hold.
+        # A bfloat16 or float32 bank may hold values beyond float16's range.
         self.bank_operand = self.operand
         if allow_half and bank.dtype != torch.float16:
             self.bank_operand = torch.bfloat16
@@ -72,13 +72,13 @@ class Call:
 
     @functools.cached_property
     def weight(self) -> Tensor | None:
-        """As an operand; not needed where a cache has the projected bank."""
+        """In the operands' dtype; converted on first use, since a cached projection needs none."""
         weight = self.weight_like
         return None if weight is None else weight.to(self.bank_operand).contiguous()
 
     @property
     def positive_scale(self) -> Tensor:
-        """NaN in place of a scale that the op refuses."""
+        """The scale, or NaN for one that is not finite and > 0."""
         return torch.where((self.scale > 0) & self.scale.isfinite(), self.scale, torch.nan)
 
     def on_device(self) -> AbstractContextManager[Any]:
@@ -91,34 +91,35 @@ class Call:
         candidates: Sequence[T],
         launch: Callable[[T], None],
     ) -> T:
-        """The fastest tiles of a kernel for problems of about these sizes (ckd._triton.tuning)."""
+        """The fastest tiles of a kernel for the bucket of these sizes (ckd._triton.tuning)."""
         arithmetic = (self.operand, self.bank_operand, self.precision, self.bank.dtype)
         key = (kernel, self.student.device, *arithmetic, *map(tuning.bucket, sizes))
         return tuning.choose(key, candidates, launch)
 
     def students(self) -> Tensor:
-        """u [B, width]."""
+        """The students' unit rows u [B, width]."""
         u = self.empty(self.batch, self.width, dtype=self.operand)
         self._unit_rows(self.student, self.student_dim, u, self.empty(self.batch))
         return u
 
     @functools.cached_property
     def chunk_rows(self) -> int:
-        """Bank rows that are worked on at once."""
-        # n, and z or its gradient: in half precision where one program has whole rows.
+        """Bank rows of a chunk."""
+        # A row takes n, and z or its gradient: in half precision where a program holds whole rows.
         second = self.operand.itemsize if self.half and self.width <= 256 else 4
         row = self.width * (self.operand.itemsize + second) + 8
-        wave = self.processors * PROGRAM_ROWS  # one program on every processor: none is idle
+        wave = self.processors * PROGRAM_ROWS  # one program on every processor
         waves = max(1, self._chunk_bytes // (row * wave))
         return min(waves * wave, self.bank_rows, self._gpu.chunk_rows)
 
     def reference(self, cache: Tensor) -> Tensor | None:
-        """[2, B], where the cache begins (combine_kernel)."""
+        """[2 B], the start of the cache (see combine_kernel); None without a cache."""
         size = reference_bytes(self.batch)
         return cache[:size].view(torch.float32)[: 2 * self.batch] if len(cache) > 0 else None
 
     def chunks(self, cache: Tensor | None = None, filled: bool = False) -> Iterator[Chunk]:
-        """The bank, projected; a cache may have room for all of it and be filled already."""
+        """The bank, projected and normalised. If the cache has room for all of it, chunks are views
+        of the cache, and with `filled` they are not computed again."""
         room = None if cache is None else cache[reference_bytes(self.batch) :]
         has_cache = room is not None and len(room) > 0
         n, inverse = self._room(room if has_cache else None)
@@ -181,14 +182,14 @@ def stride(row: Tensor | None) -> int:
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Whether every row begins where 16 bytes can be read at once."""
+    """Whether every row begins at a multiple of 16 bytes, as vector loads need."""
     size = matrix.element_size()
     return matrix.stride(0) * size % 16 == 0 and matrix.storage_offset() * size % 16 == 0
 
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """Which tiles fit a GPU (ckd._triton.tiles)."""
+    """The family of tiles that fit a GPU's shared memory (ckd._triton.tiles)."""
     properties = driver.active.utils.get_device_properties(device.index)
     shared = properties["max_shared_mem"]
     if torch.version.hip is not None or shared < 163 << 10:

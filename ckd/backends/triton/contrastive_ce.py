@@ -1,4 +1,4 @@
-"""Launches of the contrastive cross-entropy."""
+"""The contrastive cross-entropy in Triton kernels: forward and backward."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def backward(
 
 
 class SoftmaxSums:
-    """The forward of contrastive_ce, chunk by chunk."""
+    """The softmax sums of the forward: `add` each chunk of the bank, then `combine`."""
 
     def __init__(self, call: Call, targets: Targets, keep_values: bool) -> None:
         self._call, self._targets = call, targets
@@ -109,15 +109,15 @@ class SoftmaxSums:
         self._top, self._total = (call.empty(most, self._splits, batch) for _ in range(2))
         self._values = call.empty((self._splits, batch, width) if keep_values else 0)
         self._arrived = call.empty(1, dtype=torch.int32)
-        self._whole_bank: Tensor | None = None  # its unit rows, where they are all at hand
-        self._n_target: Tensor | None = None
+        self._whole_bank: Tensor | None = None  # its unit rows, if it is a single chunk
+        self._n_target: Tensor | None = None  # [B, width] n_y, if it has several
         smooth = targets.label_smoothing > 0
         self._n_sum = (
             torch.zeros(width, dtype=torch.float32, device=self._target.device) if smooth else None
         )
 
     def _programs(self, chosen: Tiles) -> tuple[int, int]:
-        """Of students, and of blocks of the width."""
+        """The grid: programs along the students and along the width."""
         call = self._call
         columns = -(-call.width // chosen.width) if self._keep_values else 1
         return -(-call.batch // chosen.batch), columns
@@ -139,7 +139,7 @@ class SoftmaxSums:
                 PRECISION=call.precision, **chosen.launch(call.width),
             )  # fmt: skip
 
-        if self._tiles is None:  # of the first chunk, whose launch may be repeated
+        if self._tiles is None:  # tuned on the first chunk: only its launch may be repeated
             kind = (call.batch, count, call.width, self._keep_values)
             self._tiles = call.choose("forward", kind, self._candidates, launch)
         launch(self._tiles)
@@ -165,8 +165,8 @@ class SoftmaxSums:
         reference: Tensor | None,
         mean: tuple[Tensor, Tensor] | None,
     ) -> None:
-        """Write the results of every student into the tensors given; None: not asked for. `mean` is
-        the pair that receives the mean loss, and the number of students in it."""
+        """Write the results of every student to the tensors passed; None: not requested. `mean` is
+        (mean loss, number of students in it), both 0-dim."""
         call, targets = self._call, self._targets
         gather = self._whole_bank is not None
         loss, kept = mean or (None, None)

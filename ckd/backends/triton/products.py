@@ -13,7 +13,7 @@ from ckd.backends.triton.call import Call, is_aligned, sum_of_parts
 
 
 class Product:
-    """A sum of products a b over chunks, in parts that are summed at the end."""
+    """A sum of products a b over chunks, as partial sums (split-k) that `sum` adds up."""
 
     def __init__(self, call: Call, count: int, columns: int) -> None:
         self._call, self._rows, self._columns = call, count, columns
@@ -21,8 +21,8 @@ class Product:
         self._tiles: ProductTiles | None = None
 
     def add(self, a: Tensor, b: Tensor, largest: Tensor | None, operand: torch.dtype) -> None:
-        """a: float32 [rows, sums] of any strides; b: [sums, at least columns]; largest: max |a| of
-        each row, for half-precision operands."""
+        """Add a b. a: float32 [rows, sums] of any strides; b: [sums, columns or more]; largest: the
+        maximum of |a| in each row, by which half-precision operands are scaled."""
         call, sums = self._call, a.shape[1]
         aligned = is_aligned(b) and is_aligned(a if a.stride(1) == 1 else a.T)
         candidates = tiles.product_tiles(call.arithmetic, call.family, aligned)

@@ -1,4 +1,4 @@
-"""The gradient of the projection."""
+"""The gradients of weight and bias."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ckd.backends.triton.call import Call, Chunk, is_aligned, sum_of_parts
 from ckd.backends.triton.products import Product
 from ckd.backends.triton.students import Students
 
-SCALED_ROWS = 64  # of dZ that share a scale, where a kernel of its own makes it half precision
+SCALED_ROWS = 64  # rows of dZ that share a scale, where half_tiles_kernel converts it
 
 
 class ProjectionGradient:
-    """d_weight = dZ^T T and d_bias = sum_k dZ_k, chunk by chunk."""
+    """Accumulates d_weight = dZ^T T and d_bias = sum_k dZ_k over the chunks of the bank."""
 
     def __init__(self, call: Call, needs: Needs) -> None:
         self._call, self._needs = call, needs
         self._tiles: Tiles | None = None
         self._exact = Product(call, call.student_dim, call.teacher_dim)
-        self._parts: Tensor | None = None  # of d_weight, in half precision
+        self._parts: Tensor | None = None  # partial sums of d_weight, from half-precision operands
         self._product_tiles: ProductTiles | None = None
-        self._sums: Tensor | None = None  # of dZ over the rows of a program
+        self._sums: Tensor | None = None  # [programs, width] sums of dZ over a program's rows
         self._bias: Tensor | None = None  # [width]
 
     def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
-        """The rows of a chunk, of a loss over softmax probabilities."""
+        """Add a chunk of the contrastive cross-entropy; `smooth`: with label smoothing."""
         call, count = self._call, len(chunk.n)
         sizes = (call.chunk_rows, call.processors)
         candidates = tiles.backward_tiles(call.width, call.arithmetic, call.family, *sizes)
         whole = candidates[0].width >= call.width
-        # The kernel leaves d z where a program holds whole rows, else d n: all of one kind.
+        # The kernel gives dZ if a program holds whole rows, else dN: only candidates of one kind.
         candidates = tuple(c for c in candidates if (c.width >= call.width) == whole)
         half = whole and call.half
         gradient = call.empty(count, call.width, dtype=call.bank_operand if half else torch.float32)
@@ -57,7 +57,7 @@ class ProjectionGradient:
                 **chosen.launch(call.width),
             )  # fmt: skip
 
-        if self._tiles is None:  # of the first chunk, whose launch may be repeated
+        if self._tiles is None:  # tuned on the first chunk: only its launch may be repeated
             kind = (call.batch, count, call.width)
             self._tiles = call.choose("bank_gradient", kind, candidates, launch)
             if self._sums is not None:
@@ -71,7 +71,7 @@ class ProjectionGradient:
             self._add_exact(chunk, gradient)
 
     def add(self, chunk: Chunk, d_n: Tensor) -> None:
-        """The rows of a chunk; d_n [rows, width] becomes d_z."""
+        """Add a chunk, given d_n [rows, width]; d_n is overwritten with d_z."""
         call, rows, width = self._call, len(d_n), self._call.width
         largest = call.empty(rows)
         bank_norm_backward_kernel[(-(-rows // 8),)](
@@ -100,7 +100,7 @@ class ProjectionGradient:
         self._exact.add(columns, chunk.t, None, self._call.bank_operand)
 
     def _add_half(self, chunk: Chunk, d_z: Tensor, scales: Tensor | None, rows: int) -> None:
-        """d_z in half precision, with a scale for every `rows` of it."""
+        """Add d_z^T t, with d_z in half precision and one scale for each block of `rows` rows."""
         call = self._call
         aligned = is_aligned(chunk.t)
         candidates = tiles.weight_gradient_tiles(call.width, call.family, rows, aligned)
@@ -128,7 +128,7 @@ class ProjectionGradient:
                 num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
-        if self._product_tiles is None:  # of the first chunk, whose launch may be repeated
+        if self._product_tiles is None:  # tuned on the first chunk: only its launch may be repeated
             sizes = (call.student_dim, call.teacher_dim, rows, aligned)
             self._product_tiles = call.choose("weight_gradient", sizes, candidates, launch)
         launch(self._product_tiles)
@@ -154,7 +154,7 @@ def gradients(
     d_scale: Tensor | None,
     projection: ProjectionGradient | None = None,
 ) -> Gradients:
-    """Each in its input's dtype, [0] where none was asked for."""
+    """The gradients in their inputs' dtypes, [0] where none is requested."""
     d_weight = d_bias = None
     if projection is not None and needs.weight and call.weight_like is not None:
         d_weight = projection.weight.to(call.weight_like.dtype)

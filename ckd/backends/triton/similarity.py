@@ -1,4 +1,4 @@
-"""Launches of the similarities."""
+"""The normalised similarity in Triton kernels: forward and backward."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def backward(gpu: Gpu, d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Need
 
 
 def _similarities(call: Call, u: Tensor, chunk: Chunk, out: Tensor) -> None:
-    """The columns of out [B, K] that belong to a chunk."""
+    """Write the columns of a chunk to out [B, K]."""
     count = len(chunk.n)
 
     def launch(chosen: Tiles) -> None:

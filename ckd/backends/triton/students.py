@@ -1,4 +1,4 @@
-"""Launches of the kernels over students with which a backward begins."""
+"""The first kernels of a backward, which run over the students."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ckd._triton.tiles import power_of_two
 from ckd.backends.interface import Needs, Saved, Targets
 from ckd.backends.triton.call import Call, stride
 
-# Programs of student_gradient_kernel at most: every program of student_factors_kernel reads the
-# parts of sums that they leave, BLOCK_PARTS at once.
+# The most programs of student_gradient_kernel. Each writes partial sums, and every program of
+# student_factors_kernel reads them all, BLOCK_PARTS at a time.
 STUDENT_PROGRAMS = 1024
 BLOCK_PARTS = 256
 
 
 class RowGradients(NamedTuple):
-    """The gradients of the students' losses that a backward begins with."""
+    """The gradients that reach each student's outputs."""
 
-    g: Tensor | None  # d loss / d nll [B], or with `kept` that of the mean; None: zeros
-    h: Tensor | None  # d loss / d lse [B]; None: zeros
-    kept: Tensor | None  # [] how many students the mean is over
+    g: Tensor | None  # [B] d loss / d nll, after division by `kept`; None: zeros
+    h: Tensor | None  # [B] d loss / d lse; None: zeros
+    kept: Tensor | None  # [] the number of students in a mean loss; None: 1
 
     @property
     def strides(self) -> tuple[int, int]:
@@ -40,11 +40,11 @@ class RowGradients(NamedTuple):
 
 
 class StudentGradient(NamedTuple):
-    """The outputs of student_gradient_kernel; one that is not asked for holds no values."""
+    """The outputs of student_gradient_kernel; those not requested are uninitialised."""
 
     d_student: Tensor
-    along: Tensor  # parts of d_logit_scale
-    largest: Tensor  # upper bounds on |G|, the gradient with respect to the logits
+    along: Tensor  # [programs] partial sums of d_logit_scale
+    largest: Tensor  # [programs] upper bounds on |G|, the gradient with respect to the logits
 
 
 def student_gradient(
@@ -56,8 +56,8 @@ def student_gradient(
     targets: Targets | None = None,
     p_other: Tensor | None = None,
 ) -> StudentGradient:
-    """The gradients of student and scale, from slope = g residual + h attention. A student
-    without a target (None: every one has) takes no part of g. With p_other also `largest`."""
+    """The gradients of student and scale, from slope = g residual + h attention. g counts as 0 for
+    a student without a valid target; targets None: all are valid. `largest` needs p_other."""
     has_slope = needs.student or needs.logit_scale
     block_rows = 8
     programs = min(-(-call.batch // block_rows), STUDENT_PROGRAMS)
@@ -79,16 +79,17 @@ def student_gradient(
 
 
 class Students(NamedTuple):
-    """What the bank's gradient needs of each student (student_factors_kernel)."""
+    """The factors of each student in the bank's gradient, [padded] each; student_factors_kernel
+    defines them. They are multiplied by the sign of g + h where that is said."""
 
-    u: Tensor  # [padded, width]
-    column: Tensor
-    rate: Tensor
-    cosine: Tensor
-    above: Tensor
-    at_target: Tensor
-    by_all: Tensor
-    size: Tensor
+    u: Tensor  # [padded, width] unit rows, times the sign
+    column: Tensor  # int32, the target's row of the bank; -1: none
+    rate: Tensor  # logit_scale log2(e), times the sign
+    cosine: Tensor  # reference that is subtracted from the bank's cosines, times the sign
+    above: Tensor  # subtracted from the exponent (to base 2): lse minus reference, log |g + h|
+    at_target: Tensor  # G / size at the target, times the sign
+    by_all: Tensor  # label smoothing's share of every G / size, times the sign
+    size: Tensor  # [1] upper bound on |G|
 
     @classmethod
     def of(
@@ -100,7 +101,7 @@ class Students(NamedTuple):
         by_student: StudentGradient,
         d_scale: Tensor | None,
     ) -> Students:
-        """d_logit_scale is written to d_scale, unless that is None."""
+        """Compute the factors, and write d_logit_scale to d_scale unless that is None."""
         multiple = STUDENTS_MULTIPLE.value
         count = -(-call.batch // multiple) * multiple
         size = call.empty(1)
@@ -108,7 +109,7 @@ class Students(NamedTuple):
         rate, cosine, above, at_target, by_all = (call.empty(count) for _ in range(5))
         u = call.empty(count, call.width, dtype=call.operand)
         parts = len(by_student.largest)
-        reference = call.reference(saved.cache)  # None where the op is called without a cache
+        reference = call.reference(saved.cache)
         block_rows = 8
         student_factors_kernel[(count // block_rows,)](
             call.student, call.scale, targets.target, *rows, saved.lse, reference, saved.p_other,
