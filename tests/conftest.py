@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is loaded: threads that wait for others sleep. On a busy machine they would spin
-# through the time in which the others could run.
+# OpenMP reads this when torch is loaded: waiting threads sleep. On a busy machine, spinning threads
+# would take the time in which others could run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
@@ -29,7 +29,7 @@ if triton.missing() is None and triton.interpreted():
     triton_interpreter.repair()
 
 
-if "CKD_TEST_TIERS" in os.environ:  # a processor that runs these tiers alone
+if "CKD_TEST_TIERS" in os.environ:  # as on a processor that runs only these tiers
     cpu.TIERS = {tier: cpu.TIERS[tier] for tier in os.environ["CKD_TEST_TIERS"].split(",")}
     cpu._tier = next(iter(cpu.TIERS))
 
@@ -42,11 +42,10 @@ if "CKD_TEST_EMULATED" in os.environ:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption(
-        "--margins", action="store_true", help="show how near to their limits errors come"
+        "--margins", action="store_true", help="show the largest error / limit of each quantity"
     )
-
     parser.addoption(
-        "--no-bypass", action="store_true", help="every call of an op takes torch's public way"
+        "--no-bypass", action="store_true", help="call every op through torch's dispatcher"
     )
 
 
@@ -58,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --slow, what is marked slow is left out."""
-    if seed := os.environ.get("CKD_TEST_ORDER"):  # files, and the tests of each, in a random order
+    """Deselect tests marked slow, unless --slow is given."""
+    if seed := os.environ.get("CKD_TEST_ORDER"):  # random order of files, and of tests in a file
         shuffle(items, random.Random(seed))
     if config.getoption("--slow"):
         return
@@ -69,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def shuffle(items: list[pytest.Item], generator: random.Random) -> None:
-    """Tests of one file stay together: so do the fixtures that are made once a file."""
+    """Shuffle files, and tests within a file: these stay together, for module-scoped fixtures."""
     files = list({item.path for item in items})
     generator.shuffle(items)
     files.sort()
@@ -92,8 +91,8 @@ def pytest_terminal_summary(
 
 @pytest.fixture(params=ckd.backends.available())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend of this installation; they may not differ in results. Tensors are made on its
-    device."""
+    """Every backend of this installation: all must give the same results. New tensors are on its
+    device by default."""
     name = request.param
     device = {"triton": triton.gpu.type, "cuda": cuda.gpu.type}.get(name, "cpu")
     if device == "cpu":
@@ -117,8 +116,8 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _settings() -> Iterator[None]:
-    """Tests may set the cache limit and put other backends in place; neither they nor the plans
-    made with them outlive the test."""
+    """Restore the cache limit after each test. Setting it also invalidates all cached plans, which
+    may depend on backends that the test replaced."""
     limit = ckd.backends.cache_limit()
     yield
     ckd.backends.set_cache_limit(limit)
@@ -126,7 +125,8 @@ def _settings() -> Iterator[None]:
 
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, which is faster for tiny models on a busy machine, and no figures."""
+    """Training runs take one thread, which is faster for tiny models on a busy machine, and draw no
+    figures."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(loop, "draw_curves", lambda *args: None)

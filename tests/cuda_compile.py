@@ -1,4 +1,4 @@
-"""Compiles CUDA kernels for GPUs that need not be there, and reads what ptxas says of them."""
+"""Compiles CUDA kernels for GPUs that need not be present, and reads the statistics of ptxas."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
 
 class Unit(NamedTuple):
     kernel: str
-    registers: int
-    spilled: int  # bytes stored and loaded for want of registers
-    shared: int  # bytes, without what the launch adds
+    registers: int  # of a thread
+    spilled: int  # bytes of spill stores and loads
+    shared: int  # bytes of static shared memory
 
 
 def nvcc() -> str | None:
@@ -29,7 +29,7 @@ def nvcc() -> str | None:
 
 
 def architectures() -> list[str]:
-    """sm_80, sm_90a and the newest that this nvcc knows."""
+    """sm_80, sm_90a and the newest architecture that this nvcc supports."""
     command = [str(nvcc()), "--list-gpu-arch"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     newest = max(int(number) for number in re.findall(r"compute_(\d+)", listed))
@@ -37,9 +37,9 @@ def architectures() -> list[str]:
 
 
 def compile_units(sources: Iterable[Path], arch: str, options: Iterable[str] = ()) -> list[Unit]:
-    """Every kernel of the sources as it is compiled for `arch`, such as "sm_90a".
+    """Every kernel of the sources, compiled for `arch`, such as "sm_90a".
 
-    Compilers run as many at a time as MAX_JOBS or the cores.
+    MAX_JOBS compilers run at a time, by default one on each core.
     """
     number = arch.removeprefix("sm_")
     flags = [*FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}", *options]
@@ -57,9 +57,9 @@ def compile_units(sources: Iterable[Path], arch: str, options: Iterable[str] = (
 
 
 def read_units(report: str) -> list[Unit]:
-    """The kernels in what `ptxas -v` printed; a function that is not inlined counts as one."""
+    """The kernels in the output of `ptxas -v`, and the functions that are not inlined."""
     found = []
-    # Each function's properties, then what it uses where it is a kernel.
+    # The properties of each function, followed by the resources of a kernel.
     for part in report.split("Function properties for ")[1:]:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
         found.append(
@@ -86,7 +86,7 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-# Dynamic shared memory in KiB, as the host code of csrc/cuda asks for it.
+# Dynamic shared memory in KiB, as the host code of csrc/cuda requests it.
 SHARED = {
     "softmax_sums<64": 24, "softmax_sums<128, false": 48, "softmax_sums<128, true": 32,
     "softmax_sums<256": 64, "bank_gradient<64": 26.5, "bank_gradient<128, false": 50.5,
@@ -108,7 +108,7 @@ keeps sums of, and whether arithmetic is exact."""
 
 
 def main() -> None:
-    """Prints docs/results/kernels-cuda.md."""
+    """Print docs/results/kernels-cuda.md."""
     report = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True, check=True)
     release = re.search(r"release ([\d.]+)", report.stdout)
     print(TITLE.format(version=release[1] if release else "of an unknown version"))

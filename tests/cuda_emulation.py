@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EMULATION = sorted((ROOT / "csrc" / "emulation").glob("*.cpp"))
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-FLAGS += ["-fno-strict-aliasing"]  # kernels read pairs of halves as words, as nvcc lets them
+FLAGS += ["-fno-strict-aliasing"]  # kernels read two halves as one 32-bit integer, as nvcc allows
 SCHEDULES = ("ordered", "eager", "random")
-# Exit statuses of their own, so that a report is told from wrong values.
+# Exit statuses of sanitizers' reports, distinct from that of wrong values.
 ADDRESS_REPORT, RACE_REPORT = 65, 66
 
 
@@ -36,7 +36,8 @@ ADDRESS = ("-fsanitize=address", "-fno-omit-frame-pointer")
 KINDS = {
     "plain": Kind(),
     "address": Kind(ADDRESS, ADDRESS, ADDRESS),
-    # The scheduler's own accesses are none of the kernel's: csrc/emulation/sanitizers.h.
+    # The emulation is not instrumented: the scheduler's accesses are no races of a kernel
+    # (csrc/emulation/sanitizers.h).
     "thread": Kind(("-fsanitize=thread",), ("-DCKD_EMULATION_TSAN",), ("-fsanitize=thread",)),
 }
 
@@ -46,7 +47,7 @@ def compiler() -> str | None:
 
 
 def cuda_headers() -> Path | None:
-    """The toolkit's folder of headers; no other part of it is needed."""
+    """The folder of the CUDA toolkit's headers; no other part of the toolkit is needed."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     homes += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
@@ -77,10 +78,10 @@ def links(kind: str) -> bool:
 def build(
     kernels: Iterable[Path], folder: Path, kinds: Iterable[str], options: Iterable[str] = ()
 ) -> dict[str, Path]:
-    """The program of each kind: `kernels` (.cu or .cpp, one with main) and the emulation.
+    """A program of each kind: `kernels` (.cu or .cpp, one with main), linked with the emulation.
 
-    Compilers run as many at a time as MAX_JOBS or the cores. `-shared` among the options makes
-    a library.
+    MAX_JOBS compilers run at a time, by default one on each core. `-shared` among the options
+    makes a library.
     """
     kinds, options = list(kinds), list(options)
     units: list[tuple[str, Path, tuple[str, ...]]] = []
@@ -108,7 +109,7 @@ def build(
 
 
 def build_module(folder: Path) -> Path:
-    """The CUDA kernels of ckd._C, as a Python module for the CPU."""
+    """Compile the CUDA kernels of ckd._C for the CPU, as a Python module."""
     import pybind11
 
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
@@ -121,7 +122,7 @@ def build_module(folder: Path) -> Path:
 
 
 def use(module: Path) -> None:
-    """From now on the cuda backend serves tensors on the CPU, by the emulated kernels."""
+    """Let the cuda backend serve CPU tensors with the emulated kernels, until the process ends."""
     from ckd.backends import cuda
     from ckd.backends.device import Simulated
 
@@ -156,7 +157,7 @@ def run(
     seed: int = 0,
     sums: str = "truncated",
 ) -> Outcome:
-    """Runs a program that exits with 1 for wrong values and 0 for right ones."""
+    """Run a program that exits with 0 for right values and 1 for wrong ones."""
     environment = dict(
         os.environ,
         CKD_EMULATION_SCHEDULE=schedule,
@@ -168,7 +169,8 @@ def run(
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
-        # Older runtimes cannot map their shadow under much address-space randomisation.
+        # Older sanitizer runtimes cannot map their shadow memory under strong address-space
+        # randomisation.
         command = ["setarch", "-R", *command]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     text = done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Dispatch: what `auto` takes, what a name demands, and what is said about it."""
+"""The choice of a backend: by `auto`, by name, and the reasons that are reported."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_cache_limit_bounds_what_a_forward_keeps(monkeypatch: pytest.MonkeyPatch
 
 
 def test_both_ways_of_permitting_less_than_float32_are_read() -> None:
-    """In processes of their own: torch does not go back from the newer settings to the older."""
+    """Each in its own process: once the newer settings are used, torch refuses the older ones."""
     old = "torch.set_float32_matmul_precision('medium')"
     new = "torch.backends.cuda.matmul.fp32_precision = 'tf32'; "
     new += "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'"
@@ -105,7 +105,7 @@ def test_explanation_covers_every_name_of_the_api() -> None:
 
 
 def test_cuda_asks_the_tensors_own_gpu_for_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two GPUs, of which the current one is too old."""
+    """With two GPUs, where the current one is too old and the tensors' own is not."""
     capabilities = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
     monkeypatch.setattr(cuda, "_missing", None)
     monkeypatch.setattr(cuda, "gpu", Gpu())
@@ -119,7 +119,8 @@ def test_cuda_asks_the_tensors_own_gpu_for_its_capability(monkeypatch: pytest.Mo
 
 
 def test_cuda_does_not_call_an_earlier_failure_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An illegal address (700) comes from a kernel that ran, no image (209) from a start."""
+    """An illegal address (700) comes from a kernel that ran earlier, "no kernel image" (209) from
+    the launch itself."""
     module = types.SimpleNamespace(
         cuda_error=lambda error: f"error {error}",
         cuda_error_is_of_earlier_work=lambda error: error == 700,

@@ -17,8 +17,9 @@ from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
 from tests.tolerance import Expected, Results, check, expected, within
 
-# One row, one bank row, primes, powers of two and their neighbours, more rows than columns and
-# the reverse: each edge of a tile is met from either side, for the batch, the bank and both widths.
+# (B, K, D, W); W None: no projection. One student, one bank row, primes, powers of two and their
+# neighbours, B < K and B > K: sizes just below, at and above each edge of a tile, for the batch,
+# the bank and both widths.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 10, 8, 4),
@@ -64,7 +65,7 @@ def test_loss_and_gradients_match_float64(
     check(by_op(case, backend), expected_of(shape, learned, tau, device), backend)
 
 
-@functools.cache  # the backends are held to the same
+@functools.cache  # shared by the backends
 def expected_of(
     shape: tuple[int, ...], learned: float, tau: float, device: str
 ) -> dict[str, Expected]:
@@ -75,7 +76,8 @@ def expected_of(
 
 
 def expected_if_peaked(case: Case) -> dict[str, Expected]:
-    """Near-zero losses, where eager float32 has no digit left: rounding of the log-odds alone."""
+    """Limits for losses near zero, from the roundings of the log-odds alone: eager float32 has no
+    correct digit there."""
 
     def by_log_odds(dtype: torch.dtype) -> Results:
         exact = case.cast(dtype).requiring(*GRADIENTS)
@@ -137,11 +139,11 @@ def test_options_match_float64(reduction: str, label_smoothing: float, backend: 
     case = case.requiring(*GRADIENTS)
     loss = run(case, backend, **options)
     torch.testing.assert_close(loss.double(), truth, rtol=2e-6, atol=2e-6)
-    # A different weight for every row: a gradient that forgets its row's factor cannot pass.
+    # A different weight for every row, so that a gradient without its row's weight fails.
     factor = torch.linspace(-1, 2, 12, dtype=torch.float64) if reduction == "none" else 1.0
     true_gradients = oracle.gradients(exact, (truth * factor).sum())
     for name, value in oracle.gradients(case, (loss * factor).sum()).items():
-        # 2e-5, since with factors of both signs the sum behind d_logit_scale cancels.
+        # 2e-5, since d_logit_scale is a sum that cancels with weights of both signs.
         within(relative_error(value, true_gradients[name]), 2e-5, f"{name}, options", backend)
 
 
@@ -226,7 +228,7 @@ def test_non_finite_student_row_has_nan_loss_and_others_do_not(bad: float, backe
 
 @pytest.mark.parametrize("bank_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
+def test_half_inputs_give_float32_loss_and_gradients_in_their_dtype(
     dtype: torch.dtype, bank_dtype: torch.dtype, backend: str
 ) -> None:
     case = make_case(16, 50, 24, 12).cast(dtype, bank_dtype)
@@ -236,8 +238,8 @@ def test_half_inputs_give_float32_loss_and_gradients_of_their_own_dtype(
     loss = run(case, backend)
     assert loss.dtype == torch.float32
     within(relative_error(loss, truth), 1e-3, "loss, half inputs", backend)
-    # The cpu backend multiplies half-precision students as bfloat16, whichever half they are, and
-    # GPU backends a bank that is not in float16.
+    # Operands are bfloat16 on the cpu backend for students in either half precision, and on GPU
+    # backends for a bank that is not float16.
     on_gpu = backend in ("triton", "cuda")
     by_bfloat16 = backend == "cpu" or (on_gpu and bank_dtype != torch.float16)
     half = dtype != torch.float32
@@ -316,7 +318,7 @@ def test_matches_the_eager_lines_it_replaces(backend: str) -> None:
     torch.testing.assert_close(run(case, backend), F.cross_entropy(table, case.target))
 
 
-def test_a_million_row_target_is_found(backend: str) -> None:
+def test_a_target_among_300_000_rows_is_found(backend: str) -> None:
     bank = torch.zeros(300_000, 4, dtype=torch.float16)
     bank[:, 0] = 1
     bank[299_999] = torch.tensor([0.0, 1.0, 0.0, 0.0])

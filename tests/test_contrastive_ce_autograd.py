@@ -1,4 +1,4 @@
-"""The contrastive cross-entropy op as a citizen of torch: autograd, compile, memory."""
+"""The contrastive cross-entropy op inside torch: autograd, compile, memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def schema_arguments(
     reduction: str = "mean",
     keep: Keep | None = None,
 ) -> tuple[object, ...]:
-    """Of torch.ops.ckd.contrastive_ce."""
+    """The flat arguments of torch.ops.ckd.contrastive_ce."""
     inputs = Inputs(case.student, case.bank, case.weight, case.bias, case.logit_scale)
     targets = Targets(case.target, label_smoothing, -100, reduction)
     return (*inputs, *targets, *Plan(backend, False), *(keep or Keep(False, False, 0)))
@@ -35,7 +35,7 @@ def run(case: Case, backend: str, **options: object) -> torch.Tensor:
 def test_expanded_gradient_and_second_backward(backend: str) -> None:
     case = make_case(8, 20, 16, 12).requiring(*GRADIENTS)
     loss = run(case, backend, reduction="none")
-    loss.sum().backward(retain_graph=True)  # the incoming gradient is an expanded scalar
+    loss.sum().backward(retain_graph=True)  # d_loss is an expanded scalar, of stride 0
     first = case.student.grad.clone()
     loss.sum().backward()
     torch.testing.assert_close(case.student.grad, 2 * first)
@@ -70,12 +70,13 @@ def test_only_the_gradients_asked_for_are_computed(
 def test_frozen_projection_backward_reads_no_bank(backend: str) -> None:
     case = make_case(8, 20, 16, 12).requiring("student", "logit_scale")
     loss = run(case, backend)
-    case.bank.data.fill_(math.nan)  # after the forward: only a second read would see it
+    case.bank.data.fill_(math.nan)  # a backward that reads the bank gives NaN
     assert all(g.isfinite().all() for g in oracle.gradients(case, loss).values())
 
 
 def test_no_intermediate_is_larger_than_a_tile() -> None:
-    """K = 50,000 rows of width 64: logits would be 3.2 M elements, the projected bank as many."""
+    """K = 50,000 rows of width 64: the logits would have 3.2 M elements, and so would the projected
+    bank."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -106,7 +107,7 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
             Needs(True, True, True, True),
         )
     tile = 4 * reference.TILE_ELEMENTS
-    assert own < tile, "views of the bank are seen too and must not hide a larger array"
+    assert own < tile, "the bank's views count too, and must not hide a larger array"
     assert 0 < forward_largest <= tile
     assert largest <= tile
 
@@ -133,7 +134,7 @@ def test_opcheck(backend: str) -> None:
         case = case.requiring(*[n for n in GRADIENTS if case.has(n)])
         for save in (True, False):
             cache_bytes = 64 + 64 + 4 * 64 * 6 if save and projection and backend == "cpu" else 0
-            # save=False means that student and scale need no gradient.
+            # Without a saved residual, student and scale cannot have a gradient.
             fixed = replace(
                 case, student=case.student.detach(), logit_scale=case.logit_scale.detach()
             )
@@ -183,7 +184,7 @@ def test_compiles_for_a_student_that_is_not_row_major(backend: str) -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compiles_with_a_python_scale_that_changes(dynamic: bool | None, backend: str) -> None:
-    torch._dynamo.reset()  # the limit on recompilations counts those of other backends too
+    torch._dynamo.reset()  # the recompilation limit also counts compilations for other backends
     case = make_case(6, 20, 16, 8)
 
     def loss_of(scale: float) -> torch.Tensor:

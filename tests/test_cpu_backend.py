@@ -1,7 +1,7 @@
-"""The cpu backend, for every instruction set that runs here, against eager float64 autograd.
+"""The cpu backend in every tier (instruction set) that runs here, against eager float64 autograd.
 
-tests/test_contrastive_ce.py and tests/test_similarity.py run on it too, in its best tier; here
-stand the edges of its own blocks, and what only it promises.
+tests/test_contrastive_ce.py and tests/test_similarity.py test it in its best tier. This file tests
+the edges of its blocks, and guarantees that no other backend gives.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missin
 
 ALL_TIERS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
-# Panels of 64 bank rows and 64 students, tiles and student blocks of 256, chunks of 2048 bank rows,
-# blocks of 256 (bfloat16: 512) of D, blocks of 128 x 64 of d_weight, 6 rows of a register block:
-# each is met from either side, with the other sizes small or odd.
+# (B, K, D, W); W None: no projection. Sizes just below and above the edges of all blocks, with the
+# other sizes small or odd: panels of 64 bank rows and 64 students, tiles and student blocks of 256,
+# chunks of 2048 bank rows, blocks of 256 (bfloat16: 512) of D, blocks of 128 x 64 of d_weight,
+# register blocks of 6 rows.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 2, 1, 5),
@@ -80,7 +81,7 @@ def gradients_of(case: Case, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def ours(
     case: Case, bank: torch.Tensor | None = None, **options: object
 ) -> dict[str, torch.Tensor]:
-    """Loss and gradients of the cpu backend, all of them asked for."""
+    """The loss and all gradients, by the cpu backend."""
     case = case.requiring(*GRADIENTS)
     if bank is not None:
         case = replace(case, bank=bank)
@@ -99,7 +100,7 @@ def truth(case: Case, **options: object) -> dict[str, torch.Tensor]:
     return eager(case, torch.float64, **options)
 
 
-@functools.cache  # the tiers are held to the same
+@functools.cache  # shared by the tiers
 def expected_of(shape: tuple[int, ...], tau: float) -> dict[str, tolerance.Expected]:
     case = make_case(*shape, tau=tau, learned=0.3)
     return tolerance.expected(functools.partial(eager, case))
@@ -116,8 +117,8 @@ def test_float32_is_as_exact_as_eager(shape: tuple[int, ...], tau: float, tier: 
 def problems_and_model(
     shape: tuple[int, ...], tau: float, seeds: int
 ) -> tuple[list[tuple[Case, dict[str, torch.Tensor]]], dict[str, float]]:
-    """Cases with their exact results, and what a rounding model with sums of 128 terms is off by
-    in the root mean square over them."""
+    """Cases with their exact results, and for each quantity the root mean square error over them of
+    a rounding model with partial sums of 128 terms."""
     problems, errors = [], []
     for seed in range(seeds):
         case = make_case(*shape, tau=tau, learned=0.3, seed=seed)
@@ -153,14 +154,14 @@ def check_over_seeds(
 
 @pytest.mark.parametrize("tau", [1.0, *slow([14.2857, 100.0])])
 def test_float32_is_as_exact_as_the_model_over_many_problems(tau: float, tier: str) -> None:
-    """In the mean over seeds chance has little room: eager's errors are half the model's here."""
+    """A mean over seeds varies little by chance. Eager's errors are half of the model's here."""
     check_over_seeds((24, 200, 48, 32), tau, 15, slack=1.0, tier=tier, about="many problems")
 
 
 @pytest.mark.parametrize("shape", [(256, 256, 256, 64), (300, 520, 400, 260)], ids=str)
 def test_sums_are_added_128_terms_at_a_time(shape: tuple[int, ...], tier: str) -> None:
-    """d_weight is off by 0.57 of what the model is, and would be by 0.75 to 0.80 with sums of 256
-    terms. A tier computes the same on every machine: chance has no part in it."""
+    """The error of d_weight is 0.57 of the model's, and would be 0.75 to 0.80 of it with sums of
+    256 terms. A tier gives the same result on every machine, so nothing here varies by chance."""
     options = {"slack": 0.67, "tier": tier, "about": "sums of 128", "names": ("weight",)}
     check_over_seeds(shape, 1.0, 3, **options)
 
@@ -171,15 +172,15 @@ LONG = [(16, 48, 4096, 16), (2048, 32, 24, 16), (32, 2048, 24, 16)]
 
 @pytest.mark.parametrize("shape", LONG, ids=str)
 def test_long_sums_are_partial_sums(shape: tuple[int, ...], tier: str) -> None:
-    """Plain sums would be off by several times the model, these are by 0.4 to 0.7 of it."""
+    """Errors are 0.4 to 0.7 of the model's; those of plain sums would be several times as large."""
     check_over_seeds(shape, 1.0, 5, slack=1.2, tier=tier, about="long sums")
 
 
-def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> None:
-    """The gradients of a loss of 1e-10 from the exact probability of all other rows."""
+def test_peaked_softmax_keeps_its_digits_at_a_loss_below_1e_6(tier: str) -> None:
+    """The loss and its gradients come from p_other, which is accurate when it is tiny."""
     case = make_case(8, 40, 32, 24, tau=100.0, learned=0.0)
     n = oracle.unit_rows(torch.nn.functional.linear(case.bank, case.weight, case.bias))
-    # Students whose loss is small, but not lost to float64's own cancellation.
+    # The loss of these students is small, but not so small that it cancels in float64.
     mixed = n[case.target] + 1.05 * torch.nn.functional.normalize(case.student, dim=1)
     case = replace(case, student=mixed)
     exact, result, plain = truth(case), ours(case), eager(case)
@@ -187,10 +188,10 @@ def test_peaked_softmax_keeps_its_digits_down_to_a_loss_of_1e_10(tier: str) -> N
     for name, value in exact.items():
         error = relative_error(result[name], value)
         tolerance.within(error, 2e-4, f"{name}, loss of 1e-7", f"cpu: {tier}")
-    assert relative_error(plain["loss"], exact["loss"]) > 1e-3  # eager has lost them
+    assert relative_error(plain["loss"], exact["loss"]) > 1e-3  # it cancels in eager float32
 
 
-def test_loss_that_float64_rounds_to_zero_is_no_spurious_number(tier: str) -> None:
+def test_a_loss_that_float64_rounds_to_zero_is_next_to_zero(tier: str) -> None:
     case = make_case(4, 30, 16, 12, tau=100.0, learned=1000.0)
     result = ours(case)
     assert 0 <= result["loss"] < 1e-12
@@ -200,7 +201,7 @@ def test_loss_that_float64_rounds_to_zero_is_no_spurious_number(tier: str) -> No
 
 @pytest.mark.parametrize("best", ["first", "last"])
 @pytest.mark.parametrize("tau", [63.9, 64.0, 64.1, 100.0, 300.0])
-def test_shift_follows_the_largest_logit_wherever_it_stands(
+def test_shift_follows_the_largest_logit_anywhere_in_the_bank(
     tau: float, best: str, tier: str
 ) -> None:
     case = make_case(6, 1500, 8, None, tau=tau, learned=0.0)
@@ -248,7 +249,8 @@ def eager_autocast(case: Case) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tau", [14.2857, 100.0])
 def test_bfloat16_is_more_exact_than_eager_autocast(tau: float, half_tier: str) -> None:
-    """And as exact as bfloat16 operands allow: the kernels round nothing else to it."""
+    """And nearly as exact as eager float64 with operands rounded to bfloat16: the kernels round
+    nothing else to bfloat16."""
     errors: dict[str, list[tuple[float, float, float]]] = {}
     for seed in range(10):
         case = make_case(128, 1000, 128, 96, tau=tau, learned=0.25, seed=seed)
@@ -263,14 +265,14 @@ def test_bfloat16_is_more_exact_than_eager_autocast(tau: float, half_tier: str) 
     for name, rows in errors.items():
         mine, theirs, best = torch.tensor(rows).square().mean(0).sqrt().tolist()
         tolerance.within(mine, 1.6 * best, f"{name}, bfloat16 operands", f"cpu: {half_tier}")
-        # Eager rounds every result to bfloat16, which tau magnifies. At a small tau the rounding
-        # of bank and weight is most of the error of these two, and for d_weight of the gradient of
-        # z: it is 1.5 to 1.9 times smaller than eager's.
+        # Eager rounds every result to bfloat16, and tau magnifies these errors. At a small tau most
+        # of the error of d_student and d_weight comes from rounding bank and weight (for d_weight,
+        # the gradient of z): the kernels' error is 1.5 to 1.9 times smaller than eager's.
         least = 1.0 if tau < 50 and name in ("student", "weight") else 1.3
         tolerance.within(mine, theirs / least, f"{name}, bfloat16", f"cpu: {half_tier}")
 
 
-def test_the_three_ways_to_allow_bfloat16_are_one_arithmetic(tier: str) -> None:
+def test_the_three_ways_to_allow_bfloat16_give_equal_results(tier: str) -> None:
     case = make_case(20, 90, 70, 40)
     case = replace(case, student=case.student.bfloat16().float())
     exact = ours(case)
@@ -336,7 +338,7 @@ def test_other_arguments_may_be_strided(tier: str) -> None:
 
 
 def test_float16_is_widened_exactly(tier: str) -> None:
-    """Every finite float16, subnormals included, in rows of eight."""
+    """The bank holds every finite float16, subnormals included, in rows of eight."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     bank = bits[bits.isfinite()].reshape(-1, 8)
     student = torch.eye(8)
@@ -360,7 +362,7 @@ def test_every_result_is_written(monkeypatch: pytest.MonkeyPatch, tier: str) -> 
 
 
 def test_nan_of_an_earlier_call_does_not_come_back(tier: str) -> None:
-    """Scratch memory is used again, with whatever it held."""
+    """Kernels reuse workspaces without clearing them."""
     case = make_case(70, 90, 50, 40)
     expected = ours(case)
     poison = replace(case, student=case.student * torch.nan)
@@ -378,13 +380,13 @@ def test_nan_of_an_earlier_call_does_not_come_back(tier: str) -> None:
 def test_results_do_not_depend_on_the_cache(room: int, tier: str) -> None:
     case = make_case(30, 400, 20, 17)
     expected = ours(case)
-    # No room, room for some bytes, for three panels.
+    # Room for nothing, for some bytes, for three panels.
     ckd.backends.set_cache_limit(room if room != 3 else 3 * 256 * 18)
     for name, value in ours(case).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_backward_in_another_tier_makes_no_use_of_the_cache(half_tier: str) -> None:
+def test_backward_in_another_tier_ignores_the_cache(half_tier: str) -> None:
     case = make_case(10, 100, 20, 17).requiring(*GRADIENTS)
     exact = truth(case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -420,8 +422,8 @@ def test_empty_batch(tier: str) -> None:
     assert all((result[name] == 0).all() for name in GRADIENTS)
 
 
-def test_memory_does_not_grow_with_the_bank() -> None:
-    """300,000 rows of width 64: the projected bank would be 77 MB, the logits 77 MB."""
+def test_memory_beyond_the_cache_does_not_grow_with_the_bank() -> None:
+    """300,000 rows of width 64: the cached projected bank has 75 MiB, the logits would have 73."""
     code = """
 import torch, ckd
 def status(key):
@@ -441,7 +443,7 @@ print(status("VmHWM") - before)
         pytest.skip("reads /proc")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # The cache (at most 64 MiB), and a few MiB that do not depend on the bank.
+    # The cache, and a few MiB that do not depend on the bank.
     assert int(done.stdout) < 64 + 16
 
 
@@ -458,13 +460,14 @@ def test_float64_student_is_left_to_the_reference() -> None:
 
 
 def similarity_results(case: Case, table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`table` and the gradients of its product with random numbers, the same for a shape."""
+    """`table`, and the gradients of its product with random numbers that depend on its shape
+    alone."""
     factor = torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
     total = (table * factor.to(table.dtype)).sum()
     return {"table": table.detach(), **oracle.gradients(case, total)}
 
 
-@functools.cache  # the tiers are held to the same
+@functools.cache  # shared by the tiers
 def expected_similarity(shape: tuple[int, ...]) -> dict[str, tolerance.Expected]:
     def by_oracle(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         case = make_case(*shape, learned=0.3).cast(dtype).requiring(*GRADIENTS)

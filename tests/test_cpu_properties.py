@@ -1,6 +1,6 @@
 """Random problems on the cpu backend in float32 against eager float64 autograd.
 
-Sizes, options, masks, layouts and instruction sets are drawn by a seed, which a failure names.
+A seed determines sizes, options, masks, layouts and instruction sets; failures name the seed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Results = dict[str, Tensor]
 @dataclass
 class Drawn:
     case: Case  # the bank in float32
-    bank: Tensor  # the same values as they are given to the op
+    bank: Tensor  # the same values in the dtype and layout that the op gets
     tier: str
     threads: int
     needs: list[str]
     smoothing: float
     reduction: str
-    weights: tuple[Tensor, Tensor | float]  # of the losses and of lse in what is differentiated
+    weights: tuple[Tensor, Tensor | float]  # of the losses and of lse in the differentiated sum
 
     def contrastive_ce(self) -> Results:
         case = replace(self.case, bank=self.bank).requiring(*self.needs)
@@ -81,7 +81,8 @@ def draw(seed: int) -> Drawn:
     def size(least: int, most: int) -> int:
         return int(math.exp(rng.uniform(math.log(least), math.log(most + 1))))
 
-    # With one bank row or one dimension some gradients are rounding alone: see test_cpu_backend.py.
+    # With one bank row or one dimension some exact gradients are zero, and errors relative to zero
+    # mean nothing: test_cpu_backend.py has these sizes.
     batch, bank_rows, width, student_dim = size(1, 300), size(2, 700), size(2, 300), size(2, 150)
     case = make_case(
         batch,

@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for the GPUs that are not here, and keeps all it has in registers."""
+"""Every CUDA kernel compiles for each target without spilling registers. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests import cuda_compile as tools
 from tests.quick import slow
 
 KERNELS = sorted((tools.ROOT / "csrc" / "cuda").glob("*.cu"))
-# Uses all of csrc/cuda/device.cuh.
+# Calls every function of csrc/cuda/device.cuh.
 DEMONSTRATION = tools.ROOT / "tests" / "emulation" / "planted_bugs.cu"
 
 needs_nvcc = pytest.mark.skipif(tools.nvcc() is None, reason="no nvcc")
@@ -42,7 +42,7 @@ def test_the_whole_device_layer_compiles(arch: str) -> None:
 
 @needs_nvcc
 def test_spills_and_shared_memory_are_seen(tmp_path: Path) -> None:
-    """Eighty sums at a time cannot be kept in the 64 registers that 1024 threads leave each."""
+    """Eighty live sums do not fit in 64 registers, a thread's share with 1024 threads."""
     source = tmp_path / "spills.cu"
     source.write_text("""
         template <class T>

@@ -1,4 +1,5 @@
-"""tests/emulation/contrastive_ce.cpp: the CUDA kernels, emulated, against double loops in C++."""
+"""The emulated CUDA kernels against double-precision loops in C++
+(tests/emulation/contrastive_ce.cpp)."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield workers
 
 
-# Arguments, and pairs of a schedule and a seed. The seed is nothing to `ordered`; which accesses
-# are not ordered depends little on the schedule, and the sanitizers' runs take long.
+# kind -> (arguments, pairs of a schedule and a seed). `ordered` ignores the seed. Runs under
+# sanitizers take long and get few schedules: races depend little on the schedule.
 RUNS = {
     "plain": (
         [],
@@ -63,7 +64,7 @@ RUNS = {
 def test_kernels_are_right_in_every_schedule(
     kind: str, programs: dict[str, Path], pool: ThreadPoolExecutor
 ) -> None:
-    """And to the same bits, which the program prints a hash of."""
+    """Results are also bitwise equal: the program prints a hash of them."""
     if kind not in programs:
         pytest.skip("the compiler has no such sanitizer")
     arguments, cases = RUNS[kind]
@@ -82,7 +83,7 @@ def test_kernels_are_right_in_every_schedule(
 
 @pytest.mark.slow
 def test_kernels_are_right_with_rounded_sums(programs: dict[str, Path]) -> None:
-    """Earlier and later matrix units may round better; nothing hangs on how they cut sums off."""
+    """Matrix units of some GPUs may round sums better: results must not rely on truncation."""
     outcome = tools.run(programs["plain"], sums="rounded")
     assert outcome.finding == "none", outcome.text
 
@@ -93,7 +94,7 @@ def test_kernels_are_right_in_one_schedule(programs: dict[str, Path]) -> None:
 
 
 def test_each_result_is_compared(programs: dict[str, Path]) -> None:
-    """With truths that are wrong in one element the program fails, once for each."""
+    """Given reference values with one wrong element each, the program reports every result."""
     outcome = tools.run(programs["plain"], "wrong")
     assert outcome.finding == "values"
     assert {line.split(":")[0] for line in outcome.text.splitlines()} == set(RESULTS)

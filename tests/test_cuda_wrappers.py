@@ -28,7 +28,7 @@ def test_the_emulation_gives_the_golden_vectors(emulated: Path) -> None:
 
 
 def test_rounded_sums_are_near_the_golden_ones(emulated: Path) -> None:
-    """The comparison holds for matrix units of any kind, and tells how many bits are not equal."""
+    """The comparison tolerates other roundings of matrix units, and counts the equal values."""
     outcome = cuda_emulation.run(emulated, "check", GOLDEN, sums="rounded")
     assert outcome.finding == "none", outcome.text
     same, _, of = outcome.text.split("; ")[1].split()[:3]

@@ -1,7 +1,7 @@
-"""What the GPU backends promise beside: chunks, parts and blocks that do not show in the results.
+"""The GPU backends: results do not depend on chunks, splits and blocks, and survive float16.
 
-Runs on a GPU; for triton in Triton's interpreter, and for cuda on emulated kernels
-(tests/test_triton_interpreter.py and tests/test_cuda_emulated.py start it there).
+Runs on a GPU. Without one, tests/test_triton_interpreter.py runs it for triton in Triton's
+interpreter, and tests/test_cuda_emulated.py for cuda on emulated kernels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tests.quick import slow
 Results = dict[str, torch.Tensor]
 T = TypeVar("T")
 
-# Against tiles of 32 (triton in the interpreter) and 64 students and bank rows, blocks of 32 and 64
-# of the width: several of each, one more and one less than whole, widths no multiple of 16.
+# (B, K, D, W); W None: no projection. Tiles have 32 (triton in the interpreter) or 64 students and
+# bank rows, and blocks of 32 or 64 of the width. There are several of each, with sizes just above
+# and below their multiples, and widths that are no multiple of 16.
 SHAPES = [
     (33, 65, 31, 33), (31, 64, 40, 32), (64, 97, 17, 65), (5, 200, 33, None), (70, 131, 50, 2),
 ]  # fmt: skip
@@ -35,7 +36,7 @@ WIDE = [(65, 129, 40, 130), (20, 70, 24, 300)]  # several blocks of 128 and of 2
 
 
 class Gpu:
-    """A backend that serves tensors on a GPU, or on the CPU in its place."""
+    """A GPU backend and its device: a GPU, or the CPU that simulates one."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -48,8 +49,9 @@ class Gpu:
         self.device = self.module.gpu.type
 
     def in_several_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The bank projected anew for the backward, and 48 or 64 rows at a time; the students'
-        gradients in three programs, of which two are read at once."""
+        """Chunks of 48 or 64 bank rows, and no cache, so that the backward projects them again. In
+        triton also three programs for the students' gradients, whose partial sums are read two at
+        a time."""
         ckd.backends.set_cache_limit(0)
         small = type(self.module.gpu)(chunk_rows=64 if self.name == "cuda" else 48)
         monkeypatch.setattr(self.module, "gpu", small)
@@ -109,7 +111,7 @@ def chunks(request: pytest.FixtureRequest, gpu: Gpu, monkeypatch: pytest.MonkeyP
     return 2
 
 
-@functools.cache  # for one chunk and for several
+@functools.cache  # shared by one chunk and several
 def expected_of(shape: tuple[int, ...], tau: float) -> dict[str, tolerance.Expected]:
     return tolerance.expected(functools.partial(eager, make_case(*shape, tau=tau)))
 
@@ -163,7 +165,7 @@ def test_small_probabilities_and_gradients_survive_float16(gpu: Gpu) -> None:
 
 
 def test_opposite_rows_survive_float16(gpu: Gpu) -> None:
-    """Every other row at the far side of the sphere: weights of e^-2tau against the target's."""
+    """All other rows are opposite to the target: their probabilities are e^-2tau of its own."""
     case = make_case(1, 4, 16, None, tau=30.0)
     case.bank[:] = -case.bank[0] + 0.1 * case.bank
     case = replace(case, student=-case.bank[:1].clone(), target=torch.tensor([1]))
@@ -185,9 +187,10 @@ def tf32() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shape", [(64, 400, 96, 256), (33, 70, 24, 48)], ids=str)
-def test_tf32_is_rounded_and_not_cut_off(gpu: Gpu, shape: tuple[int, ...], tf32: None) -> None:
-    """The strongest rival is close to the target, so that the loss is their difference: operands
-    that are cut off shrink one logit and not the other, by some per cent of the loss."""
+def test_tf32_is_rounded_and_not_truncated(gpu: Gpu, shape: tuple[int, ...], tf32: None) -> None:
+    """The largest other logit is close to the target's, so that the loss depends on their
+    difference. Truncated operands shrink one logit more than the other, which changes the loss by
+    some per cent."""
     case = make_case(*shape, tau=100.0)
     n = oracle.unit_rows(case.bank.half().float() @ case.weight.T + case.bias)
     rival = n[(case.target + 1) % len(n)]
@@ -232,7 +235,7 @@ def test_bank_is_read_in_place_whatever_its_strides(gpu: Gpu, chunks: int) -> No
 
 
 def test_weight_may_begin_anywhere(gpu: Gpu) -> None:
-    """A view into one buffer of all parameters, in the dtype of the kernels' operands."""
+    """A view into one buffer of all parameters, in the operands' dtype, not aligned to 16 bytes."""
     case = make_case(20, 70, 24, 16).cast(torch.float16)
     wide = torch.empty(24 * 16 + 1, dtype=torch.float16)
     view = wide[1:].view(16, 24).copy_(case.weight)
@@ -254,7 +257,7 @@ def test_cache_is_used_and_bounded(gpu: Gpu) -> None:
         bank = case.bank.half()
         moved = replace(case, bank=bank)
         loss = ckd.contrastive_cross_entropy(*moved.arguments, backend=gpu.name)
-        bank.data[:, 1:] = 0  # what is projected again is not the same
+        bank.data[:, 1:] = 0  # a backward that projects the bank again gets another result
         return torch.autograd.grad(loss, case.bias)[0]
 
     size = 100 * ((16 if gpu.name == "triton" else 24) * 4 + 4)  # float32, or three float16
@@ -270,7 +273,7 @@ def test_cache_is_used_and_bounded(gpu: Gpu) -> None:
 def test_targets_out_of_range_give_nan_and_no_gradient(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where nothing looks at the targets first."""
+    """With check_targets off, as on a GPU, where it does not read the targets."""
     case = make_case(6, 40, 24, 20)
     case.target[:3] = torch.tensor([-100, 40, -1])
     kept = replace(case, student=case.student[3:], target=case.target[3:])
@@ -293,7 +296,7 @@ def test_targets_out_of_range_give_nan_and_no_gradient(
 
 
 def test_huge_and_tiny_loss_weights(gpu: Gpu, chunks: int) -> None:
-    """Loss scales of AMP, and weights that float16 does not hold."""
+    """Loss scales of AMP, and weights beyond float16's range."""
     case = make_case(20, 70, 24, 20)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
@@ -314,7 +317,7 @@ def test_huge_and_tiny_loss_weights(gpu: Gpu, chunks: int) -> None:
 def test_one_student_outweighs_all_others(
     gpu: Gpu, shape: tuple[int, ...], place: int, chunks: int
 ) -> None:
-    """Its gradient sets the scale of half precision, wherever it stands among many."""
+    """Its gradient determines the scale of half-precision operands, at any place in the batch."""
     case = make_case(*shape, tau=5.0, learned=0.3)
     case = replace(case, bank=case.bank.half())
     weights = torch.full((shape[0],), 1e-6)
@@ -331,7 +334,7 @@ def test_one_student_outweighs_all_others(
 
 
 def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks: int) -> None:
-    """G is as small as the loss, 1e-12 here, in every row: far below float16 times the weights."""
+    """G, the gradient of the logits, is as small as the loss, 1e-12: far below float16's range."""
     case = make_case(24, 60, 96, 64, tau=50.0, learned=3.0)
     case = replace(case, bank=case.bank.half())
     exact = eager(case)
@@ -343,8 +346,9 @@ def test_projection_gradients_hold_where_every_row_is_confident(gpu: Gpu, chunks
 
 
 @pytest.mark.parametrize(("half", "tau"), [(True, 14.3), (True, 100.0), (False, 100.0)])
-def test_rows_behind_the_bank_reach_no_gradient(gpu: Gpu, half: bool, tau: float) -> None:
-    """All cosines are near -1, and 0 where tiles reach beyond the bank: e^tau times as much."""
+def test_padding_rows_of_the_bank_reach_no_gradient(gpu: Gpu, half: bool, tau: float) -> None:
+    """All cosines are near -1, but 0 in the padding rows of the last tile: unmasked, these would
+    weigh e^tau times as much as a row of the bank."""
     g = torch.Generator().manual_seed(0)
     bank = torch.randn(24, generator=g) + 0.1 * torch.randn(20, 24, generator=g)
     weight, bias = torch.randn(20, 24, generator=g) / 5, 0.1 * torch.randn(20, generator=g)
@@ -357,7 +361,7 @@ def test_rows_behind_the_bank_reach_no_gradient(gpu: Gpu, half: bool, tau: float
 
 
 def test_nan_in_the_gradient_of_lse_is_not_lost(gpu: Gpu) -> None:
-    """Of a row without a target, for which no logit stands alone."""
+    """In a row without a target, for which no logit is computed separately."""
     case = make_case(6, 40, 24, 20)
     case.target[2] = -100
     case = on_device(gpu, case).requiring("weight", "bias")
@@ -371,9 +375,9 @@ def test_nan_in_the_gradient_of_lse_is_not_lost(gpu: Gpu) -> None:
 def test_every_candidate_gives_the_same(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tf32: None
 ) -> None:
-    """Where tuning takes the last of the tiles for a Hopper GPU, some of which hold whole rows."""
+    """Tuning takes the last candidate for a Hopper GPU: some of these tiles hold whole rows."""
     if gpu.name != "triton":
-        pytest.skip("has nothing to choose")
+        pytest.skip("cuda has no candidates to choose from")
     from ckd._triton import tuning
 
     def last(key: object, candidates: Sequence[T], launch: Callable[[T], None]) -> T:
@@ -391,7 +395,7 @@ def test_every_candidate_gives_the_same(
 
 
 def test_huge_weights_of_solved_rows_give_no_nan(gpu: Gpu) -> None:
-    """p_other is 1e-42 here, no gradient is left, and a loss scale of AMP must not make it NaN."""
+    """p_other is 1e-42 here, so gradients vanish; a loss scale of AMP must not make them NaN."""
     bank = torch.eye(20, 64)
     weight, target = torch.eye(64), torch.arange(8)
     case = Case(bank[:8].clone(), bank.half(), target, weight, None, torch.tensor(100.0))
@@ -431,7 +435,7 @@ def test_similarity_at_every_edge(gpu: Gpu, shape: tuple[int, ...], chunks: int)
 def test_similarity_gradients_of_each_row_are_on_their_own(
     gpu: Gpu, half: bool, chunks: int
 ) -> None:
-    """Rows of d_logits of any size beside each other, and one that is not finite."""
+    """Rows of d_logits differ by 22 orders of magnitude, and one is not finite."""
     case = on_device(gpu, make_case(12, 70, 24, 20))
     case = replace(case, bank=case.bank.half())
     sizes = 10.0 ** torch.arange(-18.0, 6.0, 2.0)
@@ -454,7 +458,7 @@ def test_similarity_gradients_of_each_row_are_on_their_own(
 
 
 def test_exact_weight_gradient_whatever_the_norms_of_the_bank(gpu: Gpu, chunks: int) -> None:
-    """Rows of dZ are as large as the bank's are small, and their products with it alike."""
+    """Rows of dZ scale with 1 / norm of their bank rows: only the products are of similar size."""
     case = make_case(20, 70, 24, 20)
     sizes = 10.0 ** torch.linspace(-4.0, 4.0, 70)
     case = replace(case, bank=(case.bank * sizes[:, None]).half(), bias=None)
@@ -495,7 +499,7 @@ def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu) -> None:
             loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    expected = step()  # also compiles and measures
+    expected = step()  # also compiles kernels and measures tiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -516,7 +520,7 @@ def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu) -> None:
 @on_a_gpu
 @pytest.mark.parametrize("shape", [(64, 3_000_000, 768, 64), (8, 40_000_000, 64, None)], ids=str)
 def test_offsets_beyond_2_to_the_31(gpu: Gpu, shape: tuple[int, ...]) -> None:
-    """The targets lie in the last rows, all others are equal."""
+    """The targets are the last rows; all other rows are equal, so few rows give the exact loss."""
     batch, bank_rows, teacher_dim, student_dim = shape
     others = bank_rows - batch
     bank = torch.zeros(bank_rows, teacher_dim, dtype=torch.float16, device=gpu.device)

@@ -1,4 +1,4 @@
-"""Calls go past torch's dispatcher exactly where nothing has to see them."""
+"""Calls bypass torch's dispatcher exactly where no other part of torch observes them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ OPS = tuple(getattr(op, "op", op) for op in SHORTENED)
 
 
 def step(case: Case, backend: str = "auto") -> Tensor:
-    """Every op once."""
+    """Calls every op once; returns the gradient of the weight."""
     t = case.requiring("student", "weight", "logit_scale")
     loss = ckd.contrastive_cross_entropy(*t.arguments, backend=backend)
-    pair = (t.student, t.bank, t.weight, t.bias, t.logit_scale)
-    table = ckd.normalized_similarity(*pair, backend=backend)
+    inputs = (t.student, t.bank, t.weight, t.bias, t.logit_scale)
+    table = ckd.normalized_similarity(*inputs, backend=backend)
     (loss + table.sum()).backward()
     assert t.weight is not None
     assert t.weight.grad is not None
@@ -75,7 +75,7 @@ def test_dispatch_modes_see_every_op() -> None:
 
 
 def test_function_modes_see_every_op() -> None:
-    """And pass it on: `torch.device` as a context is such a mode."""
+    """And the op still computes under them: `torch.device` as a context is a function mode."""
     seen: set[str] = set()
 
     class Watch(TorchFunctionMode):
@@ -128,10 +128,10 @@ def test_tensor_subclasses_see_the_op() -> None:
             return func(*plain, **(kwargs or {}))
 
     case = make_case(4, 10, 8, 6)
-    pair = (case.bank, case.weight, case.bias, case.logit_scale)
-    logits = ckd.normalized_similarity(Wrapped(case.student), *pair)
+    others = (case.bank, case.weight, case.bias, case.logit_scale)
+    logits = ckd.normalized_similarity(Wrapped(case.student), *others)
     assert "ckd.similarity.default" in seen
-    assert torch.equal(logits, ckd.normalized_similarity(case.student, *pair))
+    assert torch.equal(logits, ckd.normalized_similarity(case.student, *others))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -157,7 +157,7 @@ def test_lazily_negated_rows_are_resolved(backend: str) -> None:
 
 
 def test_batched_gradients_are_refused_or_right(backend: str) -> None:
-    """autograd's is_grads_batched passes tensors without memory of their own."""
+    """With is_grads_batched, autograd passes batched tensors, which have no memory of their own."""
     case = make_case(4, 10, 8, 6).requiring("student")
     losses = ckd.contrastive_cross_entropy(*case.arguments, reduction="none", backend=backend)
     try:
@@ -165,7 +165,7 @@ def test_batched_gradients_are_refused_or_right(backend: str) -> None:
             losses, case.student, torch.eye(4), is_grads_batched=True, retain_graph=True
         )
     except RuntimeError as error:
-        assert "atching rule" in str(error)  # noqa: PT017  # torch's own words
+        assert "atching rule" in str(error)  # noqa: PT017  # torch's message
         return
     for i, row in enumerate(rows):
         (one,) = torch.autograd.grad(losses[i], case.student, retain_graph=True)
@@ -173,8 +173,8 @@ def test_batched_gradients_are_refused_or_right(backend: str) -> None:
 
 
 def test_vmap_sees_the_op() -> None:
-    """It has no rule for the ops and calls them in turn; what must not happen is that they compute
-    on its batched tensors."""
+    """The dispatcher has no batching rule for the ops, so they run once for each row. They must
+    not compute on the batched tensors themselves, as the bypass would."""
     case = make_case(4, 10, 8, 6)
 
     def loss(student: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def test_vmap_sees_the_op() -> None:
     torch.testing.assert_close(losses, torch.stack([loss(x) for x in students]))
 
 
-def test_the_registered_op_refuses_a_gradient_that_it_kept_nothing_for(backend: str) -> None:
+def test_the_registered_op_refuses_a_gradient_of_lse_without_attention(backend: str) -> None:
     case = make_case(4, 10, 8, 6).requiring("student")
     inputs = Inputs(
         case.student, case.bank, case.weight, case.bias, torch.as_tensor(case.logit_scale)

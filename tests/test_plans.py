@@ -1,4 +1,4 @@
-"""A call that is like an earlier one is not examined again, and one that differs always is."""
+"""The cache of plans: a call with a cached key is not checked again, any other call is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def call(of: Case, **options: Any) -> Tensor:
 
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the loss's examination found, call by call; nothing is known before."""
+    """What `prepare` returned for each examined call, with the targets' options. The loss's cache
+    is empty at first."""
     if not _bypass.is_enabled():
         pytest.skip("without the bypass every call is examined")
     found: list[tuple[Any, ...]] = []
@@ -54,7 +55,7 @@ def test_calls_alike_are_examined_once(examined: list[Any]) -> None:
         other.student.mul_(2).add_(1)
     assert other.target is not None
     second = call(replace(other, target=other.target.flip(0), logit_scale=torch.tensor(3.0)))
-    assert len(examined) == 2  # a scale that needs no gradient is another kind
+    assert len(examined) == 2  # whether the scale needs a gradient is part of the key
     call(other)
     call(other)
     assert len(examined) == 2
@@ -125,8 +126,8 @@ def test_other_contexts_are_examined_anew(context: str, examined: list[Any]) -> 
     assert examined[0] != examined[1]
 
 
-def test_inference_mode_does_not_depend_on_what_came_before() -> None:
-    """What the scale is made into there may not be saved for a backward."""
+def test_inference_mode_does_not_use_the_plan_of_a_plain_call() -> None:
+    """The scale becomes an inference tensor there, which autograd may not save for a backward."""
     of = replace(case(), logit_scale=2.0)
     plain = call(of)
     with torch.inference_mode(), torch.enable_grad():
@@ -193,14 +194,14 @@ def test_mistakes_are_found_after_good_calls(name: str) -> None:
 
 def test_similarity_has_plans_of_its_own() -> None:
     of = case()
-    pair = (of.student, of.bank, of.weight, of.bias)
-    one, two = (ckd.normalized_similarity(*pair, scale) for scale in (1.0, 2.0))
+    others = (of.student, of.bank, of.weight, of.bias)
+    one, two = (ckd.normalized_similarity(*others, scale) for scale in (1.0, 2.0))
     torch.testing.assert_close(2 * one, two)
     known = len(similarity._forward._plans)
-    ckd.normalized_similarity(*pair, 3.0)
+    ckd.normalized_similarity(*others, 3.0)
     assert len(similarity._forward._plans) == known
     with pytest.raises(ValueError, match="logit_scale"):
-        ckd.normalized_similarity(*pair, -3.0)
+        ckd.normalized_similarity(*others, -3.0)
 
 
 def test_few_plans_are_kept() -> None:

@@ -1,4 +1,4 @@
-"""torch.func on the ops: reverse mode is right, forward mode is refused in words."""
+"""torch.func on the ops: reverse mode is right, forward mode raises an error that names it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Function = Callable[[Tensor], Tensor]
 
 
 def functions(case: Case, backend: str) -> dict[str, tuple[Function, Function]]:
-    """Functions of the student with a scalar result: by an op, and by torch."""
+    """Scalar functions of the student, each by an op and by the oracle."""
     others = case.arguments[1:]
-    pair = (case.bank, case.weight, case.bias, case.logit_scale)
+    without_target = (case.bank, case.weight, case.bias, case.logit_scale)
     slope = torch.randn(len(case.student), len(case.bank))
 
     def eager(student: Tensor) -> Case:
@@ -43,7 +43,9 @@ def functions(case: Case, backend: str) -> dict[str, tuple[Function, Function]]:
         ),
         "loss and lse": (loss_and_lse, eager_loss_and_lse),
         "similarity": (
-            lambda x: (ckd.normalized_similarity(x, *pair, backend=backend) * slope).sum(),
+            lambda x: (
+                ckd.normalized_similarity(x, *without_target, backend=backend) * slope
+            ).sum(),
             lambda x: (oracle.logits(eager(x)) * slope).sum(),
         ),
     }
@@ -59,7 +61,7 @@ REVERSE: dict[str, Callable[[Function, Tensor], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the ops in turn
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs row after row
 @pytest.mark.parametrize("transform", REVERSE)
 def test_reverse_mode_is_right(transform: str, backend: str) -> None:
     case = make_case(4, 10, 8, 6)
@@ -104,7 +106,7 @@ def test_forward_mode_is_refused_by_name(transform: str, requires_grad: bool, ba
     case = make_case(4, 10, 8, 6)
     x = case.student.requires_grad_(requires_grad)
     for ours, _ in functions(case, backend).values():
-        ours(x)  # what a plain call left must not serve this one
+        ours(x)  # caches a plan, which the call under the transform must not use
         with pytest.raises(NotImplementedError, match=rf"ckd::.*{transform}.*reverse mode"):
             FORWARD[transform](ours, x)
 

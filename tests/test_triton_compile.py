@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for the GPUs that are not here: no spills, matrix units used."""
+"""Every Triton kernel compiles for each target, fits its registers and shared memory, and uses its
+matrix units. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -18,20 +19,22 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="triton compiles on Linux"),
 ]
 
-# What a compiler may keep in memory for want of registers: bytes a thread (NVIDIA), or registers.
-# Outside of loops, where sums of 128 registers are loaded and stored once; within, next to none.
+# The most that a compiler may spill: bytes of a thread (NVIDIA) or registers (AMD). Spills must lie
+# outside of loops, where sums in 128 registers are stored and loaded once; check_launches allows
+# next to none within.
 MAX_SPILLED = {"sm_80": 704, "sm_86": 48, "sm_90": 512, "gfx942": 0}
 MATRIX = {"sm_80": "mma.sync", "sm_86": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "mfma"}
 
 
 def instructions(launch: Launch, target: str) -> set[str]:
-    """Those that multiply half precision; wgmma has 64 rows at least."""
+    """The matrix instructions for half precision that a launch may use: wgmma needs 64 rows."""
     return {MATRIX[target], "mma.sync"} if launch.rows < 64 else {MATRIX[target]}
 
 
 def most_products(launch: Launch) -> float:
-    """Multiplications made to those of use. Where the sums of 64 rows take both warpgroups, each
-    computes all logits; two programs with half of the columns each would do the same."""
+    """The most products that a loop may compute, relative to those it needs. If the sums of 64 rows
+    take two warpgroups, each computes all logits; so would two programs with half of the columns
+    each."""
     halves = launch.name == "forward" and launch.rows == 64 and launch.warps == 8
     return 1.5 if halves else 1.0
 
@@ -53,7 +56,7 @@ def test_one_launch_of_every_kernel_fits_the_target() -> None:
 
 
 def test_a_step_of_a_small_bank_is_ten_launches() -> None:
-    """Such a step is bound by them."""
+    """The time of such a step is mostly launch overhead."""
     from tests import triton_compile as tools
 
     launches, of_torch = tools.step(256, 1000, 1024, 256)
@@ -61,7 +64,7 @@ def test_a_step_of_a_small_bank_is_ten_launches() -> None:
         "unit_rows", "project", "forward", "combine",
         "student_gradient", "student_factors", "bank_gradient", "weight_gradient",
     ]  # fmt: skip
-    assert of_torch == ["_to_copy", "sum"]  # the weight in half precision, parts of d_weight
+    assert of_torch == ["_to_copy", "sum"]  # converts the weight, adds partial sums of d_weight
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How tiles are chosen: what is measured, when nothing is, and how a bank is cut into parts."""
+"""The choice of tiles: when candidates are measured, when not, and how sums are split (split-k)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What each candidate takes; `measured` counts."""
+    """The time of each candidate, to be set by the test; `measured` counts the measurements."""
     from ckd._triton import tuning
 
     times = {"measured": 0.0}
@@ -44,8 +44,8 @@ def test_the_fastest_is_taken_and_remembered_for_its_key(times: dict[str, float]
     assert times["measured"] == 6
 
 
-def test_what_is_remembered_is_one_of_the_candidates(times: dict[str, float]) -> None:
-    """Widths that share a bucket may have other tiles."""
+def test_a_remembered_choice_is_one_of_the_candidates(times: dict[str, float]) -> None:
+    """Widths in one bucket may have different candidates."""
     times |= {"a": 3.0, "b": 1.0, "c": 2.0, "d": 1.0}
     assert choose("key", "a", "b") == "b"
     assert choose("key", "c", "d") == "d"
@@ -124,4 +124,4 @@ def test_parts_of_the_bank_fill_the_device_and_are_worth_their_start() -> None:
     assert splits(1_280_000, 64, 32, 132) == 4  # 128 programs of 132 at once
     assert splits(1_280_000, 64, 132, 132) == 1
     assert splits(1_280_000, 64, 1, 132) > 60
-    assert splits(1000, 64, 4, 132) == 15  # a bank of a few tiles: one a part
+    assert splits(1000, 64, 4, 132) == 15  # a small bank: one tile for each part

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be there.
+"""Compiles the Triton kernels for GPUs that need not be present.
 
 `python -m tests.triton_compile [target ...]` prints docs/results/kernels-triton.md.
 """
@@ -66,7 +66,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it is compiled for a call: types, what is known of the numbers, constants."""
+    """A specialisation of a kernel, as a launch compiles it."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -80,7 +80,7 @@ class Launch:
 
     @property
     def label(self) -> str:
-        """What tells it from the kernel's other launches."""
+        """Distinguishes it from other launches of the kernel."""
         flags = [k.lower() for k, v in self.constants if v is True and k != "HALF"]
         return " ".join([self.tiles, self.arithmetic, *flags])
 
@@ -98,8 +98,8 @@ class Launch:
 
     @property
     def useful_products(self) -> int | None:
-        """Multiplications and additions that one turn of the kernel's main loop has to make; None
-        where its loop is of another kind."""
+        """Multiply-adds that one iteration of the kernel's main loop needs; None for kernels whose
+        loop is not known here."""
         c = dict(self.constants)
         if self.name == "project" or self.name == "product":
             columns = c.get("BLOCK_COLUMNS", c.get("BLOCK_WIDTH"))
@@ -125,7 +125,7 @@ class Launch:
 
     @property
     def rows(self) -> int:
-        """Of the left operand of its products."""
+        """Rows of the left operand of the kernel's matrix products."""
         c = dict(self.constants)
         blocks = {
             "forward": "BLOCK_BATCH",
@@ -142,7 +142,7 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """The launches made inside, in their order, none of which runs."""
+    """Records the launches made inside, in order, instead of running them."""
     launches: list[Launch] = []
 
     def run(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -156,7 +156,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 class TorchKernels(TorchDispatchMode):
-    """Names the operators of torch that are called inside, but for those that launch nothing."""
+    """Records the names of torch's operators called inside, except those that launch no kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def inputs_of(
     batch: int, bank_rows: int, teacher_dim: int, student_dim: int, half: bool, learned: bool
 ) -> tuple[Inputs, int]:
-    """Tensors that hold nothing, and the size of the cache between forward and backward."""
+    """Meta tensors, and the size of the cache between forward and backward."""
     student = empty(batch, student_dim, dtype=torch.float16 if half else torch.float32)
     bank = empty(bank_rows, teacher_dim, dtype=torch.float16)
     weight = empty(student_dim, teacher_dim) if learned else None
@@ -219,7 +219,7 @@ def inputs_of(
 def on_a_gpu(
     patch: pytest.MonkeyPatch, family: str, choose: Callable[..., Any], precision: str
 ) -> None:
-    """Let the launch code believe that tensors that hold nothing are on one."""
+    """Make the launch code treat meta tensors as tensors on a GPU of this family."""
     patch.setattr(backend, "gpu", Simulated(family, PROCESSORS[family]))
     patch.setattr(tuning, "choose", choose)
     patch.setattr(call, "float32_products", lambda device: precision)
@@ -228,8 +228,8 @@ def on_a_gpu(
 def step(
     batch: int, bank_rows: int, teacher_dim: int, student_dim: int
 ) -> tuple[list[Launch], list[str]]:
-    """What the mean loss and all its gradients launch in half precision, on Hopper: Triton's
-    kernels, and the names of torch's."""
+    """The launches of a mean loss and all its gradients in half precision on Hopper, and the names
+    of the torch operators that it calls."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
     targets = Targets(empty(batch, dtype=torch.int64), 0.0, -100, "mean")
     plan, needs, d_loss = Plan("triton", True), Needs(True, True, True, True), empty()
@@ -256,12 +256,12 @@ def launches_of(
     smoothing: float = 0.0,
     family: str,
 ) -> dict[Launch, None]:
-    """Every launch of both ops, forward and backward, for tensors that hold nothing."""
+    """Every launch of both ops, forward and backward, recorded with meta tensors."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, half, learned)
     row, target = empty(batch), empty(batch, dtype=torch.int64)
     targets, plan = Targets(target, smoothing, -100, "none"), Plan("triton", half)
     needs, weight_alone = Needs(True, learned, learned, True), Needs(False, learned, learned, False)
-    attention = smoothing > 0  # with a gradient of lse, in the problem that has everything
+    attention = smoothing > 0  # the problem with smoothing also has a gradient of lse
     rows = Upstream(row, row if attention else None)
     mean = targets._replace(reduction="mean")
     with recorded() as launches, pytest.MonkeyPatch.context() as patch:
@@ -278,7 +278,7 @@ def launches_of(
 
 
 def every(key: object, candidates: Sequence[T], run: Callable[[T], None]) -> T:
-    """Launches all that tuning may choose from."""
+    """In place of tuning.choose: launches every candidate."""
     for candidate in candidates:
         run(candidate)
     return candidates[0]
@@ -286,22 +286,22 @@ def every(key: object, candidates: Sequence[T], run: Callable[[T], None]) -> T:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of the machine code that multiplies matrices, one turn of it."""
+    """One iteration of a loop of the machine code that multiplies matrices."""
 
     instructions: int  # of a warp
     spills: int  # loads and stores of spilled registers
-    products: int  # multiplications and additions in matrix units, of all warps
+    products: int  # multiply-adds in matrix units, of all warps
 
 
 @dataclass
 class Resources:
-    """Of one program on one target."""
+    """The resources of one compiled launch on one target."""
 
-    registers: int
+    registers: int  # of a thread
     spilled: int  # bytes (NVIDIA) or registers (AMD)
     shared: int  # bytes
     matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
-    loops: list[Loop] = field(default_factory=list)  # that multiply (sm_90, or where it spills)
+    loops: list[Loop] = field(default_factory=list)  # empty unless sm_90, or code that spills
     serialised: bool = False  # ptxas waits after every wgmma (C7510 to C7519)
 
 
@@ -323,7 +323,7 @@ def resources(launch: Launch, target: str) -> Resources:
         shared=shared,
         matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", ptx)),
     )
-    # Disassembling takes as long as compiling: where something is to be seen.
+    # Disassembling takes as long as compiling, so only code whose loops are checked.
     if found.matrix and (target == "sm_90" or found.spilled > 0):
         code = _cuobjdump(compiled.asm["cubin"], "--dump-sass")
         found.loops = list(_loops(code, launch.warps))
@@ -332,7 +332,7 @@ def resources(launch: Launch, target: str) -> Resources:
 
 
 def _loops(code: str, warps: int) -> Iterator[Loop]:
-    """From machine code: what stands between a jump backwards and where it goes."""
+    """Loops of the machine code: the instructions between a backward jump and its target."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
     instructions = [(int(address, 16), text) for address, text in lines]
     for address, text in instructions:
@@ -346,8 +346,8 @@ def _loops(code: str, warps: int) -> Iterator[Loop]:
 
 
 def _products(instruction: str) -> int:
-    """Multiplications and additions of a matrix instruction, for each warp of its."""
-    if sizes := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # of four warps
+    """Multiply-adds of a matrix instruction, for each warp that executes it."""
+    if sizes := re.search(r"\bHGMMA\.(\d+)x(\d+)x(\d+)", instruction):  # executed by four warps
         return math.prod(map(int, sizes.groups())) // 4
     if k := re.search(r"\bHMMA\.168(4|8|16)\b", instruction):  # m16n8k4 and so on
         return 16 * 8 * int(k[1])
@@ -378,8 +378,8 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         ).stdout
 
 
-# Of every branch that the launch code takes: one block of the width or several, projection fused
-# with the norm or not, chunks of the bank or all of it, sizes that divide by 16 or not.
+# They cover every branch of the launch code: one block of the width or several, projection fused
+# with the norm or not, one chunk of the bank or several, sizes divisible by 16 or not.
 PROBLEMS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "W 64": ((256, 1000, 1024, 64), {"half": True}),
     "W 64, large bank": ((4096, 100_000, 768, 64), {"half": True}),
@@ -420,14 +420,14 @@ products (norms, targets, joining of parts) are left out."""
 
 
 def main(targets: Sequence[str]) -> None:
-    """The most that any launch with the same tiles takes."""
+    """Print the largest resources over all launches of a kernel with the same tiles."""
     print(TITLE.format(version=triton.__version__))
     for target in targets:
         rows: dict[tuple[str, str, str], Resources] = {}
         for launch in every_launch(target):
             r = resources(launch, target)
             if not r.matrix:
-                continue  # row by row: few registers, no shared memory to speak of
+                continue  # row-wise kernels take few registers and little shared memory
             most = rows.setdefault((launch.name, launch.tiles, launch.arithmetic), r)
             most.registers = max(most.registers, r.registers)
             most.spilled = max(most.spilled, r.spilled)

@@ -1,7 +1,8 @@
-"""Makes Triton's interpreter fit for tests: it multiplies the bits of bfloat16 operands, cuts
-float32 off to bfloat16 where hardware rounds to the nearest, and multiplies float32 in full where
-NVIDIA's matrix units cut it off to tf32. In older versions, Triton 3.6 among them, it takes a
-number from an array of one element in a way that NumPy 2.4 refuses."""
+"""Patches Triton's interpreter where it differs from hardware. Unpatched, it multiplies the bit
+patterns of bfloat16 operands as integers, truncates float32 to bfloat16 where hardware rounds to
+nearest, and multiplies all bits of float32 where NVIDIA's matrix units truncate to tf32. Older
+versions (Triton 3.6, say) convert arrays of one element to numbers in a way that NumPy 2.4 refuses.
+"""
 
 from __future__ import annotations
 
