@@ -1,5 +1,5 @@
-"""python -m ckd.compare RUN...: a table of finished runs, and the paper's figure of them; with
---seeds runs that differ only in their seed become one row, mean and spread."""
+"""python -m ckd.compare RUN...: a table of finished runs, and a figure like the paper's. With
+--seeds, runs that differ only in their seed become one row: mean and spread."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ METHOD_COLOURS = {
 
 
 def memory_mib(result: Mapping[str, Any]) -> float:
-    """What the run took: on CUDA the allocator's peak, on the CPU the peak resident size above
-    that of the process before the run, which is that of PyTorch's libraries."""
+    """Peak memory: on CUDA the allocator's; on the CPU the peak resident size minus the size before
+    the run, which is mostly PyTorch's libraries."""
     if "peak_cuda_mib" in result:
         return result["peak_cuda_mib"]
     return result["peak_rss_mib"] - result["start_rss_mib"]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table, one row a run, and a line that says where it was measured."""
+    """A Markdown table, one row per run, and a line that names the machine."""
     rows = [
         [
             result["run"],
@@ -91,8 +91,8 @@ def seed_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def group_seeds(runs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """The results of runs whose settings differ in nothing but the seed, under the first one's name
-    without its seed. Raises TrainError for a folder that is no finished run."""
+    """Group results by their settings without seed and run folder; a group is named after its first
+    run, without the seed. Raises TrainError for a folder that is no finished run."""
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for folder in runs:
         result = read_result(folder)
@@ -108,7 +108,7 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _without_seed(name: str) -> str:
-    """Of NAME-0 or NAME-seed0: NAME."""
+    """NAME-0 or NAME-seed0 -> NAME."""
     return re.sub(r"[-_.]?(seed)?[-_]?\d+$", "", name) or name
 
 
@@ -127,7 +127,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     )
     for one, (title, values, form) in zip(axes, panels):
         accuracy = title.startswith("Test accuracy")
-        if accuracy:  # differences matter here, and zero does not: dots on a range of their own
+        if accuracy:  # only differences matter: dots, on an axis that need not begin at 0
             one.scatter(values, places, s=70, color=colours, zorder=3)
             spread = max(max(values) - min(values), 1.0)
             one.set_xlim(min(values) - 0.25 * spread, max(values) + 0.45 * spread)
@@ -206,7 +206,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.compare") -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     return run(lambda given: parse(Command, given, prog), argv)
 
 

@@ -18,7 +18,7 @@ from ckd.backends import cpu
 from ckd.cli.command import parse, run
 
 CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow", "tyro")
-# extra -> the distributions that it brings
+# extra -> the distributions that it installs
 EXTRAS = {
     "parquet": ("pyarrow",),
     "hf": ("transformers",),
@@ -47,7 +47,7 @@ def native_module() -> str:
 def cpu_tiers() -> str:
     """The instruction sets that the cpu backend has kernels for and this processor runs."""
     names = [f"{name} (with bfloat16)" if half else name for name, half in cpu.TIERS.items()]
-    return f"{', '.join(names)}; takes the first" if names else "none"
+    return f"{', '.join(names)}; the first is used" if names else "none"
 
 
 def cuda_kernels() -> str:
@@ -70,7 +70,7 @@ def version(distribution: str) -> str | None:
 
 
 def report() -> str:
-    """The whole text, one fact a line."""
+    """The report, one fact per line."""
     rows = [
         ("ckd", ckd.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -95,14 +95,14 @@ def report() -> str:
 
 @dataclass(frozen=True)
 class Command:
-    """Say what is installed, which backends work, and why the others do not."""
+    """Show what is installed, which backends work, and why the others do not."""
 
     def run(self) -> None:
         print(report())
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.info") -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     return run(lambda given: parse(Command, given, prog), argv)
 
 

@@ -1,4 +1,4 @@
-"""`python -m ckd.bank build|info|verify`: make a bank, say what it is, check every byte of it."""
+"""`python -m ckd.bank build|info|verify`: build, describe or verify a bank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
 from ckd.cli.command import parse, run
 
-DESCRIPTION = "Make a bank, say what it is, check every byte of it."
+DESCRIPTION = "Build, describe or verify a bank of teacher embeddings."
 
 _TEACHER_FLAGS = {
     *("teacher", "teacher_weights", "teacher_image_size", "data", "split", "image_size"),
@@ -34,23 +34,23 @@ _IMPORT_FLAGS = {"labels", "ids", "class_names", "teacher_name"}
 class Build:
     """Run a teacher over a data set (--teacher, --data), or import embeddings (--from-npy).
 
-    Safe to kill: the same command goes on from the last full shard.
+    After a kill, the same command goes on from the last full shard.
     """
 
     out: Path
-    """The folder of the bank."""
+    """The folder to write the bank to."""
     teacher: str | None = None
     """A model spec (resnet56, timm:NAME, hf:NAME), run folder or .safetensors file."""
     teacher_weights: Path | None = None
-    """Weights for a --teacher that is a spec; default for timm: and hf:, the published ones."""
+    """The weights of a --teacher that is a spec; timm: and hf: default to the published ones."""
     teacher_image_size: int | None = None
-    """The teacher's input size, to which images are resized; default: what it was made for."""
+    """Resize the images to this input size of the teacher; default: the one it was made for."""
     data: str | None = None
     """The data set: digits, an image folder, parquet file(s) or .npz."""
     split: Literal["train", "test"] = "train"
-    """Which part of it."""
+    """The split of the data set."""
     image_size: int | None = None
-    """Resize and centre-crop the images, as in training; default: their own size."""
+    """Resize and centre-crop the images to this size, as in training; default: their own."""
 
     from_npy: Path | None = None
     """Import embeddings instead: a .npy file, floating point [N, D]."""
@@ -59,20 +59,20 @@ class Build:
     ids: Path | None = None
     """--from-npy: a .npy file of sample ids, integers [N]; default: the row numbers."""
     class_names: Path | None = None
-    """--from-npy: a text file with a class name a line."""
+    """--from-npy: a text file, one class name per line."""
     teacher_name: str | None = None
-    """--from-npy: what made the embeddings, for the record."""
+    """--from-npy: the teacher's name, stored with the bank."""
 
     normalize: bool = False
     """Store the embeddings scaled to length 1."""
     rows_per_shard: int = 8192
-    """A kill loses at most the work of one shard."""
+    """Rows per file; a kill loses at most the work of one file."""
     batch_size: int = 256
     """Images per forward pass of the teacher."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 0
-    """Processes that decode images; sets that fit in memory need none."""
+    """Processes that decode images; a data set in memory needs none."""
 
     def run(self) -> None:
         check_choices(self)
@@ -100,7 +100,7 @@ class Build:
         if self.teacher is None or self.data is None:
             raise BankError("build needs --teacher and --data, or --from-npy")
         _refuse(self, _IMPORT_FLAGS, "goes with --from-npy only")
-        device = pick_device(self.device)  # before anything that takes its time
+        device = pick_device(self.device)  # fails before the slow steps
         dataset = data.load(self.data, self.split, image_size=self.image_size)
         return build_bank(
             dataset,
@@ -118,18 +118,18 @@ class Build:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a bank is, and what it saves against running the teacher."""
+    """Describe a bank, and what it saves compared with running the teacher."""
 
     bank: tyro.conf.Positional[Path]
     """The folder of the bank."""
     json: bool = False
-    """As JSON."""
+    """Print JSON."""
     plot: Path | None = None
     """Also draw its rows and class centroids into this image file (.png, .pdf, .svg)."""
     method: Projection = "pca"
     """--plot: principal components, or t-SNE (needs scikit-learn)."""
     per_class: int | None = None
-    """--plot: centroids of the first so many rows of each class; default: of all."""
+    """--plot: average the first PER_CLASS rows of each class in its centroid; default: all."""
 
     def run(self) -> None:
         if self.plot is None:
@@ -145,12 +145,12 @@ class Info:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare every byte of a bank with the hashes in its manifest (xxh3; --full: sha256 too)."""
+    """Check every file of a bank against the hashes in its manifest (xxh3; --full: sha256 too)."""
 
     bank: tyro.conf.Positional[Path]
     """The folder of the bank."""
     full: bool = False
-    """Compare the sha256 of every shard too."""
+    """Check the sha256 of every shard too."""
 
     def run(self) -> None:
         bank = EmbeddingBank.open(self.bank, verify="full" if self.full else "fast")
@@ -162,7 +162,7 @@ class Verify:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.bank") -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     return run(
         lambda given: parse(Build | Info | Verify, given, prog, description=DESCRIPTION),
         argv,
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.bank") ->
 
 
 def _refuse(command: Build | Info, flags: set[str], why: str) -> None:
-    """BankError for the first of these flags that is not left at its default."""
+    """Raise BankError for the first of these flags that is not at its default."""
     for field in fields(command):
         if field.name in flags and getattr(command, field.name) != field.default:
             raise BankError(f"{flag(field.name)} {why}")

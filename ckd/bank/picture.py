@@ -1,4 +1,4 @@
-"""A picture of a bank: its rows in the plane, coloured by class, and the class centroids."""
+"""A picture of a bank: its rows in two dimensions, coloured by class, and the class centroids."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def draw_bank(
     """Draw the bank to the image file `path` (.png, .pdf, .svg, ...).
 
     method: "pca" (the first two principal components) or "tsne" (needs scikit-learn). At most
-    `max_rows` rows are drawn, chosen at random by `seed`. Centroids are those of
-    `bank.centroids(per_class)`, and are left out where a class has no row. Needs the extra `plots`.
+    `max_rows` rows are drawn, chosen at random by `seed`. The centroids are
+    `bank.centroids(per_class)`; none are drawn if a class has no row. Needs the extra `plots`.
 
     Raises BankError for a bank that is too small to draw or whose rows are all the same, and for an
     unknown method or image format, ImportError for a missing package.
@@ -57,7 +57,7 @@ def draw_bank(
     chosen = chosen.sort().values
     rows, labels = bank.rows(bank.sample_ids[chosen]).float(), bank.labels[chosen]
     if bool((rows == rows[0]).all()):
-        # Shares of no variance are nan, and scikit-learn's t-SNE dies of it (SIGSEGV).
+        # Without variance, PCA's shares are NaN and scikit-learn's t-SNE crashes (SIGSEGV).
         raise BankError(
             f"a picture needs rows that differ; the {len(rows)} drawn of {bank.path} have zero "
             "variance: they are all the same"
@@ -79,7 +79,7 @@ def draw_bank(
 
 
 def _centroids(bank: EmbeddingBank, per_class: int | None) -> Tensor:
-    """[C, D], or [0, D] where some class has no row."""
+    """Class centroids [C, D]; [0, D] if a class has no row."""
     counts = bank.class_counts()
     without_gaps = bool(bank.class_names) or len(counts) == int(bank.labels.max()) + 1
     if counts and without_gaps and all(count for _, count in counts):
@@ -90,11 +90,11 @@ def _centroids(bank: EmbeddingBank, per_class: int | None) -> Tensor:
 def _project(
     rows: Tensor, centroids: Tensor, method: Projection, seed: int
 ) -> tuple[Tensor, tuple[str, str]]:
-    """Rows and centroids in the plane [n + C, 2], and what the two axes are."""
+    """Project rows and centroids to [n + C, 2]; returns the points and the names of both axes."""
     if method == "tsne":
         return _tsne(torch.cat([rows, centroids]), seed), ("", "")
     mean = rows.mean(dim=0)
-    # pca_lowrank draws from the global generator, which must not notice.
+    # pca_lowrank draws from the global generator, whose state must not change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, singular, directions = torch.pca_lowrank(rows - mean, q=min(6, *rows.shape), niter=4)
@@ -118,7 +118,7 @@ def _tsne(points: Tensor, seed: int) -> Tensor:
             f"method tsne needs scikit-learn, which could not be imported ({error}); "
             "install it with: pip install scikit-learn, or use pca"
         ) from error
-    # Its usual perplexity is 30, which must stay below the number of points.
+    # scikit-learn's default perplexity is 30; it must be below the number of points.
     perplexity = min(30.0, (len(points) - 1) / 3)
     plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
     return torch.from_numpy(plane)
@@ -159,7 +159,7 @@ def _scatter(axes: Any, rows: Tensor, labels: Tensor, centroids: Tensor, names: 
 
 
 def _write_beside(axes: Any, x: float, y: float, text: str) -> None:
-    """A class name above its centroid, with a white rim to be legible on the points."""
+    """A class name above its centroid, outlined in white to be legible on the points."""
     effects = require("matplotlib.patheffects", extra="plots", purpose="drawing a bank")
     axes.annotate(
         text,
@@ -206,13 +206,13 @@ def _title(axes: Any, bank: EmbeddingBank, drawn: int, method: Projection) -> No
 
 
 def _verbatim(text: str) -> str:
-    """Text in which matplotlib sees no formula, and no label that it should hide."""
+    """Escape text: matplotlib reads $ as a formula and hides labels that begin with _."""
     text = " " + text if text.startswith("_") else text
     return text.replace("$", r"\$")
 
 
 def _frame(axes: Any, axis_names: tuple[str, str]) -> None:
-    """One scale on both axes, so that distances are true, and little ink."""
+    """The same scale on both axes, so that distances are true, and little ink."""
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(axis_names[0])
     axes.set_ylabel(axis_names[1])

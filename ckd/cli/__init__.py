@@ -12,15 +12,15 @@ from ckd._hints import unknown
 # its command is called.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ckd.train.__main__", "train a student, resume or evaluate a run"),
-    "demo": ("ckd.train.demo", "what distillation buys on handwritten digits, in two minutes"),
+    "demo": ("ckd.train.demo", "train a student with and without a teacher, in two minutes"),
     "bank": ("ckd.bank.__main__", "build, describe or verify a bank of teacher embeddings"),
-    "compare": ("ckd.compare", "a table and a figure of finished runs"),
-    "info": ("ckd.info", "what is installed, and which backends work"),
+    "compare": ("ckd.compare", "compare finished runs in a table and a figure"),
+    "info": ("ckd.info", "show what is installed and which backends work"),
 }
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ckd") -> int:
-    """The command line; the exit status. SystemExit from the help and the flags of a command."""
+    """Run the command line; returns the exit status. A command's --help and bad flags exit."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_help(prog))

@@ -11,7 +11,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from ckd._errors import CkdError
 
-# What a user can cause, and its message explains; anything else is a bug and keeps its traceback.
+# Errors that a user can cause, whose message explains them; others are bugs and keep the traceback.
 USER_ERRORS = (CkdError, ImportError, OSError)
 
 
@@ -28,10 +28,10 @@ def run(
     interrupted: str = "interrupted",
     interruptions: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
 ) -> int:
-    """Parse `argv` (None: that of the process) and run the command; the exit status.
+    """Parse `argv` (None: that of the process) and run the command; returns the exit status.
 
-    That is 0; 2 after a line on stderr for an error that the user can put right; or 130 after one
-    of `interruptions`, whose own message, or `interrupted`, says what is kept.
+    0; 2 after one of USER_ERRORS, in one line on stderr; 130 after one of `interruptions`, with its
+    message or, if it has none, `interrupted`.
     """
     try:
         parse(sys.argv[1:] if argv is None else argv).run()
@@ -49,9 +49,9 @@ def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
     """An instance of `command`, a dataclass or a union of dataclasses (subcommands), whose fields
     are the flags and whose docstrings are the help.
 
-    prog: how the command was called, for the help. options: those of `tyro.cli` (default: an
-    instance whose values hold where no flag is given). Values of Literal fields are not checked:
-    the command calls `ckd._hints.check_choices`, which suggests the nearest choice.
+    prog: the command's name in the help. options: further ones of `tyro.cli`, such as `default`, an
+    instance that holds the flags' defaults. Values of Literal fields are not checked here: the
+    command calls `ckd._hints.check_choices`, which suggests the nearest choice.
 
     Raises SystemExit: status 0 after --help, 2 after tyro's message on stderr.
     """
@@ -62,7 +62,7 @@ def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
 
 
 def _choice(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """tyro's rule for a Literal of strings: the choices stand in the help, any string is taken."""
+    """A rule of tyro for a Literal of strings: help lists the choices, parsing takes any string."""
     if type_info.type_origin is not Literal:
         return None
     return PrimitiveConstructorSpec(

@@ -1,4 +1,4 @@
-"""Training a student: `train(Config(...))`, or `python -m ckd.train`."""
+"""Train a student: `train(Config(...))`, or `python -m ckd.train`."""
 
 from ckd.train.config import Config
 from ckd.train.errors import CheckpointError, ConfigError, Interrupted, TrainError

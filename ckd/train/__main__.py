@@ -38,13 +38,13 @@ _OptionalPath = Annotated[
 
 @dataclass(frozen=True)
 class Command:
-    """Train a student. Without any argument: a demonstration on handwritten digits."""
+    """Train a student, resume a run or score one. Without arguments: the demo on digits."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     resume: _OptionalPath | None = None
-    """Go on with RUN; or, without RUN, with the one that this command began, if it did."""
+    """Resume RUN; without RUN, resume the run in the --out folder, or begin it."""
     eval: str | None = None
-    """Only score this run folder, .safetensors file or model spec on the test data."""
+    """Do not train: score this run folder, .safetensors file or model spec on the test data."""
 
     def run(self) -> None:
         if self.eval is not None:
@@ -59,24 +59,24 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     return run(
         lambda given: parse(given, prog) if given else Demo(),
         argv,
-        interrupted="interrupted; what the last checkpoint holds is safe",
+        interrupted="interrupted; the last checkpoint is intact",
         interruptions=(KeyboardInterrupt, Interrupted),
     )
 
 
 def parse(argv: Sequence[str], prog: str = PROG) -> Command:
-    """Flags, over the settings of the run folder that is resumed or evaluated, if one is named."""
+    """Parse the flags; the settings stored with a run that is resumed or evaluated are defaults."""
     command = _parse(argv, prog, Config())
     folder = stored_run(command)
     if folder is None:
         return command
     stored = Config.load(folder / CONFIG)
     if command.resume is not None:
-        stored = dataclasses.replace(stored, out=str(folder))  # it may have been moved
+        stored = dataclasses.replace(stored, out=str(folder))  # the folder may have been moved
     command = _parse(argv, prog, stored)
     if command.resume is not None and command.config.folder != folder:
         raise ConfigError(

@@ -1,10 +1,10 @@
-"""Checkpoints: a folder of tensors and state that is there whole or not at all.
+"""Checkpoints: folders of tensors and state, made by an atomic rename: complete or absent.
 
-    RUN/checkpoint/step-00001234/tensors.safetensors    every tensor of the run, flat, by name
-                                 state.json             every number of it, and the checksums
+    RUN/checkpoint/step-00001234/tensors.safetensors    every tensor of the run, by name
+                                 state.json             all other state, and the checksums
 
-A checkpoint is written under a temporary name, made durable, renamed, and only then is the older
-one removed: a kill, or a full disk, at any moment leaves the older or the newer one, intact.
+A checkpoint is written under a temporary name, fsynced and renamed; only then is the older one
+removed. A kill or a full disk at any moment leaves the older or the newer one intact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FOLDER, TENSORS, STATE = "checkpoint", "tensors.safetensors", "state.json"
 
 
 class Checkpoint(NamedTuple):
-    """What `load` gives: tensors by name (on the CPU) and the state that was saved with them."""
+    """A checkpoint as `load` reads it: tensors by name, on the CPU, and the other state."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -37,10 +37,10 @@ class Checkpoint(NamedTuple):
 
 
 def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Make RUN/checkpoint/step-<step> durable, then remove the older ones; its path.
+    """Write RUN/checkpoint/step-<step> durably, then remove older checkpoints; returns the path.
 
-    The bytes depend on the arguments alone. Raises CheckpointError when the system refuses (disk
-    full, permission denied); the older checkpoint is then still there.
+    Equal arguments give equal bytes. Raises CheckpointError when the system refuses (disk full,
+    permission denied); the older checkpoint is then still there.
     """
     folder = run / FOLDER
     path = folder / f"step-{step:08d}"
@@ -66,7 +66,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
         kept = f"the checkpoint {older[-1]} is intact" if older else "there is no older one"
         raise CheckpointError(f"cannot save the checkpoint {path}: {error}; {kept}") from error
     for leftover in [*older, *folder.glob(TEMPORARY_PREFIX + "*")]:
-        # One that cannot be removed does no harm: `latest` takes the newest.
+        # A folder that cannot be removed does no harm: `latest` takes the newest.
         shutil.rmtree(leftover, ignore_errors=True)
     return path
 
@@ -143,7 +143,7 @@ def unpack(
     for name, parameter in _optimized(modules, optimizer):
         start = f"optimizer.{name}."
         own = {
-            # In the layout of the parameter: fused optimizers walk both in memory order.
+            # In the parameter's memory format: fused optimizers read both in memory order.
             key[len(start) :]: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
             for key, tensor in checkpoint.tensors.items()
             if key.startswith(start)
@@ -167,7 +167,7 @@ def _optimized(
 
 
 def _numbers(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[nn.Parameter, int]:
-    """Under which number the optimizer's state dict files each parameter."""
+    """The index of each parameter in the optimizer's state dict."""
     return {
         parameter: number
         for group, packed in zip(optimizer.param_groups, state["param_groups"])
@@ -176,7 +176,7 @@ def _numbers(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict
 
 
 def _existing(run: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; the names sort by step."""
+    """Checkpoint folders, oldest first: the names sort by step."""
     return sorted((run / FOLDER).glob("step-*"))
 
 

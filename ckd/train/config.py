@@ -1,4 +1,4 @@
-"""What determines a run: one frozen dataclass, the flags of `python -m ckd.train`."""
+"""The settings of a run: a frozen dataclass; its fields are the flags of `python -m ckd.train`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AmpMode = Literal["off", "bf16", "fp16"]
 AMP_MODES = get_args(AmpMode)
 
 # Under `paper_compat`, a field that was left at its default takes the value of the paper's code.
-# Beyond these, the class head's softmax is applied twice and logit-kd is a cross-entropy against
+# Besides, the class head's softmax is applied twice and logit-kd is a cross-entropy against
 # the teacher's probabilities (methods.py), the learning rate changes once an epoch and every
 # parameter decays (schedule.py).
 PAPER_SETTINGS: Mapping[str, Any] = {
@@ -44,7 +44,8 @@ class Config:
     """Settings of one training run."""
 
     method: MethodName = "embed-kd"
-    """Where the teacher's signal comes from."""
+    """plain: no teacher; logit-kd, teacher-kd: logits, embeddings of a running teacher;
+    embed-kd: its stored embeddings (--bank)."""
     data: str = "digits"
     """The data set: digits, an image folder, parquet file(s) or .npz."""
     image_size: int | None = None
@@ -56,7 +57,7 @@ class Config:
     teacher: str | None = None
     """logit-kd and teacher-kd: a model spec, a run folder or a .safetensors file."""
     teacher_weights: str | None = None
-    """Weights for a --teacher, or --eval, that is a spec."""
+    """The weights of a --teacher or --eval that is a model spec."""
     out: str | None = None
     """The run folder; default: runs/DATA-METHOD-seedSEED."""
 
@@ -69,15 +70,15 @@ class Config:
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """On matrices only; on every parameter under --paper-compat."""
+    """Weight decay of matrices only; of every parameter under --paper-compat."""
     warmup_epochs: float = 0.0
-    """Linear warm-up before the cosine decay to zero."""
+    """Epochs of linear warm-up, before the cosine decay of the learning rate to zero."""
     clip_norm: float = 0.0
-    """Clip the norm of the gradient to this; 0: off."""
+    """Clip the norm of the gradient to this value; 0: off."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy against the labels."""
+    """Label smoothing of the cross-entropy against the labels."""
     ema: float = 0.0
-    """Decay of an average of the student's weights, which is then evaluated and saved; 0: off."""
+    """Decay of a moving average of the weights, evaluated and saved as the student; 0: off."""
     crop_padding: int | None = None
     """Random crop after padding by this many pixels; default: an eighth of the image size."""
     flip: bool = True
@@ -86,36 +87,37 @@ class Config:
     distill_weight: float = 0.5
     """Weight of the distillation term beside the cross-entropy against the labels."""
     targets: Targets | None = None
-    """embed-kd: contrast with all rows of the bank, each image with its own (`samples`), or with
-    the class `centroids`: as published, less accurate, and the cheaper the larger the bank
-    (docs/results/accuracy.md); default: samples, centroids under --paper-compat."""
+    """embed-kd, samples: contrast with all rows of the bank; the image's own is the target.
+    centroids: with the mean row of each class, as published; cheaper, less accurate
+    (docs/results/accuracy.md). Default: samples; centroids under --paper-compat."""
     centroids_per_class: int | None = None
-    """embed-kd: rows per class that a centroid averages, drawn by seed; default: all."""
+    """embed-kd: average this many rows per class, drawn by seed, in a centroid; default: all."""
     logit_scale: float = 14.2857
     """teacher-kd and embed-kd: the initial scale of the cosines (1 / temperature)."""
     learn_logit_scale: bool = True
     """Whether the logit scale is trained."""
     temperature: float = 4.0
-    """logit-kd: softens both distributions."""
+    """logit-kd: the temperature of both softmaxes."""
     paper_compat: bool = False
-    """As the paper's published code: its defaults, softmax twice, lr per epoch, decay of all."""
+    """Train as the paper's published code does: its defaults, softmax applied twice,
+    learning rate changed once an epoch, weight decay of every parameter."""
 
     seed: int = 0
-    """Of the initial weights, the data order, augmentation and dropout."""
+    """Seed of the initial weights, the data order, augmentation and dropout."""
     amp: AmpMode = "off"
-    """Mixed precision."""
+    """Mixed precision: autocast to this dtype."""
     compile: bool = False
-    """Run the student, and a teacher beside it, through torch.compile."""
+    """Compile the student, and a teacher that runs beside it, with torch.compile."""
     deterministic: bool = False
-    """Deterministic kernels only (on a GPU; the CPU ones always are)."""
+    """Use deterministic GPU kernels only; CPU kernels always are."""
     device: str = "auto"
     """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     workers: int = 0
-    """Processes that decode images; sets that fit in memory need none."""
+    """Processes that decode images; a data set in memory needs none."""
     checkpoint_minutes: float = 5.0
-    """A checkpoint at least this often, besides the one at the end of each epoch."""
+    """Minutes between checkpoints within an epoch; each epoch also ends with one."""
     checkpoint_steps: int = 0
-    """Also a checkpoint every so many optimizer steps; 0: off."""
+    """Also save a checkpoint every this many optimizer steps; 0: off."""
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
 
@@ -188,7 +190,7 @@ class Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields that bar a resume, with both values; those in MAY_DIFFER_ON_RESUME are left out."""
+    """Fields that differ and forbid a resume (not in MAY_DIFFER_ON_RESUME), with both values."""
     before, after = old.to_dict(), new.to_dict()
     return {
         name: (before[name], after[name])
@@ -199,7 +201,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class _Range:
-    """`low` <= or < a number <= or < `high`, and finite."""
+    """An interval of finite numbers, which holds its ends unless `open_low` or `open_high`."""
 
     low: float
     high: float = math.inf

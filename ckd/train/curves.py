@@ -18,15 +18,15 @@ _TERMS = {
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw metrics.jsonl. Raises ImportError naming the extra if matplotlib is missing."""
+    """Draw the records of metrics.jsonl. Raises ImportError naming the extra without matplotlib."""
     figure, (loss_axes, accuracy_axes, rate_axes) = new_figure(11.0, 3.4, columns=3)
     epochs = [record["epoch"] for record in records]
-    # A line needs two points to be seen.
+    # A single point draws no line, so mark it.
     style = {"linewidth": 1.8, "marker": "o" if len(epochs) == 1 else None, "markersize": 5}
 
     terms = [name for name in _TERMS if name in records[-1]]
     if terms == ["loss", "cross_entropy"]:
-        terms = ["loss"]  # the same curve twice
+        terms = ["loss"]  # without distillation both are the same curve
     lines = [
         (label, colour, [record[name] for record in records])
         for name, (label, colour) in _TERMS.items()

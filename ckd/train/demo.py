@@ -1,16 +1,16 @@
-"""`ckd demo`, and `python -m ckd.train` without arguments: what distillation buys on handwritten
-digits.
+"""`ckd demo`, and `python -m ckd.train` without arguments: the gain by distillation on
+handwritten digits.
 
 A teacher is trained, its embeddings are stored once, and then the same small student, a vision
 transformer as in the paper, is trained with and without them: same data, epochs, learning rate and
 seeds.
 
-The setting is a chosen one, by test accuracy and with these seeds among others, so its gain is no
-estimate of what to expect elsewhere. Of the 15 settings tried on digits (3 to 6 seeds each, with
-class centroids as targets, which gain two points less here than the trainer's default), the six
-with a two-layer transformer and random crops gained 3 to 14 points in the mean, least after 25
-epochs, the most tried. The other nine (ResNet-8 students, no crops, or one layer) moved by -1.8 to
-+1.2 points, within the spread of their seeds.
+The setting was selected by test accuracy, with these seeds among others, so its gain does not
+predict the gain elsewhere. 15 settings were tried on digits (3 to 6 seeds each, with class
+centroids as targets, which gain two points less here than the trainer's default). The six with a
+two-layer transformer and random crops gained 3 to 14 points on average, the least after 25 epochs,
+the longest training tried. The other nine (ResNet-8 students, no crops, or one layer) changed by
+-1.8 to +1.2 points, within the spread of their seeds.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ STUDENT = Config(
 class Demo:
     """Train a small teacher on handwritten digits, and a student with and without its embeddings.
 
-    One to two minutes on two CPU cores.
+    Takes one to two minutes on two CPU cores.
     """
 
     out: Path = Path("runs/demo")
-    """A new folder; with -2, -3, ... added to its name if it exists."""
+    """The folder to create; if it exists, -2, -3, ... is added to the name."""
 
     def run(self) -> None:
         run_demo(self.out)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ckd demo") -> int:
-    """The command line; the exit status."""
+    """Run the command line; returns the exit status."""
     return run(
         lambda given: parse(Demo, given, prog),
         argv,
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "ckd demo") -> int:
 def run_demo(place: Path) -> None:
     """Train teacher and students in a new folder `place`, and print one table."""
     threads = torch.get_num_threads()
-    # One: for models this small a second thread gains nothing on a quiet machine, and where another
-    # process has the other core, the two wait for each other (50 times slower, on a 2-core EPYC).
+    # With models this small a second thread gains nothing on an idle machine. If another process
+    # occupies its core, both threads wait for each other (50 times slower on a 2-core EPYC).
     torch.set_num_threads(1)
     try:
         _run_demo(_free_name(place))
@@ -131,7 +131,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def _row(name: str, results: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over the seeds; the accuracy with its standard deviation."""
+    """A table row: means over the seeds, the accuracy with its standard deviation."""
     accuracy = [100 * result["test_accuracy"] for result in results]
     spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
     memory_key = "peak_cuda_mib" if "peak_cuda_mib" in results[0] else "peak_rss_mib"
@@ -145,24 +145,24 @@ def _row(name: str, results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _verdict(plain: Sequence[dict[str, Any]], distilled: Sequence[dict[str, Any]]) -> str:
-    """What distillation bought, seed by seed, in words that the numbers bear."""
+    """The gain of each seed; called a gain or loss only beyond two standard errors."""
     gains = [100 * (d["test_accuracy"] - p["test_accuracy"]) for p, d in zip(plain, distilled)]
     mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     if abs(mean) <= 2 * error:
-        words = "no more than the seeds differ among themselves"
+        words = "within the spread of the seeds"
     else:
         words = "a gain" if mean > 0 else "a loss"
     each = ", ".join(f"{gain:+.2f}" for gain in gains)
     return (
         f"Distillation: {mean:+.2f} points of accuracy (seed by seed: {each}): {words}.\n"
         "This setting was chosen because a teacher helps in it. Most others tried on digits\n"
-        "showed no gain, and trained longer the plain student closes in: measure on your own data."
+        "showed no gain, and longer training narrows the gap: measure on your own data."
     )
 
 
 def _next_steps(folder: Path, seconds: float) -> str:
     return f"""\
-Peak MiB is that of the whole process, PyTorch included. All of it took {seconds:.0f} s.
+Peak MiB is that of the whole process, PyTorch included. The demo took {seconds:.0f} s.
 
   see the runs side by side   python -m ckd.compare {folder}/*-seed* --out {folder}/compare.png
   score one again             python -m ckd.train --eval {folder}/embed-kd-seed0

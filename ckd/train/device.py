@@ -1,4 +1,4 @@
-"""Torch's own switches for a run, put back afterwards."""
+"""torch's global settings for a run, restored afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Mixed precision as `--amp` says; float32 parameters and losses stay float32."""
+    """The autocast context of `--amp`; parameters and losses stay float32."""
     dtype = AMP_DTYPES.get(config.amp, torch.bfloat16)
     return torch.autocast(device.type, dtype=dtype, enabled=config.amp != "off")
 
@@ -28,7 +28,7 @@ def torch_state(config: Config, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         try:
             if config.deterministic:
-                # cuBLAS reads this when it starts; without it torch refuses its matmuls here.
+                # Read when cuBLAS starts; without it, deterministic mode refuses cuBLAS products.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = not config.deterministic

@@ -1,4 +1,4 @@
-"""What can go wrong for a user of the trainer; every message says what to do about it."""
+"""Errors of the trainer; every message names the remedy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ __all__ = ["CheckpointError", "ConfigError", "Interrupted", "TrainError"]
 
 
 class TrainError(CkdError, RuntimeError):
-    """A run that cannot begin or go on."""
+    """A run cannot start or continue."""
 
 
 class CheckpointError(TrainError):
-    """A checkpoint that cannot be written, read or resumed; names its file."""
+    """A checkpoint cannot be written, read or resumed; the message names its file."""
 
 
 class Interrupted(TrainError):
-    """Ctrl-C or SIGTERM: a checkpoint is saved, and the message is the command to go on."""
+    """Ctrl-C or SIGTERM: a checkpoint was saved; the message gives the command that resumes."""

@@ -17,7 +17,7 @@ from ckd.train.errors import ConfigError
 
 
 class Scores(NamedTuple):
-    """`accuracy` in 0..1, `loss` the mean cross-entropy, `correct` of `images` images right."""
+    """`accuracy` in 0..1, the mean cross-entropy `loss`, and `correct` of `images` images."""
 
     accuracy: float
     loss: float
@@ -34,7 +34,7 @@ def evaluate(
     device: torch.device,
     workers: int = 0,
 ) -> Scores:
-    """Scores of the model in evaluation mode and float32; it is left in the mode that it was in."""
+    """Score the model in evaluation mode and float32; its training mode is restored."""
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -52,7 +52,7 @@ def evaluate(
 
 def evaluate_source(config: Config, source: str) -> str:
     """`--eval`: score a run folder, a .safetensors file or a model spec on config.data's test
-    split; a line of text. Raises ConfigError, DataError or ModelError."""
+    split; returns a line of text. Raises ConfigError, DataError or ModelError."""
     device = pick_device(config.device)
     dataset = data.load(config.data, "test", image_size=config.image_size).to(device)
     model = models.load(source, weights=config.teacher_weights).to(device)
@@ -76,5 +76,5 @@ def evaluate_source(config: Config, source: str) -> str:
 
 
 def stored_class_names(source: str | None) -> tuple[str, ...]:
-    """The class names that a run folder or .safetensors file knows; none for a spec."""
+    """The class names that a run folder or .safetensors file stores; none for a spec."""
     return models.class_names(source) if source and Path(source).exists() else ()

@@ -1,4 +1,4 @@
-"""How the figures of runs look: plain axes, direct labels, colours that everyone can tell apart."""
+"""The style of all figures: plain axes, direct labels, colours safe for colour blindness."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from ckd._files import atomic_write
 from ckd._hints import require
 
-# Okabe and Ito (2008): told apart with the common kinds of colour blindness too.
+# Okabe and Ito (2008): distinct under the common kinds of colour blindness.
 BLUE, ORANGE, GREEN = "#0072B2", "#D98800", "#009E73"
 VERMILION, PURPLE, GREY = "#D55E00", "#B0578D", "#6E6E6E"
 INK, FAINT = "#222222", "#DDDDDD"
 
 
 def new_figure(width: float, height: float, columns: int, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure of `columns` plain axes side by side, in inches, and those axes.
+    """A figure of `width` x `height` inches with `columns` axes side by side, and those axes.
 
-    It belongs to the caller alone: pyplot, with its global state and windows, is not involved.
-    Raises ImportError that names the extra if matplotlib is missing.
+    Made without pyplot, so that its global state and windows are not touched. Raises ImportError
+    that names the extra if matplotlib is missing.
     """
     module = require("matplotlib.figure", extra="plots", purpose="drawing figures")
     figure = module.Figure(figsize=(width, height), layout="constrained")
@@ -35,7 +35,8 @@ def new_figure(width: float, height: float, columns: int, **options: Any) -> tup
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]], gap: float = 0.07) -> None:
-    """Write (label, colour, y) at the right edge, at the height y, moved apart where they touch."""
+    """Write each (label, colour, y) at the right edge at height y, moved apart where they overlap:
+    by at least `gap`, a fraction of the axes' height."""
     low, high = axes.get_ylim()
     placed = -gap
     ordered = sorted(ends, key=lambda end: end[2])

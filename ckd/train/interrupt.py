@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that the loop asks, so that a step is never cut in half."""
+"""Turns Ctrl-C and SIGTERM into a flag that the loop polls, so that every step is completed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Yield `asked()`: True once SIGINT or SIGTERM has come. A second one stops at once.
+    """Yield `asked()`: True once SIGINT or SIGTERM has come. A second one raises KeyboardInterrupt.
 
     Outside the main thread, where Python allows no handlers, `asked()` stays False.
     """
@@ -23,7 +23,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         if os.getpid() != owner:  # a data worker, which inherits the handler when it is forked
             if number == signal.SIGTERM:
                 os._exit(1)
-            return  # Ctrl-C reaches the whole process group; the batch under way is still wanted
+            return  # Ctrl-C reaches the whole process group; the current batch is still needed
         if received:
             raise KeyboardInterrupt
         received.append(number)

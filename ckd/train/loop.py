@@ -1,11 +1,11 @@
 """The training loop, top to bottom.
 
-An optimizer step is `accumulate` batches of `batch_size` images, or what remains of them at the
-end of an epoch; its gradient is the mean over its images, however they are cut into batches.
+An optimizer step takes `accumulate` batches of `batch_size` images, fewer at the end of an epoch.
+Its gradient is the mean over all its images.
 
-Nothing random has a state: the order of an epoch is a function of (seed, epoch), augmentation and
+Randomness is stateless: the order of an epoch is a function of (seed, epoch), augmentation and
 dropout are functions of (seed, step). So a checkpoint needs no random state, and a resumed run
-takes exactly the steps that it would have taken.
+takes exactly the steps of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ NONFINITE = "nonfinite.json"
 
 
 def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict[str, Any]:
-    """Train a student as `config` says, in its run folder; the content of result.json.
+    """Train a student as `config` says, in its run folder; returns the content of result.json.
 
-    resume: go on from the newest checkpoint of that folder, from the start if it has none; a
-    finished run is left as it is and its result returned.
+    resume: continue from the newest checkpoint of that folder, from the start if it has none; the
+    result of a finished run is returned without training.
 
     Raises ConfigError, TrainError and CheckpointError; Interrupted after Ctrl-C or SIGTERM; and
-    DataError, BankError, ModelError and OSError of what the config names.
+    DataError, BankError, ModelError and OSError for the inputs that the config names.
     """
     config.check()
     method_type = method_class(config)
@@ -89,7 +89,11 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
 
 
 def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
-    """Train over what remains of the current epoch, with checkpoints on the way."""
+    """Train on the rest of the current epoch, saving checkpoints on the way.
+
+    stop: called after every step but an epoch's last; where it gives True, the run is saved and
+    left by `interrupt`.
+    """
     config, progress, n = run.config, run.progress, len(run.train_set)
     order = epoch_order(n, seed=config.seed, epoch=progress.epoch)[progress.rows :]
     batches = run.train_set.batches(order, config.batch_size, run.device, config.workers)
@@ -127,13 +131,13 @@ def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
 
 
 def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
-    """One step of the optimizer over the batches of `group`; the loss terms of the last one.
+    """One optimizer step over the batches of `group`; returns the loss terms of the last batch.
 
-    Raises TrainError, with the weights as they were, if a loss or the gradient is not finite.
+    Raises TrainError, before the weights change, if a loss or the gradient is not finite.
     """
     config, progress = run.config, run.progress
     rng = step_generator(config.seed, progress.step, run.device)
-    torch.manual_seed(rng.initial_seed() + 1)  # dropout: a stream apart from the augmentation's
+    torch.manual_seed(rng.initial_seed() + 1)  # dropout: not the augmentation's seed
     rate = current_rate(run)
     for parameter_group in run.optimizer.param_groups:
         parameter_group["lr"] = rate
@@ -144,7 +148,7 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
         with autocast(config, run.device):
             output = run.forward(models.prepare(run.student, images))
             loss, terms = run.method(output, batch, images)
-        # Reading the loss waits for the GPU once a batch: the price of never taking a bad step.
+        # Reading the loss synchronises with the GPU once a batch, so that no bad step is taken.
         numbers = torch.stack([loss, *terms.values()]).tolist()
         values = dict(zip(("loss", *terms), numbers))
         refuse_nonfinite(run, values, [batch])
@@ -157,7 +161,7 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
         p.grad for g in run.optimizer.param_groups for p in g["params"] if p.grad is not None
     ]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not run.scaler.is_enabled():  # the scaler passes over steps that overflow, by design
+    if not run.scaler.is_enabled():  # the scaler skips steps that overflow
         refuse_nonfinite(run, {"gradient norm": norm.item()}, group)
     if config.clip_norm:
         parameters = [p for g in run.optimizer.param_groups for p in g["params"]]
@@ -189,7 +193,7 @@ def current_rate(run: Run) -> float:
 
 
 def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
-    """Evaluate, and close the books of the epoch: its line of metrics.jsonl."""
+    """Evaluate, and reset the progress for the next epoch; returns the line for metrics.jsonl."""
     config, progress = run.config, run.progress
     began = time.monotonic()
     scores = evaluate(
@@ -218,7 +222,7 @@ def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
 
 
 def refuse_nonfinite(run: Run, values: Mapping[str, float], group: Sequence[Batch]) -> None:
-    """Stop the run if one of `values` is NaN or infinite, leaving the batch's ids in a file."""
+    """Raise TrainError if a value is NaN or infinite, after writing the sample ids to a file."""
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad:
         return
@@ -242,14 +246,14 @@ def refuse_nonfinite(run: Run, values: Mapping[str, float], group: Sequence[Batc
 
 
 def interrupt(run: Run) -> NoReturn:
-    """Leave a run that has just been saved."""
+    """Raise Interrupted; the caller has just saved the run."""
     raise Interrupted(
         f"stopped after step {run.progress.step}; go on with: {resume_command(run.config.folder)}"
     )
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Write student.safetensors, curves.png and, last, result.json."""
+    """Write student.safetensors, curves.png and, last, result.json, whose content is returned."""
     folder = run.config.folder
     models.save(run.evaluated, folder / STUDENT, class_names=run.train_set.class_names)
     records = report.read_metrics(folder)

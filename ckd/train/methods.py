@@ -1,7 +1,7 @@
 """The four methods of the paper: they differ only in where the teacher's signal comes from.
 
 A method is a module that turns the student's output for a batch into named loss terms, and holds
-what it trains beside the student (projection, logit scale). To add one, write a class with a
+the parameters trained beside it (projection, logit scale). To add one, write a class with a
 `build` and a `distill`, and put it into METHODS.
 """
 
@@ -25,24 +25,24 @@ from ckd.train.config import Config
 from ckd.train.errors import ConfigError
 from ckd.train.evaluation import stored_class_names
 
-# Augmented uint8 images -> what the frozen teacher says of them.
+# Augmented uint8 images -> the frozen teacher's output.
 Teacher = Callable[[Tensor], ModelOutput]
 
 
 class Method(nn.Module):
-    """`plain`: the cross-entropy against the labels, and the frame of the other methods.
+    """`plain`: the cross-entropy against the labels; base class of the other methods.
 
     loss = cross_entropy + distill_weight * (the term of `distill`, if there is one)
     """
 
-    needs: str | None = None  # the flag without which the method has no teacher signal
+    needs: str | None = None  # the flag that names the method's teacher signal
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.distill_weight = config.distill_weight
         self.label_smoothing = config.label_smoothing
         self.softmax_twice = config.paper_compat
-        self.inputs: dict[str, str] = {}  # hashes of what the signal comes from, for a resume
+        self.inputs: dict[str, str] = {}  # hash of the teacher or bank, checked on a resume
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
@@ -50,11 +50,11 @@ class Method(nn.Module):
         return cls(config)
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
-        """At most one term, by name: the mean over the batch, not yet weighted."""
+        """At most one loss term, by name: the mean over the batch, without `distill_weight`."""
         return {}
 
     def numbers(self) -> dict[str, float]:
-        """What to log once an epoch beside the loss terms."""
+        """Values to log once an epoch beside the loss terms."""
         return {}
 
     def forward(
@@ -78,8 +78,8 @@ class Method(nn.Module):
 class LogitKD(Method):
     """The teacher's logits of the same images: T² KL(softmax(teacher / T) || softmax(student / T)).
 
-    (Hinton et al. 2015.) As published in the paper's code instead, under `paper_compat`: the
-    cross-entropy of softmax(student), taken as logits, against softmax(teacher).
+    (Hinton et al. 2015.) Under `paper_compat`, as in the paper's code: the cross-entropy of
+    softmax(student), taken as logits, against softmax(teacher).
     """
 
     needs = "teacher"
@@ -120,7 +120,7 @@ class LogitKD(Method):
 
 
 class ContrastiveMethod(Method):
-    """What the two contrastive methods share: the projection and the logit scale."""
+    """Base class of the two contrastive methods: the projection and the logit scale."""
 
     def __init__(self, config: Config, student_dim: int, teacher_dim: int) -> None:
         super().__init__(config)
@@ -136,9 +136,9 @@ class ContrastiveMethod(Method):
 
 
 class TeacherKD(ContrastiveMethod):
-    """CLIP-Teacher-KD: contrast with the teacher's embeddings of the batch, each row with its own.
+    """CLIP-Teacher-KD: contrast with the teacher's embeddings of the batch; target i is row i.
 
-    The contrast is among the images of one forward pass; `accumulate` does not widen it.
+    The contrast covers the images of one forward pass; `accumulate` does not widen it.
     """
 
     needs = "teacher"
@@ -166,25 +166,25 @@ class TeacherKD(ContrastiveMethod):
 class EmbedKD(ContrastiveMethod):
     """CLIP-Embed-KD: contrast with the bank; no teacher runs.
 
-    `samples`: every row of the bank, the target is the sample's own, found by its id. `centroids`:
-    one row per class, the target is the label.
+    `samples`: every row of the bank; the target is the row with the image's sample id. `centroids`:
+    one row per class; the target is the label.
     """
 
     needs = "bank"
 
     def __init__(self, config: Config, bank: Tensor, student_dim: int) -> None:
         super().__init__(config, student_dim, bank.shape[1])
-        # Not in the checkpoint: it is read from the bank again.
+        # Not in the checkpoint: a resume reads it from the bank again.
         self.register_buffer("bank", bank, persistent=False)
         self.positions: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
-        assert config.bank is not None  # `method_class` has seen to it
+        assert config.bank is not None  # checked by `method_class`
         bank = EmbeddingBank.open(config.bank)
         bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
         if config.targets != "centroids":
-            _check_rows(bank, dataset)  # an image without its row is an error now, not later
+            _check_rows(bank, dataset)  # fails before training, not in it
             method = cls(config, bank.embeddings(), student.embedding_dim)
             method.positions = bank.positions
         else:
@@ -234,8 +234,8 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_class(config: Config) -> type[Method]:
-    """The method that `config`, which was checked, names. Raises ConfigError if what it needs is
-    not there."""
+    """The class of `config.method`, for a checked config. Raises ConfigError if the --bank or
+    --teacher that it needs is missing."""
     method = METHODS[config.method]
     if method.needs == "bank" and config.bank is None:
         raise ConfigError(
@@ -251,13 +251,13 @@ def method_class(config: Config) -> type[Method]:
 
 
 def _load_teacher(config: Config, device: torch.device) -> Any:
-    assert config.teacher is not None  # `method_class` has seen to it
+    assert config.teacher is not None  # checked by `method_class`
     model: Any = models.load(config.teacher, weights=config.teacher_weights)
     return model.to(device, memory_format=torch.channels_last)  # like the student
 
 
 def _frozen(model: Any, config: Config) -> Teacher:
-    """A function, not a module: the teacher belongs neither to the parameters nor the state."""
+    """The teacher as a function: a module would add to the method's parameters and state."""
     forward = torch.compile(model) if config.compile else model
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ def _frozen(model: Any, config: Config) -> Teacher:
 
 
 def _logits(output: ModelOutput) -> Tensor:
-    """In float32, as a softmax should be computed, whatever autocast made of them."""
+    """The logits in float32, whatever dtype autocast gave them: a softmax needs its precision."""
     assert output.logits is not None  # students have a class head, teachers were checked for one
     return output.logits.float()
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, result.json, memory and hardware figures."""
+"""The results of a run: metrics.jsonl, result.json, memory and hardware."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MIB = 1 << 20
 
 
 class MetricsLog:
-    """metrics.jsonl, one line an epoch, and TensorBoard events beside it if it is installed."""
+    """metrics.jsonl, one line an epoch, and TensorBoard events if TensorBoard is installed."""
 
     def __init__(self, run: Path, *, keep_bytes: int, tensorboard: bool, step: int) -> None:
-        """Open the log and cut off what was written after the checkpoint that is resumed."""
+        """Truncate the log to `keep_bytes`, its size at the checkpoint that is resumed."""
         self.path = run / METRICS
         with open(self.path, "ab") as file:
             file.truncate(keep_bytes)
@@ -38,7 +38,7 @@ class MetricsLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> int:
-        """Append a line, durably; the size of the file after it, in bytes."""
+        """Append a line durably; returns the new size of the file in bytes."""
         with open(self.path, "ab") as file:
             file.write((json.dumps(record) + "\n").encode())
             file.flush()
@@ -70,9 +70,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 class PeakMemory:
     """Peak memory since this object was made, in MiB.
 
-    On CUDA, what the allocator handed out at most (`peak_cuda_mib`). On the CPU, the peak resident
-    size of the process (`peak_rss_mib`), which PyTorch's libraries are part of, and beside it the
-    size at the start (`start_rss_mib`).
+    On CUDA, the allocator's peak (`peak_cuda_mib`). On the CPU, the peak resident size of the
+    process, PyTorch's libraries included (`peak_rss_mib`), and the size at the start
+    (`start_rss_mib`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,7 +80,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        # Linux forgets the peak of what this process did before; elsewhere it is kept.
+        # Resets the peak on Linux; elsewhere it is that of the whole life of the process.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self.start_rss_mib = _peak_rss_mib()
@@ -101,7 +101,7 @@ def _peak_rss_mib() -> float:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a measurement needs beside it."""
+    """The machine and the versions, to be stored with a measurement."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""What a run is: its folder, what it trains, where it stands, how it is saved and restored."""
+"""A run: its folder, the modules it trains, its progress, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ CONFIG, STUDENT = "config.json", "student.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands: all of its state that is not a tensor."""
+    """The position of a run, and the sums of its current epoch."""
 
-    epoch: int = 0  # whole epochs, evaluation and log line included
+    epoch: int = 0  # epochs that are trained, evaluated and logged
     step: int = 0  # optimizer steps
-    rows: int = 0  # images seen of the current epoch,
-    sums: dict[str, float] = field(default_factory=dict)  # the sum of each loss term over them,
-    time_s: float = 0.0  # and the time that took, evaluation and checkpoints excluded
+    rows: int = 0  # images seen in the current epoch
+    sums: dict[str, float] = field(default_factory=dict)  # of each loss term over these images
+    time_s: float = 0.0  # of training on them, without evaluation and checkpoints
     metrics_bytes: int = 0  # size of metrics.jsonl
 
 
 @dataclass
 class Run:
-    """One run, set up."""
+    """A run that is set up: data, student, method and optimizer."""
 
     config: Config
     device: torch.device
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint holds beside the optimizer."""
+        """The modules that a checkpoint stores, beside the optimizer."""
         modules: dict[str, nn.Module] = {"student": self.student, "method": self.method}
         return modules if self.ema is None else {**modules, "ema": self.ema}
 
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Hashes of what the run is made from; a resume must find the same."""
+        """Hashes of the data and of the teacher or bank; a resume must find the same."""
         return {
             "training data": self.train_set.fingerprint,
             "test data": self.test_set.fingerprint,
@@ -86,8 +86,8 @@ class Run:
 def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
     """The run folder, locked: a new one with config.json, or one that `config` may resume.
 
-    Raises ConfigError for a folder with a checkpoint that is not to be resumed, or was begun with
-    other settings; TrainError if another process trains in it.
+    Raises ConfigError if the folder holds a run and `resume` is False, or the run has other
+    settings; TrainError if another process trains in it.
     """
     folder = config.folder
     try:
@@ -101,7 +101,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise TrainError(
                 f"another process is training in {folder}; wait for it to end"
             ) from error
-        # A run that never came to a checkpoint (a wrong setting, say) leaves nothing to protect.
+        # A run without a checkpoint (it failed early, say) may be overwritten.
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
             config.save(folder / CONFIG)
         elif resume:
@@ -115,7 +115,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
 
 
 def set_up(config: Config, device: torch.device, method_type: type[Method]) -> Run:
-    """Load the data, make the student and all that trains it, on `device`."""
+    """Load the data and make the student, its method and its optimizer on `device`."""
     train_set, test_set = (
         data.load(config.data, split, image_size=config.image_size).to(device)
         for split in ("train", "test")
@@ -140,7 +140,7 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
         in_channels=channels,
     )
     # Channels last: a training step of a ResNet-20 or 56 takes 20 to 25 % less (one core of an AMD
-    # EPYC, batch 64, torch 2.13); a vision transformer does not mind.
+    # EPYC, batch 64, torch 2.13); a vision transformer is as fast either way.
     student = student.to(device, memory_format=torch.channels_last)
     method = method_type.build(config, student, train_set, device).to(device)
     groups = parameter_groups((student, method), config.weight_decay, decay_all=config.paper_compat)
@@ -166,7 +166,7 @@ def _average(student: nn.Module, decay: float) -> AveragedModel:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of the run as it stands. Raises CheckpointError, with the command to go on."""
+    """Save a checkpoint. Raises CheckpointError, which gives the command that resumes."""
     state = {
         "config": run.config.to_dict(),
         "inputs": run.inputs,
@@ -185,10 +185,10 @@ def save(run: Run) -> None:
 
 
 def restore(run: Run) -> None:
-    """Put the run where its newest checkpoint is; without one it begins at the beginning.
+    """Restore the newest checkpoint; a run without one starts from the beginning.
 
-    Raises CheckpointError for one that is damaged or was made from other data, ConfigError for
-    one with other settings.
+    Raises CheckpointError if it is damaged or was made from other data, ConfigError if it has
+    other settings.
     """
     folder = run.config.folder
     path = checkpoint.latest(folder)
@@ -242,7 +242,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to go on with a run."""
+    """The command that resumes a run."""
     return f"python -m ckd.train --resume {shlex.quote(str(folder))}"
 
 

@@ -22,9 +22,9 @@ def learning_rate(
 ) -> float:
     """The rate of optimizer step `step` (from 0): linear warm-up, then a cosine down to zero.
 
-    Over the warm-up of w steps, peak (step + 1) / w; then, with x the fraction of the remaining
-    steps that is done, peak (1 + cos(π x)) / 2. With `per_epoch` the rate is that of the first
-    step of the epoch throughout, as in the paper's code.
+    In a warm-up of w steps, peak (step + 1) / w; then, with x the fraction of the remaining steps
+    that is done, peak (1 + cos(π x)) / 2. With `per_epoch` all steps of an epoch have the rate of
+    its first, as in the paper's code.
     """
     if per_epoch:
         step -= step % steps_per_epoch
