@@ -1,11 +1,11 @@
-"""How well students do by each method: three seeds, at equal epochs and at equal wall-clock time.
+"""Accuracy of students by each method: three seeds, at equal epochs and at equal wall-clock time.
 
     python benchmarks/accuracy.py --data cifar10-10k --teacher resnet56 \\
         --teacher-weights resnet56.safetensors --out runs/accuracy
 
-Builds the teacher's bank and trains every setting below under every seed, each in a process of
-its own by `python -m ckd.train`, one after the other. What is finished is not trained again, so the
-command goes on where it was stopped. Then it prints the table of `python -m ckd.compare --seeds`.
+Builds the teacher's bank and trains every setting below with every seed, one after the other, each
+by `python -m ckd.train` in a process of its own. Finished runs are not trained again, so a stopped
+command can be repeated. Then it prints the table of `python -m ckd.compare --seeds`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from ckd.compare import group_seeds, seed_table
 from common import command
 
-LONGER = 11 / 6  # about what a step with a ResNet-56 teacher takes of one without
+LONGER = 11 / 6  # about the time of a step with a ResNet-56 teacher / that of one without
 TEACHER = ("--teacher", "{teacher}", "--teacher-weights", "{weights}")
 EMBED = ("--method", "embed-kd", "--bank", "{bank}")
 CENTROIDS = (*EMBED, "--targets", "centroids")
@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "scale-1": (*CENTROIDS, "--logit-scale", "1", "--no-learn-logit-scale"),
     "scale-14": (*CENTROIDS, "--logit-scale", "14.2857", "--no-learn-logit-scale"),
     "published": (*CENTROIDS, "--paper-compat"),
-    # As long as teacher-kd takes.
+    # For about the wall-clock time of teacher-kd.
     "plain-longer": ("--method", "plain"),
     "centroids-longer": CENTROIDS,
     "samples-longer": SAMPLES,
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return measure(options)
     except subprocess.CalledProcessError as error:
-        return error.returncode if error.returncode > 0 else 1  # it has said why
+        return error.returncode if error.returncode > 0 else 1  # the process printed the reason
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -67,16 +67,28 @@ def measure(options: argparse.Namespace) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    parser.add_argument("--data", required=True, help="a data set, as for python -m ckd.train")
+    parser.add_argument("--data", required=True, help="the data set, as for python -m ckd.train")
     parser.add_argument("--teacher", required=True, help="a model spec, such as resnet56")
-    parser.add_argument("--teacher-weights", required=True)
-    parser.add_argument("--student", default="resnet20", help="(default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=6, help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--teacher-weights", required=True, help="a .safetensors file")
+    parser.add_argument("--student", default="resnet20", help="a model spec (default: %(default)s)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=6,
+        help=f"epochs of each run; x {LONGER:.2f} for *-longer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each setting (default: %(default)s)"
+    )
     parser.add_argument(
         "--settings", default=",".join(SETTINGS), help="comma-separated (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/accuracy"),
+        help="the folder of the bank and the runs (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     options.settings = options.settings.split(",")
     unknown = [name for name in options.settings if name not in SETTINGS]

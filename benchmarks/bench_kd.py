@@ -1,4 +1,4 @@
-"""What training a student costs by each of the trainer's methods: time, memory, energy.
+"""Time, memory and energy of training a student by each of the trainer's methods.
 
     python benchmarks/bench_kd.py                        four ViTs at 32 and 64 px
     python benchmarks/bench_kd.py --quick                a small teacher, under two minutes
@@ -8,11 +8,11 @@
 
 CLIP-Embed-KD (arXiv 2404.06170) says that a student takes 9 times less memory and 8 times less time
 when it learns from stored embeddings (`embed-kd`) than beside a running teacher (`teacher-kd`).
-Here the trainer's own loop goes through an epoch by each method, each in a process of its own; the
-processes of a table take turns, so that all share the machine's good and bad moments.
-What costs the same whatever it holds is random: the teachers' weights, unless --teacher is a path,
-the bank's rows, and the images. Epochs are extrapolated from the measured steps. On a CPU the
-default takes an hour or more, nearly all of it for the teachers.
+Here the trainer's own loop trains by each method, each in a process of its own. The processes of a
+table take turns, so that changes in the machine's speed affect all alike. Values that do not change
+the cost are random: the images, the bank's rows and, unless --teacher is a path, the teachers'
+weights. Epochs are extrapolated from the measured steps. On a CPU the default takes an hour or
+more, nearly all of it for the teachers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def broken(case: Record) -> bool:
-    """Whether something that was asked for could not be measured; want of memory is a result."""
+    """Whether a measurement failed, other than by a lack of memory, which is a result."""
     failures = [part["failed"] for part in (*case["rows"], case["bank"]) if "failed" in part]
     return any(failure not in NO_MEMORY for failure in failures)
 
@@ -94,25 +94,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         type=int,
         metavar="PIXELS",
-        help="of the student; may be repeated (default: 32 and 64)",
+        help="image size of the student; may be repeated (default: 32 and 64)",
     )
-    parser.add_argument("--student", default="vit", help="its model spec (default: %(default)s)")
+    parser.add_argument("--student", default="vit", help="a model spec (default: %(default)s)")
     parser.add_argument(
         "--methods",
         default=",".join(METHODS),
-        help="comma-separated (default: %(default)s)",
+        help="comma-separated methods (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, help="(default: 64; quick: 16)")
+    parser.add_argument("--batch-size", type=int, help="images per step (default: 64; quick: 16)")
     parser.add_argument(
-        "--steps", type=int, help="measured, at most, at least 2 (default: 100; quick: 20)"
+        "--steps", type=int, help="most steps to measure, at least 2 (default: 100; quick: 20)"
     )
     parser.add_argument(
         "--seconds",
         type=float,
-        help="after which no further step is measured, beyond two (default: 20; quick: 4)",
+        help="stop measuring after this time, once 2 steps are done (default: 20; quick: 4)",
     )
     parser.add_argument("--amp", choices=AMP_MODES, default="off", help="(default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="the student, as the trainer does")
+    parser.add_argument("--compile", action="store_true", help="compile student and teacher")
     command.add_threads(parser)
     command.add_device(parser)
     parser.add_argument(
@@ -122,16 +122,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--epoch-images",
         type=int,
         default=50_000,
-        help="to which an epoch is extrapolated (default: %(default)s)",
+        help="images of the extrapolated epoch (default: %(default)s)",
     )
     command.add_files(
-        parser, csv="write a line for each method", plot="draw memory and time an epoch (PNG)"
+        parser, csv="write a CSV line per method", plot="draw memory and time per epoch (PNG)"
     )
     return command.parse(parser, arguments, check, "kd")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
+    """Fill in defaults. Raises ValueError that names the argument and the values it takes."""
     quick = options.quick
     options.teacher = options.teacher or ([QUICK_TEACHER] if quick else list(VITS))
     options.image_size = options.image_size or list(IMAGE_SIZES[:1] if quick else IMAGE_SIZES)

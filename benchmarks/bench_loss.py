@@ -7,8 +7,8 @@
     python benchmarks/bench_loss.py --out mine.json
     python benchmarks/bench_loss.py --show mine.json
 
-For each case and provider, in this order: the peak of memory, the errors against float64 (a wrong
-result is not timed), and times, in which the providers take turns. benchmarks/README.md explains
+Measures for each case and provider, in this order: peak memory, errors against float64 (a wrong
+provider is not timed), and times, for which the providers take turns. benchmarks/README.md explains
 the columns.
 """
 
@@ -33,10 +33,10 @@ from loss import providers, report
 from loss.bench import FORWARD, STEP, Bench, Errors
 from loss.problem import CASES, GPU_CASES, QUICK, SWEEP, Problem
 
-TURN = 0.05  # seconds for which a provider computes before the next one does
+TURN = 0.05  # seconds of a provider's turn
 LEAST_ROUNDS = 7
-# The worst relative error of loss and gradients with which a result still counts as right. Eager
-# reaches 1e-6 and 1e-2 on these problems; a mistake gives 0.1 or more.
+# The largest relative error of loss and gradients that counts as right, by whether arithmetic is in
+# bfloat16. Eager reaches 1e-6 and 1e-2 on these problems; a mistake gives 0.1 or more.
 ALLOWED = {False: 1e-4, True: 5e-2}
 
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def finish(record: Record, options: argparse.Namespace) -> int:
-    """Further files of a whole record."""
+    """Write the CSV file and the plot of a complete record; returns the exit status."""
     try:
         if options.csv:
             report.write_csv(record, options.csv)
@@ -81,16 +81,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--case",
         action="append",
         metavar="CASE",
-        help=f"{', '.join(CASES | GPU_CASES)}, or B,K,D,W or B,K,D,W,frozen; may be repeated",
+        help=f"{', '.join(CASES | GPU_CASES)}, or sizes B,K,D,W (batch, bank "
+        "rows, teacher and student width) or B,K,D,W,frozen (no projection); may be repeated",
     )
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help=f"only the cases {', '.join(QUICK)}")
     parser.add_argument(
         "--sweep", action="store_true", help=f"banks from {SWEEP[0]} to {SWEEP[-1]}, for --plot"
     )
     command.add_device(parser)
     parser.add_argument(
         "--providers",
-        help="comma-separated, the first is what the others are compared with; also cpu:TIER and "
+        help="comma-separated; ratios are to the first; also cpu:TIER and "
         f"cpu-bf16:TIER (default on the CPU: {','.join(providers.of_device('cpu'))}; on a GPU: "
         f"{','.join(providers.of_device('cuda'))})",
     )
@@ -98,21 +99,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="of calls, for each provider and mode (default: 2; 0.3 if quick)",
+        help="time to measure each provider and mode for (default: 2; quick: 0.3)",
     )
     parser.add_argument(
-        "--competitors", type=int, default=0, help="processes that keep a core busy meanwhile"
+        "--competitors", type=int, default=0, help="other processes that keep a core busy"
     )
     command.add_files(
         parser,
-        csv="write a line for each measured time",
+        csv="write a CSV line per measured time",
         plot="draw time and memory over the rows of the bank (PNG)",
     )
     return command.parse(parser, arguments, check, "loss")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Fill in defaults. Raises ValueError that names the argument, what it takes and what came."""
+    """Fill in defaults. Raises ValueError that names the argument and the values it takes."""
     if options.seconds is None:
         options.seconds = 0.3 if options.quick else 2.0
     command.check_seconds(options.seconds)
@@ -153,7 +154,7 @@ def run_case(name: str, problem: Problem, options: argparse.Namespace) -> Record
                 if reason is not None:
                     continue
                 rows.append({"provider": provider, "half": found.half})
-                # All of them load torch at once, which takes longer than what is measured.
+                # Started together: loading torch takes longer than the measurements.
                 workers[provider] = start(provider, problem, options)
             for row in [row for row in rows if "failed" not in row]:
                 truth = providers.find(row["provider"]).truth
@@ -187,12 +188,12 @@ def start(provider: str, problem: Problem, options: argparse.Namespace) -> Worke
 
 
 def named(provider: str, options: argparse.Namespace) -> bool:
-    """Whether a reader expects a row of it: one who asked for it, or for what belongs to ckd."""
+    """Whether a provider that cannot run gets a row: if it was asked for, or is not a peer."""
     return options.asked or not providers.find(provider).is_peer
 
 
 class Truth(NamedTuple):
-    """Loss and gradients in float64: the file, or why there is none."""
+    """The file of loss and gradients in float64, or the reason why there is none."""
 
     path: str
     failed: str | None = None
@@ -204,7 +205,7 @@ def write_truth(problem: Problem, name: str, path: str, options: argparse.Namesp
         worker.ask("truth", name, path)
     except Failed as failure:
         if failure.result not in NO_MEMORY:
-            raise  # a mistake, and nothing would be compared with anything
+            raise  # a mistake: nothing could be compared
         return Truth(path, failure.result)
     finally:
         worker.stop()
@@ -212,7 +213,7 @@ def write_truth(problem: Problem, name: str, path: str, options: argparse.Namesp
 
 
 def examine(worker: Worker, row: Record, truth: str) -> None:
-    """Memory and errors."""
+    """Measure memory and errors into `row`."""
     try:
         row["peak_mib"] = worker.ask("memory")
         errors: Errors = worker.ask("errors", truth)
@@ -256,7 +257,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def _spin(parent: int) -> None:
-    while os.getppid() == parent:  # so that it does not outlive a killed one
+    while os.getppid() == parent:  # ends also when the parent was killed
         pass
 
 

@@ -1,15 +1,15 @@
-"""Where the time of a training step goes, and what loading images one by one would cost.
+"""Time of each part of a training step, and the cost of loading images one by one.
 
     python benchmarks/bench_trainer.py                     embed-kd, the paper's student, 32 px
     python benchmarks/bench_trainer.py --student resnet20 --threads 1
     python benchmarks/bench_trainer.py --steps 5 --out mine.json
     python benchmarks/bench_trainer.py --show mine.json
 
-The first table is of the trainer's own loop: time in the student's forward, in the loss, in the
-backward, in the optimizer, and in everything else (data, augmentation, checks, reading the loss).
-The second compares two ways to make augmented float batches of the same uint8 images, without a
+The first table splits a step of the trainer's own loop: the student's forward, the loss, the
+backward, the optimizer, and everything else (data, augmentation, checks, reading the loss). The
+second compares two ways to make augmented float batches from the same uint8 images, without a
 student: the trainer's, and that of the published implementation of CLIP-Embed-KD, per-sample
-transforms of PIL images in the workers of a DataLoader. On the CPU; a GPU wants its profiler.
+transforms of PIL images in the workers of a DataLoader. CPU only: a GPU needs a profiler.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from training.tasks import Setting, config_of, write_bank, write_images
 PARTS = ("forward", "loss", "backward", "optimizer")
 PIL_WORKERS = 2
 TEACHER_DIM = 1024
-BATCHES = 40  # of a turn of the loaders
+BATCHES = 40  # per turn of a loader
 TURNS = 5
-REST = 0.3  # seconds in which the workers make what they hold in advance; nobody is timed
-IN_ADVANCE = 2 * PIL_WORKERS  # batches that a DataLoader holds; not counted
+REST = 0.3  # seconds before a turn, in which the workers prefetch
+IN_ADVANCE = 2 * PIL_WORKERS  # batches that a DataLoader prefetches; not timed
 
 
 class Clock:
-    """Seconds by part."""
+    """Seconds spent in each part of a step."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -67,7 +67,7 @@ class Clock:
 
 
 def measure_step(setting: Setting, method: str) -> Record:
-    """Of the steps after the first: the median, the mean, and the mean seconds of each part."""
+    """Median and mean seconds of the steps after the first, and the mean seconds of each part."""
     write_images(setting)
     write_bank(Path(setting.folder) / "bank", TEACHER_DIM)
     config = config_of(method, setting)
@@ -95,7 +95,7 @@ def measure_step(setting: Setting, method: str) -> Record:
 
 @contextlib.contextmanager
 def watched(run: Run, clock: Clock) -> Iterator[None]:
-    """The run's own functions, with the clock around them."""
+    """Wrap the run's functions in the clock."""
     run.forward = clock.wrap("forward", run.forward)
     with contextlib.ExitStack() as stack:
         for part, owner, name in (
@@ -150,7 +150,7 @@ def trainer_batches(path: Path, batch_size: int, student: Any) -> Iterator[Tenso
 
 
 def measure_loading(setting: Setting) -> Record:
-    """Images a second, medians over turns that the two take one after the other."""
+    """Images per second of both loaders, medians over alternating turns."""
     write_images(setting)
     student = models.create(
         setting.student, num_classes=2, image_size=setting.image_size, in_channels=3
@@ -167,7 +167,7 @@ def measure_loading(setting: Setting) -> Record:
                 next(batches)
             start = time.perf_counter()
             count = sum(len(next(batches)) for _ in range(BATCHES))
-            if turn > 0:  # workers start in the first
+            if turn > 0:  # the workers start in the first turn
                 rates[name].append(count / (time.perf_counter() - start))
     return {name: statistics.median(found) for name, found in rates.items()}
 
@@ -183,7 +183,7 @@ def show(record: Record) -> None:
     print("| part of a step | mean | share |\n|---|---:|---:|")
     for part, spent in step["parts"].items():
         print(f"| {part} | {duration(spent)} | {spent / step['mean']:.1%} |")
-    print("\n| batches by | images / s | of the last |\n|---|---:|---:|")
+    print("\n| batches by | images / s | / last row |\n|---|---:|---:|")
     *_, last = record["loading"].values()
     for name, rate in record["loading"].items():
         print(f"| {name} | {rate:,.0f} | {rate / last:.1f} |")
@@ -191,19 +191,32 @@ def show(record: Record) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
-    parser.add_argument("--student", default="vit", help="(default: %(default)s, the paper's)")
-    parser.add_argument("--method", choices=("plain", "embed-kd"), default="embed-kd")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10, help="measured (default: %(default)s)")
-    parser.add_argument("--amp", choices=("off", "bf16"), default="off")
+    parser.add_argument("--student", default="vit", help="a model spec (default: vit, the paper's)")
+    parser.add_argument(
+        "--method",
+        choices=("plain", "embed-kd"),
+        default="embed-kd",
+        help="the trainer's method (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=32, metavar="PIXELS", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images per step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, help="steps to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--amp", choices=("off", "bf16"), default="off", help="(default: %(default)s)"
+    )
     command.add_threads(parser)
     command.add_files(parser)
     return command.parse(parser, arguments, check, "trainer")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise ValueError that names the argument, what it takes and what came."""
+    """Raise ValueError that names the argument and the values it takes."""
     command.check_least(options, image_size=1, batch_size=1, steps=1, threads=1)
     command.check_model("--student", options.student, options.image_size)
 
@@ -217,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = Setting(
             folder=folder,
             student=options.student,
-            teacher="resnet20",  # named only: neither method runs one
+            teacher="resnet20",  # a placeholder: neither method runs a teacher
             image_size=options.image_size,
             batch_size=options.batch_size,
             steps=options.steps,

@@ -1,13 +1,13 @@
-"""All that a GPU is needed for, in one command: is it right, how fast is it, what should be tuned.
+"""Checks that need a GPU, in one command: correctness, speed, tuning of tiles, cost of training.
 
     python benchmarks/gpu_check.py                      eight minutes, every rung
     python benchmarks/gpu_check.py --only right fast --out found --budget 240
     python benchmarks/gpu_check.py --rehearse           on the CPU, tiny, under two minutes
 
-Rungs go in order of worth, each in a process of its own with its own time limit. One that crashes,
-hangs or finds an error is a row of the table, and the next goes on; what it had found by then is
-kept. The exit status is 0 if all that ran is right. A rehearsal runs the Triton kernels in Triton's
-interpreter and the CUDA kernels in their emulation: what then fails on a GPU is not the script.
+Rungs (stages) run in order of importance, each in a process of its own with a time limit. One that
+crashes, hangs or finds an error becomes a row of the table, with its results so far, and the next
+one runs. The exit status is 0 if all that ran is right. A rehearsal runs the Triton kernels in
+Triton's interpreter and the CUDA kernels in their emulation, to show that the script itself works.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from gpu.job import ROOT, Record, read_records, write_record
 from gpu.table import table
 
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
-LEAST = 5.0  # a rung is not started with less
-LOG = 4000  # characters of a rung's output that are kept where it failed
-Ending = tuple[str, str] | None  # how a rung failed, and why; None: it did not
+LEAST = 5.0  # seconds: a rung is not started with less time
+LOG = 4000  # characters kept of a failed rung's output
+Ending = tuple[str, str] | None  # status and reason of a rung that failed, or None
 
 
 @dataclass(frozen=True)
 class Rung:
-    """`seconds`: after which it is stopped. `file`: of --out, may hold several rungs. `kernels`:
-    a rehearsal needs the GPU backends, else it takes those of the CPU, which are faster."""
+    """`seconds`: its time limit. `file`: in --out, of one or several rungs. `kernels`: a rehearsal
+    runs the GPU backends interpreted; else the CPU's own, which are faster."""
 
     name: str
     seconds: float
@@ -45,7 +45,7 @@ class Rung:
     kernels: bool = True
 
 
-# In order of worth. The files are seven, with the paper's figure and the table eight in all.
+# In order of importance. Six files; with the figure of `train` and the table eight.
 RUNGS = (
     Rung("machine", 40, "machine.json"),
     Rung("build", 150, "machine.json"),
@@ -72,16 +72,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     summary, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(description=summary)
     parser.add_argument(
-        "--budget", type=float, default=480, metavar="SECONDS", help="(default: %(default)s)"
+        "--budget",
+        type=float,
+        default=480,
+        metavar="SECONDS",
+        help="time limit of all rungs together (default: %(default)s)",
     )
-    parser.add_argument("--only", nargs="+", choices=names, metavar="RUNG", default=names)
-    parser.add_argument("--skip", nargs="+", choices=names, metavar="RUNG", default=[])
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu_check"), help="(default: %(default)s)"
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="RUNG",
+        default=names,
+        help=f"rungs to run: {', '.join(names)} (default: all)",
     )
-    parser.add_argument("--data", help="CIFAR-10, as for python -m ckd.train: for rung accuracy")
-    parser.add_argument("--teacher-weights", help="of a trained resnet56: for rung accuracy")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument(
+        "--skip", nargs="+", choices=names, metavar="RUNG", default=[], help="rungs to leave out"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu_check"),
+        help="the folder of all results (default: %(default)s)",
+    )
+    parser.add_argument("--data", help="for rung accuracy: CIFAR-10, as for python -m ckd.train")
+    parser.add_argument("--teacher-weights", help="for rung accuracy: a resnet56's .safetensors")
+    parser.add_argument("--rehearse", action="store_true", help="run on the CPU, with tiny sizes")
     options = parser.parse_args(arguments)
     if not options.budget > 0:
         parser.error(f"--budget: expected a positive number, got {options.budget}")
@@ -94,14 +110,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def climb(rungs: Sequence[Rung], options: argparse.Namespace, work: Path) -> int:
-    """Runs the rungs, then prints the table; the exit status."""
+    """Run the rungs, then print the table; returns the exit status."""
     start, records = time.monotonic(), dict[str, Record]()
     try:
         for rung in rungs:
             left = options.budget - (time.monotonic() - start)
             records[rung.name] = {"status": "started"}
             records[rung.name] = run(rung, left, options, work)
-    finally:  # a signal ends it too
+    finally:  # also after a signal
         files = {rung.name: rung.file for rung in rungs}
         for name in [name for name, record in records.items() if record["status"] == "started"]:
             records[name] |= read_records(options.out / files[name]).get(name, {})
@@ -114,7 +130,7 @@ def climb(rungs: Sequence[Rung], options: argparse.Namespace, work: Path) -> int
 
 
 def run(rung: Rung, left: float, options: argparse.Namespace, work: Path) -> Record:
-    """The record of a rung: its own, with how it ended."""
+    """Run a rung; its record, with its ending."""
     file, limit = options.out.resolve() / rung.file, min(rung.seconds, left)
     if limit < LEAST:
         record: Record = {"status": "left out", "reason": "no time left", "seconds": 0.0}
@@ -151,7 +167,7 @@ def command(
 
 
 def attempt(words: list[str], variables: dict[str, str], limit: float, log: Path) -> Ending:
-    """Runs a process group to its end or to its limit; how it failed, if it did, and why."""
+    """Run a process group to its end or time limit; status and reason if it failed, else None."""
     with open(log, "wb") as output:
         process = subprocess.Popen(
             words,
@@ -174,13 +190,13 @@ def attempt(words: list[str], variables: dict[str, str], limit: float, log: Path
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process with all that it started; a process that cannot be ended is left behind."""
+    """End a process and its whole group; one that survives SIGKILL is left behind."""
     for number, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         if process.poll() is None:
             _signal_group(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(grace)
-    _signal_group(process.pid, signal.SIGKILL)  # who outlived the first of them
+    _signal_group(process.pid, signal.SIGKILL)  # members that outlived the first process
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -189,7 +205,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def environment(rung: Rung, rehearse: bool) -> dict[str, str]:
-    """This tree's modules first; in a rehearsal no GPU, and Triton interprets."""
+    """A rung's environment: this tree's modules first; in a rehearsal no GPU, Triton interprets."""
     paths = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if rehearse:

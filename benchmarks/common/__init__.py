@@ -1,1 +1,1 @@
-"""What all benchmarks share: commands, machines, worker processes, memory, times, tables."""
+"""Shared by all benchmarks: commands, machines, worker processes, memory, times, tables."""

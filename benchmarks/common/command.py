@@ -1,4 +1,4 @@
-"""What the commands of this folder share: outputs, files to show, models by name, clean stops."""
+"""Shared by the benchmark commands: flags and their checks, output files, clean exits."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from common.report import Record
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with what `main` returns. A signal ends it as an error does: by way of every `finally`,
-    so that no process and no temporary folder outlives the command."""
+    """Exit with the status that `main` returns. A signal is raised as an exception, so that every
+    `finally` runs and no process or temporary folder outlives the command."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = main()
@@ -30,20 +30,25 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read the tables, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the tables, `head` say, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Its description is the first line of the command's docstring."""
+    """A parser whose description is the first line of the command's docstring."""
     summary, *_ = (doc or "").splitlines()
     return argparse.ArgumentParser(description=summary)
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="threads of torch (default: %(default)s)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +58,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_files(parser: argparse.ArgumentParser, **others: str) -> None:
-    """--out and --show, and others by name with their help."""
+    """Add --out, --show, and `others`: names and help of further output files."""
     parser.add_argument("--out", type=Path, help="write everything measured to this JSON file")
     for name, words in others.items():
         parser.add_argument(f"--{name}", type=Path, help=words)
-    parser.add_argument("--show", type=Path, help="print the tables of such a file and exit")
+    parser.add_argument("--show", type=Path, help="print the tables of an --out file, and exit")
 
 
 def parse(
@@ -66,9 +71,8 @@ def parse(
     check: Callable[[argparse.Namespace], None],
     benchmark: str,
 ) -> argparse.Namespace:
-    """Of a parser with `add_files`. With --show the record of such a `benchmark` is
-    `options.record`; else `check` fills in defaults, and its ValueError names the argument, what
-    it takes and what came."""
+    """Parse the arguments of a parser with `add_files`. With --show, `options.record` is the record
+    of that `benchmark`; else `check` fills in defaults. A ValueError is a usage error."""
     options = parser.parse_args(arguments)
     try:
         check_outputs(options)
@@ -82,7 +86,7 @@ def parse(
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise ValueError, before anything is measured, if one of the files cannot be written."""
+    """Raise ValueError if an output file cannot be written; called before any measurement."""
     for name in ("out", "csv", "plot"):
         if getattr(options, name, None) is not None:
             check_output(f"--{name}", getattr(options, name))
@@ -101,7 +105,7 @@ def check_output(flag: str, path: Path) -> None:
 
 
 def check_least(options: argparse.Namespace, **least: int) -> None:
-    """Raise ValueError where an option is below its least value."""
+    """Raise ValueError if an option is below its least value."""
     for name, value in least.items():
         if getattr(options, name) < value:
             flag = "--" + name.replace("_", "-")
@@ -119,7 +123,7 @@ def check_seconds(seconds: float) -> None:
 
 
 def check_names(flag: str, names: list[str]) -> None:
-    """Raise ValueError where one is given twice."""
+    """Raise ValueError if a name is given twice."""
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
@@ -128,8 +132,8 @@ def check_names(flag: str, names: list[str]) -> None:
 
 
 def check_model(flag: str, name: str, size: int, others: str = "") -> None:
-    """Raise ValueError unless there is such a model and images of this size fit it, where that is
-    quickly said: timm: and hf: tell only when they make it. `others` is what else would do."""
+    """Raise ValueError unless `name` is a model spec that takes images of this size; the size is
+    not checked for timm: and hf:, slow to create. `others`: further values, for the error."""
     if size < 1:
         raise ValueError(f"--image-size: expected at least 1, got {size}")
     if not catalog.is_spec(name):
@@ -146,7 +150,7 @@ def check_model(flag: str, name: str, size: int, others: str = "") -> None:
 
 
 def read_record(path: Path, benchmark: str) -> Record:
-    """What `--out` of this benchmark wrote. Raises ValueError that names --show and the file."""
+    """Read an --out file of `benchmark`. Raises ValueError that names --show and the file."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -159,8 +163,8 @@ def read_record(path: Path, benchmark: str) -> Record:
 
 
 def show(options: argparse.Namespace, print_record: Callable[[Record], None]) -> int:
-    """Print the record that --show named; the exit status: 2, with a reason, if it lacks
-    something."""
+    """Print the record of --show; returns the exit status: 2, with the reason on stderr, if the
+    record is incomplete."""
     try:
         print_record(options.record)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

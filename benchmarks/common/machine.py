@@ -1,4 +1,4 @@
-"""What a measurement was made on: hardware, versions, commit, and the machine's own limits."""
+"""The machine of a measurement: hardware, versions, commit, and its arithmetic and memory rates."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name that the system gives; virtual machines often hide the model."""
+    """The processor's name and its numbers, since virtual machines often hide the name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -58,7 +58,7 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a + behind it where files differ from it."""
+    """The commit of the working tree; a + follows it if files differ from it."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -77,8 +77,10 @@ def limits(threads: int, device: str = "cpu") -> dict[str, float]:
 
 
 def _limits_of_gpu() -> dict[str, float]:
-    """Best of several: torch.mm of 8192 x 8192, and reading 1 GiB. On a GPU the matrix product is
-    what kernels are compared with."""
+    """Best of several measurements, in 10^9 operations or bytes per second.
+
+    gemm_*: torch.mm of 8192 x 8192, with which kernels are compared; read: torch.sum over 1 GiB.
+    """
     found: dict[str, float] = {}
     for name, dtype in (("gemm_float32", torch.float32), ("gemm_bfloat16", torch.bfloat16)):
         a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)
@@ -89,10 +91,10 @@ def _limits_of_gpu() -> dict[str, float]:
 
 
 def _limits_of_cpu(threads: int) -> dict[str, float]:
-    """Best of several short measurements: 10^9 operations or bytes a second.
+    """Best of several short measurements, in 10^9 operations or bytes per second.
 
-    gemm_float32 and gemm_bfloat16: the kernels' own inner product on operands in the cache, in the
-    first tier; matmul_*: torch.mm of 1024 x 1024; read: torch.sum over 256 MiB.
+    gemm_float32 and gemm_bfloat16: the inner loop of the first tier's kernels on operands in the
+    cache; matmul_*: torch.mm of 1024 x 1024; read: torch.sum over 256 MiB.
     """
     torch.set_num_threads(threads)
     found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The peak of memory above what a process holds: by the resident size, or by torch's allocator."""
+"""Peak memory of a call: from the resident size, or from torch's CUDA allocator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def peak_mib_of(call: Callable[[], Any], device: torch.device | str) -> float | None:
-    """The peak of a call above what the process holds before it; None as `Memory.peak_mib`."""
+    """The peak during a call minus the memory held before it; None as in `Memory.peak_mib`."""
     memory = Memory(device)
     memory.restart()
     call()
@@ -24,11 +24,10 @@ def peak_mib_of(call: Callable[[], Any], device: torch.device | str) -> float | 
 
 
 class Memory:
-    """The peak after `restart` above what the process held when this object was made.
+    """The peak since `restart`, minus `held`: the bytes held when this object was made.
 
-    What was needed only before `restart` does not count, nor do `held` bytes. On the CPU by the
-    resident size (Linux only), on a GPU by what torch's allocator has handed out. A figure of one
-    computation needs a process of its own: pages that others left to malloc are resident already.
+    On the CPU the resident size (Linux only), on a GPU the bytes allocated by torch. Measure each
+    computation in a process of its own: pages that an earlier one left to malloc are resident.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -49,7 +48,7 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
 
     def peak_mib(self) -> float | None:
-        """None where the system does not say."""
+        """The peak in MiB; None on a CPU without Linux."""
         if self.device.type == "cuda":
             return (torch.cuda.max_memory_allocated(self.device) - self.held) / MIB
         return (_status_bytes("VmHWM") - self.held) / MIB if sys.platform == "linux" else None
@@ -59,12 +58,12 @@ class Memory:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif sys.platform == "linux":
-            with contextlib.suppress(AttributeError):  # glibc has it, musl has not
+            with contextlib.suppress(AttributeError):  # musl has no malloc_trim
                 ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status_bytes(field: str) -> int:
-    """Of /proc/self/status."""
+    """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

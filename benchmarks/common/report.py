@@ -1,4 +1,4 @@
-"""What reports share: the machine's lines, durations, JSON and CSV files."""
+"""Shared by the reports: the lines on the machine, durations, JSON and CSV files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 
 
 def show_machine(about: Record, *more: str) -> None:
-    """`more` stands before the date."""
+    """Print processor, GPU, versions and date, with `more` before the date."""
     print(f"{about['processor']}, {about['threads']} threads of {about['cpus']} CPUs")
     if about.get("gpu"):
         print(f"{about['gpu']}, CUDA {about['cuda']}, triton {about['triton']}")
@@ -32,7 +32,7 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_csv(path: Path, fields: Sequence[str], lines: Iterable[Record]) -> None:
-    """Of each line the fields; one that is absent or None is empty."""
+    """Write the given fields of each line; an absent field or None is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

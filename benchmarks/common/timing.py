@@ -1,4 +1,4 @@
-"""Seconds of calls, and their quantiles."""
+"""Durations of calls, and their quantiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
-    """A GPU is waited for, before and after."""
+    """Seconds of a call; a GPU is synchronised before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -22,6 +22,6 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def quantiles(times: Sequence[float], counted: str) -> dict[str, float]:
-    """In the times' unit; `counted`: the name of their number."""
+    """The quantiles 0.2, 0.5 and 0.8, and under the key `counted` the number of times."""
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7], counted: len(times)}

@@ -1,14 +1,14 @@
-"""Child processes that hold an object and call its methods: the one protocol of all benchmarks.
+"""Child processes that hold an object and call its methods, for all benchmarks.
 
-What a worker does to memory, threads, malloc or a GPU, no other process sees. One that runs out of
-memory, crashes or hangs takes nothing else along, and the reason is a result. A sticky CUDA error
-ends a whole process's use of the GPU: here one worker's, and the next task gets a fresh one.
+Workers isolate memory, threads, malloc settings and CUDA contexts. One that runs out of memory,
+crashes or hangs affects no other process, and the reason becomes its result. A sticky CUDA error
+makes the GPU unusable for its process: here for one worker, and the next task gets a fresh one.
 
 The parent sends (method, arguments, gives); the child answers (DONE, result) or (FAILED, reason). A
-method that was begun with `gives` gets a function `give` as its first argument: it sends (ITEM,
-item) and returns when the parent says GO, so that processes can take turns.
+method called with `gives` gets a function `give` as its first argument, which sends (ITEM, item)
+and blocks until the parent sends GO, so that processes can take turns.
 
-torch is imported only where threads are set: a torch that cannot be imported is a finding too.
+torch is imported only to set threads: gpu_check.py reports a torch that cannot be imported.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from typing import Any
 
 GO, ITEM, DONE, FAILED = "go", "item", "done", "failed"
 KILLED, OUT_OF_MEMORY = "killed, out of memory?", "out of memory"
-NO_MEMORY = (KILLED, OUT_OF_MEMORY)  # results, where other failures are mistakes
-STOPPING = 5.0  # seconds in which a process that was killed has to end
+NO_MEMORY = (KILLED, OUT_OF_MEMORY)  # failures that are results; others are mistakes
+STOPPING = 5.0  # seconds to wait for the end of a killed process
 Result = dict[str, Any]
 
 
 class Failed(Exception):
-    """What was asked of a worker could not be done; the message is the reason, in one line."""
+    """A worker's call failed; the message is the reason, in one line."""
 
     killed = False  # the process died of SIGKILL
 
     @property
     def result(self) -> str:
-        """The reason in a table: Linux kills a process that takes the last memory."""
+        """The reason for a table; SIGKILL suggests the out-of-memory killer of Linux."""
         return KILLED if self.killed else str(self)
 
 
 class Worker:
-    """A process that holds `make(*arguments)`, which its first call makes, and calls its methods.
+    """A process that makes an object, `make(*arguments)`, on its first call and calls its methods.
 
-    `threads`: of torch. Results and items come in the order in which they were asked for.
+    `threads`: torch's number of threads. Results and items arrive in the order of the calls.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class Worker:
             target=_serve, args=(child, make, arguments, threads), daemon=True
         )
         self._process.start()
-        self._owed = 0  # answers to calls that were sent
+        self._owed = 0  # answers not received yet
         child.close()
 
     def send(self, call: str, *arguments: Any, gives: bool = False) -> None:
-        """Begin a call; `receive` has its outcome, also if the process is dead."""
+        """Begin a call; `receive` gives its outcome, also if the process is dead."""
         self._owed += 1
         self._tell((call, arguments, gives))
 
     def go_on(self) -> None:
-        """Let a method that gave an item continue."""
+        """Let a method that is blocked in `give` continue."""
         self._tell(GO)
 
     def receive(self, seconds: float | None = None) -> tuple[str, Any]:
-        """(ITEM, what the call gave) or (DONE, what it returned). Raises Failed with the reason if
-        the call raised, the process died, or nothing came for so long (then it is killed)."""
+        """(ITEM, an item of the call) or (DONE, its result). Raises Failed with the reason if the
+        call raised, the process died, or nothing came for `seconds` (which kills the process)."""
         try:
             if not self.pipe.poll(None if seconds is None else max(0.0, seconds)):
                 self.kill()
@@ -83,7 +83,7 @@ class Worker:
         return kind, content
 
     def ask(self, call: str, *arguments: Any, seconds: float | None = None) -> Any:
-        """What a method returns, after all that was sent before. Raises Failed, of that too."""
+        """The result of a method, after those of pending calls. Raises Failed if any call did."""
         while self._owed > 0:
             self.receive(seconds)
         self.send(call, *arguments)
@@ -93,7 +93,7 @@ class Worker:
         return self._process.is_alive()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Let it end by itself, once its call is done; after so long, kill it."""
+        """Let the process finish its call and end; kill it after `seconds`."""
         self.pipe.close()
         self._process.join(seconds)
         self.kill()
@@ -104,7 +104,7 @@ class Worker:
             self._process.join(STOPPING)
 
     def _tell(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is dead, as `receive` will say
+        with contextlib.suppress(OSError):  # a dead process is reported by `receive`
             self.pipe.send(message)
 
     def _death(self) -> Failed:
@@ -135,21 +135,21 @@ def _serve(
                 held = make(*arguments) if held is None else held
                 method = getattr(held, call)
                 answer = (DONE, method(give, *values) if gives else method(*values))
-            except Exception as error:  # noqa: BLE001  # whatever it raises is its result
+            except Exception as error:  # noqa: BLE001  # any error is the call's result
                 traceback.print_exc()
                 answer = (FAILED, reason_of(error))
             pipe.send(answer)
 
 
 def reason_of(error: BaseException) -> str:
-    """In one line."""
+    """The error in one line; OUT_OF_MEMORY where memory ran out."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     lost = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return OUT_OF_MEMORY if lost or "allocate memory" in text else text[:200]
 
 
 class _Function:
-    """Held by the workers of functions."""
+    """The object of a worker that calls one function."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -163,9 +163,9 @@ class _Function:
 
 
 class Process(Worker):
-    """Calls `task(turn_over, *arguments)`, and computes only while `proceed` waits for it.
+    """A worker that runs `task(turn_over, *arguments)`, only while `proceed` waits for it.
 
-    The task calls `turn_over()` where its turn may end.
+    The task calls `turn_over()` where its turn may end; the call blocks until the next turn.
     """
 
     def __init__(self, task: Callable[..., Result], *arguments: Any, threads: int) -> None:
@@ -173,7 +173,7 @@ class Process(Worker):
         self._arguments = arguments
 
     def proceed(self) -> Result | None:
-        """Let it compute until its turn ends (None) or it is done: its result, or why it failed."""
+        """Run until the turn ends (None) or the task does: its result, or {"failed": reason}."""
         try:
             if self._owed:
                 self.go_on()
@@ -187,20 +187,20 @@ class Process(Worker):
             raise
         if kind == ITEM:
             return None
-        self.stop()  # its memory is for the others
+        self.stop()  # frees its memory for the others
         return content
 
 
 def finish(process: Process) -> Result:
-    """The result of a process that shares the machine with no other."""
+    """The result of a process that runs alone."""
     while (result := process.proceed()) is None:
         pass
     return result
 
 
 def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
-    """The results of processes that take turns, so that all share the machine's good and bad
-    moments. One that runs out of memory beside the others is tried again alone."""
+    """The results of processes that take turns, so that changes in the machine's speed affect all
+    alike. One that runs out of memory beside the others is tried again alone."""
     running = {name: begin() for name, begin in start.items()}
     results: dict[str, Result] = {}
     while running:
@@ -218,11 +218,10 @@ def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
 def each(
     function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any], workers: int, patience: float
 ) -> Iterator[tuple[Any, Any]]:
-    """(task, item) for every item that `function(task)` yields, in some order, from so many
-    processes at a time; (task, Failed) where a task raised, died or gave nothing for `patience`
-    seconds."""
+    """Yield (task, item) for every item of `function(task)`, tasks in any order, in up to `workers`
+    processes; (task, Failed) if a task raised, died or gave nothing for `patience` seconds."""
     waiting, idle = list(tasks), list[Worker]()
-    running: dict[Connection, tuple[Worker, Any, float]] = {}  # until when something has to come
+    running: dict[Connection, tuple[Worker, Any, float]] = {}  # with the next answer's deadline
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -238,7 +237,7 @@ def each(
                         raise Failed(f"nothing came for {patience:.0f} s")
                     kind, item = worker.receive()
                 except Failed as failure:
-                    worker.kill()  # its GPU may be lost to it
+                    worker.kill()  # its CUDA context may be unusable
                     yield task, failure
                     continue
                 if kind == DONE:

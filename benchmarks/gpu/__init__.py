@@ -1,1 +1,1 @@
-"""The rungs of gpu_check.py: a module each, whose `run(job)` is called in a process of its own."""
+"""The rungs (stages) of gpu_check.py, one module each: `run(job)`, in a process of its own."""

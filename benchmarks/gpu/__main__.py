@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NotHere as reason:
         job.put(status="left out", reason=str(reason))
         return 0
-    except Exception as error:  # noqa: BLE001  # whatever it raises is the rung's result
+    except Exception as error:  # noqa: BLE001  # any error is the rung's result
         traceback.print_exc()
         job.put(status="crashed", reason=reason_of(error))
         return 1

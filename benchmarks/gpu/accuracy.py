@@ -10,7 +10,7 @@ from gpu.device import Device
 from gpu.job import ROOT, Job, NotHere
 
 SETTINGS = "plain,logit-kd,teacher-kd,centroids,samples"
-EPOCHS, SECONDS = 60, 800.0  # of them, within that time; with less time, fewer
+EPOCHS, SECONDS = 60, 800.0  # epochs that fit into these seconds; fewer in less time
 STUDENT, TEACHER = "resnet20", "resnet56"
 TINY = "vit:width=16,layers=1,heads=2"
 
@@ -35,7 +35,7 @@ def run(job: Job) -> None:
 
 
 def measure(job: Job, words: list[str]) -> None:
-    """Runs benchmarks/accuracy.py, whose table becomes the rung's lines."""
+    """Run benchmarks/accuracy.py; its table becomes the rung's lines."""
     out = job.work / "accuracy"
     program = str(ROOT / "benchmarks" / "accuracy.py")
     done = subprocess.run(

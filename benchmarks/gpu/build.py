@@ -1,6 +1,6 @@
-"""Rung 2: builds ckd._C with the CUDA kernels, for this device alone.
+"""Rung 2: builds ckd._C with the CUDA kernels, for the compute capability of this GPU alone.
 
-In a rehearsal the kernels are compiled for the CPU by the emulation instead.
+A rehearsal compiles the kernels for the CPU, with the emulation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(job: Job) -> None:
 
 
 def install(arch: str, job: Job) -> tuple[str, int]:
-    """What pip printed, and its exit status."""
+    """The output of pip, and its exit status."""
     words = ["pip", "install", "-e", ".", "--no-build-isolation", "--no-deps", "-v"]
     own = {"CKD_CUDA": "1", "CKD_CUDA_ARCHS": arch}
     done = subprocess.run(
@@ -65,7 +65,7 @@ def last_error(output: str) -> str:
 
 
 def missing() -> str | None:
-    """Why a new process has no backend cuda; None if it has."""
+    """The reason why backend cuda is missing in a new process, or None."""
     code = "from ckd import backends; print(backends.ORDER['cuda'].missing() or '')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
@@ -74,7 +74,7 @@ def missing() -> str | None:
 
 
 def emulate(job: Job) -> None:
-    """CKD_TEST_EMULATED names a module that was built before."""
+    """Build the emulated kernels, or copy a module built before, which CKD_TEST_EMULATED names."""
     from tests import cuda_emulation
 
     reason = cuda_emulation.missing()

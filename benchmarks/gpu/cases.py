@@ -1,6 +1,6 @@
-"""The problems of rung `right`, their truth in float64, and what eager torch makes of them.
+"""The problems of rung `right`, their results in float64, and those of eager torch.
 
-The truth shares no code with the package: it is written from the formulae of docs/design.md.
+The float64 results share no code with the package: they follow the formulae of docs/design.md.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes and kinds of inputs and options. `students`: how near they are to their targets'
-    rows: "far" (a flat softmax), "half", "peaked", or "rivals" (another row is as near)."""
+    """Sizes, kinds of inputs, and options. `students`: their similarity to their target's row:
+    "far" (a flat softmax), "half", "peaked", or "rivals" (another row is about as near)."""
 
     name: str
     batch: int
@@ -41,24 +41,24 @@ class Shape:
     reduction: str = "mean"
     lse: bool = False
     ignored: bool = False
-    outside: bool = False  # some targets are no rows of the bank
-    keep: bool = True  # the projected bank, from the forward to the backward
+    outside: bool = False  # some targets lie outside the bank
+    keep: bool = True  # the forward keeps the projected bank for the backward
 
     def smaller(self) -> Shape:
-        """For a rehearsal."""
+        """A smaller shape, for a rehearsal."""
         batch, rows = min(self.batch, 9), min(self.rows, 37)
         sizes = {"batch": batch, "rows": rows, "dim": min(self.dim, 24) | 1 & self.dim}
         width = self.width if self.width in (16, 300) else min(self.width, 40)
         sizes |= {"width": width}
         if not self.projection:
             sizes["dim"] = sizes["width"]
-        # On the CPU a target outside the bank is an exception.
+        # On the CPU a target outside the bank raises.
         return replace(self, **sizes, outside=False)  # type: ignore[arg-type]
 
 
-# Widths in every layout of either backend's kernels, whole and ragged; tiles of 32 to 128 met at
-# one row, one bank row, and from either side; several chunks; every option, once alone and once
-# with others. Ordered by width, since tasks are cut from it.
+# Widths for every layout of both backends' kernels, whole and ragged; one row, one bank row, and
+# sizes on either side of tiles of 32 to 128; several chunks; every option, alone and with others.
+# Ordered by width: a task takes neighbours, which share compiled kernels.
 SHAPES = (
     Shape("one row", 1, 10, 8, 16),
     Shape("tau 1, W 16", 33, 500, 64, 16, tau=1.0),
@@ -97,7 +97,7 @@ IN_TF32 = (
 
 @dataclass
 class Case:
-    """Inputs, and by what the results are multiplied before they are summed."""
+    """Inputs, and the factors of the differentiated sum of loss and lse (see `total`)."""
 
     shape: Shape
     student: Tensor
@@ -106,7 +106,7 @@ class Case:
     weight: Tensor | None
     bias: Tensor | None
     logit_scale: Tensor
-    factor: Tensor  # of the rows' losses, or of the loss
+    factor: Tensor  # of the loss, or of each row's
     lse_factor: Tensor
 
     @property
@@ -118,14 +118,14 @@ class Case:
         return {name: x for name, x in every.items() if x is not None}
 
     def with_leaves(self, dtype: torch.dtype | None = None) -> Case:
-        """A copy that collects gradients, in another dtype."""
+        """A copy whose leaves require gradients; in another dtype, if given."""
         copies = {n: x.detach().clone().to(dtype or x.dtype) for n, x in self.leaves().items()}
         bank = self.bank if dtype is None else self.bank.to(dtype)
         leaves: dict[str, Any] = {n: x.requires_grad_() for n, x in copies.items()}
         return replace(self, bank=bank, **leaves)
 
     def reordered(self, seed: int) -> tuple[Case, Tensor]:
-        """The same students and bank rows in another order, and the students' order."""
+        """A random permutation of students and bank rows, and the permutation of the students."""
         g = torch.Generator().manual_seed(seed)
         batch, rows = len(self.student), len(self.bank)
         order = torch.randperm(batch, generator=g).to(self.target.device)
@@ -175,7 +175,7 @@ def make_case(shape: Shape, device: str, seed: int = 0) -> Case:
 
 
 def total(case: Case, loss: Tensor, lse: Tensor | None) -> Tensor:
-    """What is differentiated. With a target outside the bank it is NaN, its gradients are not."""
+    """The scalar to differentiate. A target outside the bank makes it NaN, not its gradients."""
     return (loss * case.factor).sum() + (0 if lse is None else (lse * case.lse_factor).sum())
 
 
@@ -185,10 +185,10 @@ def _outside(case: Case) -> Tensor:
 
 
 def truth(case: Case) -> tuple[Results, dict[str, float]]:
-    """Loss, lse and gradients in float64; and of each the size that its error is measured by.
+    """Loss, lse and gradients in float64, and for each the size to which its error is relative.
 
-    That size is its norm, but for sums over rows at least the norm of what is summed: where the
-    terms cancel, a good sum still carries their rounding.
+    The size is the result's norm; for a sum over rows at least the norm of its terms, since a sum
+    whose terms cancel still carries their rounding.
     """
     case = case.with_leaves(torch.float64)
     scale = case.logit_scale.detach().expand(len(case.student)).clone().requires_grad_()
@@ -212,8 +212,8 @@ def truth(case: Case) -> tuple[Results, dict[str, float]]:
 
 
 def loss_and_lse(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """From all logits. Without smoothing the target is kept out of the sum, so that float64 has
-    all its digits for a loss near zero too."""
+    """Loss and lse from all logits. Without smoothing the target is left out of the sum, so that a
+    loss near zero has its full relative precision."""
     shape, rows = case.shape, logits.shape[1]
     valid = (case.target >= 0) & (case.target < rows)
     column = case.target.clamp(0, rows - 1)[:, None]
@@ -234,13 +234,13 @@ def unit_rows(x: Tensor) -> Tensor:
 
 
 def norm(x: Tensor) -> float:
-    """NaN, of losses that are meant to be, left out."""
+    """The 2-norm without NaN entries, which some losses have by design."""
     return torch.linalg.vector_norm(x.double().nan_to_num(nan=0.0)).item()
 
 
 @contextlib.contextmanager
 def arithmetic(kind: str, device: str) -> Iterator[None]:
-    """Permits what float32 products may be computed with."""
+    """Set the precision of float32 products: exact, TF32, or bfloat16 by autocast."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == TF32 else "highest")
     try:
@@ -251,7 +251,7 @@ def arithmetic(kind: str, device: str) -> Iterator[None]:
 
 
 def eager(case: Case, kind: str) -> Results:
-    """What plain torch computes, whose error is the measure."""
+    """The results of plain torch, whose errors set the limits."""
     case = case.with_leaves()
     with arithmetic(kind, case.bank.device.type):
         dtype = torch.bfloat16 if kind == HALF else case.student.dtype

@@ -1,4 +1,4 @@
-"""The worker's end of rung `right`: an op on a shape, against float64 and eager torch."""
+"""Rung `right` in a worker: checks an op on a shape against float64 and eager torch."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from gpu.device import Device
 from gpu.modes import check_mode
 
 CONTRASTIVE, SIMILAR, MODE = "contrastive", "similarity", "mode"
-KEPT = 128 << 20  # bytes of a projected bank
-ORDERS = 3  # of rows, in which eager is asked
-# An error may be `constant + slope * tau`, or twice eager's up to `most` times that: eager has no
-# digits left where the softmax is peaked. (constant, slope, most); relative to truth()'s sizes.
+KEPT = 128 << 20  # bytes: the cache limit of a shape that keeps its projected bank
+ORDERS = 3  # permutations of the rows for which eager's error is measured
+# arithmetic -> (constant, slope, most), relative to truth()'s sizes. The limit of an error is
+# constant + slope * tau, or twice eager's error up to `most` times that: where the softmax is
+# peaked, eager's error is too large to be a limit.
 ALLOWED = {EXACT: (0.0, 3e-6, 4), TF32: (1e-3, 1e-4, 2), HALF: (1e-3, 2e-4, 4)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """Shapes or modes of an op, a backend and an arithmetic, for one worker."""
+    """Shapes or modes for a worker to check, of one op, backend and arithmetic."""
 
     device: Device
     op: str
@@ -51,10 +52,10 @@ class Task:
 
 
 def check(task: Task) -> Iterator[dict[str, Any]]:
-    """In a worker: one result for each shape: its errors, and the failed checks in words."""
+    """Yield a result for each shape: its errors, and the failed checks in words."""
     op, device = task.op, task.device
     device.set_up()
-    # Memory that is handed out is filled with NaN, and tiles are not measured.
+    # Fills new memory with NaN, and takes the first tiles instead of tuning.
     torch.use_deterministic_algorithms(op != MODE, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     for name in task.names:
@@ -62,7 +63,7 @@ def check(task: Task) -> Iterator[dict[str, Any]]:
             yield {"shape": name, **examine(op, name, task.backend, task.arithmetic, device)}
         except Exception as error:
             if "CUDA" in str(error) or isinstance(error, torch.OutOfMemoryError):
-                raise  # the device may be lost to this process
+                raise  # the CUDA context may be unusable
             yield {"shape": name, "errors": {}, "wrong": [reason_of(error)]}
 
 
@@ -90,7 +91,7 @@ def check_contrastive(shape: Shape, backend: str, kind: str, device: Device) -> 
 
 def ours(case: Case, backend: str, kind: str) -> Results:
     case, shape = case.with_leaves(), case.shape
-    call: Any = ckd.contrastive_cross_entropy  # the inputs of every shape are of one type
+    call: Any = ckd.contrastive_cross_entropy  # Any: the overloads want a literal return_lse
     with arithmetic(kind, case.bank.device.type):
         output = call(
             *case.arguments,
@@ -101,7 +102,7 @@ def ours(case: Case, backend: str, kind: str) -> Results:
         )
     loss, lse = output if shape.lse else (output, None)
     leaves = case.leaves()
-    # With the arithmetic's settings off: the backward has to remember them.
+    # Without autocast: the backward has to use the forward's arithmetic.
     with arithmetic(kind if kind == TF32 else EXACT, case.bank.device.type):
         grads = torch.autograd.grad(total(case, loss, lse), list(leaves.values()))
     results = {"loss": loss.detach(), **dict(zip(leaves, grads))}
@@ -111,7 +112,7 @@ def ours(case: Case, backend: str, kind: str) -> Results:
 def eager_errors(
     case: Case, kind: str, exact: Results, sizes: dict[str, float]
 ) -> dict[str, float]:
-    """The largest of some orders of the rows, for each result."""
+    """Eager's largest error of each result over some permutations of the rows."""
     worst: dict[str, float] = {}
     for seed in range(ORDERS):
         moved, order = case.reordered(seed)
@@ -124,7 +125,7 @@ def eager_errors(
 
 
 def error(x: Tensor, exact: Tensor, size: float) -> float:
-    """Relative to `size`; infinite where one is NaN and the other is not."""
+    """The error relative to `size`; infinite if NaN entries differ."""
     if not torch.equal(x.isnan(), exact.isnan()):
         return float("inf")
     difference = norm(x.double() - exact)
@@ -139,12 +140,12 @@ def judge(
     kind: str,
     tau: float,
 ) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """(error, eager's error) of each result, and in words each error above its limit."""
+    """(error, eager's error) of each result, and a message for each error above its limit."""
     errors, wrong = {}, []
     constant, slope, most = ALLOWED[kind]
     floor = constant + slope * max(tau, 1.0)
     for name, x in found.items():
-        if sizes[name] < 1e-30:  # nothing to be relative to
+        if sizes[name] < 1e-30:  # no relative error exists
             if norm(x) > 1e-6 or x.isnan().any():
                 wrong.append(f"{name} is {norm(x):.1e}, not 0")
             continue
@@ -175,7 +176,7 @@ def check_similarity(shape: Shape, backend: str, kind: str, device: Device) -> d
 
     exact = results(case.with_leaves(torch.float64), eager_logits, EXACT)
     sizes = {name: norm(x) for name, x in exact.items()}
-    # Sums over all pairs of random signs, which cancel.
+    # A sum over all pairs with random signs, whose terms cancel.
     sizes["logit_scale"] = max(sizes["logit_scale"], norm(upstream) / shape.width**0.5)
     found = results(case.with_leaves(), ours, kind)
     again = results(case.with_leaves(), ours, kind)
@@ -195,5 +196,5 @@ def eager_logits(case: Case) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """The same numbers, or NaN, everywhere."""
+    """Whether all entries are equal or both NaN."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())

@@ -1,4 +1,4 @@
-"""Part of rung `fast`: a first step in a new process, with nothing in Triton's cache."""
+"""Part of rung `fast`: the first step of a new process, with an empty Triton cache."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ print("cold", imported - start, found["first_step_s"])
 
 
 def cold_starts(job: Job, device: Device, problem: Problem) -> None:
-    """Seconds of a first step in a new process, with nothing in Triton's cache."""
+    """Time the first step of a new process, with an empty Triton cache, for each backend."""
     texts = []
     able = [name for name, backend in zip(OWN, BACKENDS) if device.missing(backend) is None]
     start = functools.partial(
         cold_start, device=device, problem=problem, seconds=min(60.0, job.left)
     )
-    with ThreadPoolExecutor() as pool:  # side by side: each compiles on a core of its own
+    with ThreadPoolExecutor() as pool:  # in parallel: each compiles on a core of its own
         results = list(pool.map(start, able))
     for provider, found in zip(able, results):
         job.row(case="cold start", provider=provider, **found)

@@ -1,8 +1,8 @@
-"""Who is timed in rung `fast`: ours, eager torch, peers and rivals.
+"""The providers of rung `fast`: our backends, eager torch, peers and rivals.
 
-Peers (loss/peers.py) compute the same loss. Rivals compute another one, over two towers of a batch
-whose rows are pairs: their rows say what such a step costs, on the case of pairs alone. They get
-the unit rows in half precision, as their documentation shows, from plain torch.
+Peers (loss/peers.py) compute the same loss. Rivals compute another one, between the two towers of a
+batch of pairs: their rows show the cost of such a step, on the case `pairs` alone. Plain torch
+gives them unit rows in half precision, as their documentation shows.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from loss import peers
 from loss.problem import LOGIT_SCALE, Inputs, unit_rows
 
 Loss = Callable[[Inputs], Tensor]
-CUBLAS = "cublas"  # one product of the logits' shape, in chunks: F0
+CUBLAS = "cublas"  # F0: one product of the logits' shape, in chunks
 EAGER = "eager-fp16"
 OWN = tuple(f"{backend}-half" for backend in BACKENDS)
-# Their packages, and what they compute in; all hold the bank's unit rows and a gradient for them.
+# name -> (package, arithmetic); all store the bank's unit rows and a gradient for them.
 PEERS = {
     "torch-linear": ("torch", "float32"),
     "liger": ("liger_kernel", "float32"),
@@ -37,7 +37,7 @@ PEERS = {
 @dataclass(frozen=True)
 class Rival:
     package: str
-    note: str  # in what its loss differs
+    note: str  # how its loss differs
     make: Callable[[], Loss]
 
 
@@ -75,7 +75,7 @@ NOTES |= {name: rival.note for name, rival in RIVALS.items()}
 
 
 def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
-    """The providers that can run here, and why peers cannot."""
+    """The providers that can run here, and the reasons of the peers that cannot."""
     able, absent = [CUBLAS], {}
     for name in OWN:
         reason = device.missing(name.removesuffix("-half"))
@@ -87,7 +87,7 @@ def contenders(job: Job, device: Device) -> tuple[list[str], dict[str, str]]:
     packages = {name: package for name, (package, _) in PEERS.items()}
     packages |= {name: rival.package for name, rival in RIVALS.items()}
     for name, package in packages.items():
-        # Only its own worker imports it, which takes long and may fail.
+        # Not imported here: an import is slow and may fail, so its worker does it.
         reason = None if importlib.util.find_spec(package) else "not installed"
         if name == "torch-linear":
             reason = peers.no_linear_cross_entropy()

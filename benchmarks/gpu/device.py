@@ -1,4 +1,4 @@
-"""The device that is examined: a GPU, or in a rehearsal the CPU in its place."""
+"""The device under test: a GPU, or the CPU in a rehearsal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _is_set_up = False
 
 @dataclass(frozen=True)
 class Device:
-    """Can be sent to other processes; each calls `set_up` first."""
+    """The device under test, for a rung and its workers: each process calls `set_up` first."""
 
     rehearse: bool
-    emulated: Path  # the CUDA kernels for the CPU, if they were built
+    emulated: Path  # the module of the emulated CUDA kernels, if it was built
 
     @classmethod
     def of(cls, job: Job) -> Device:
-        """For a rung. Raises NotHere where there is no GPU."""
+        """The device of a rung, set up. Raises NotHere without a GPU."""
         if not job.rehearse and not torch.cuda.is_available():
             raise NotHere("torch sees no GPU")
         device = cls(job.rehearse, job.emulated)
@@ -37,7 +37,7 @@ class Device:
         return device
 
     def set_up(self) -> None:
-        """Makes the GPU backends of this tree serve tensors on this device, once in a process."""
+        """Make the GPU backends of this tree work on this device, once per process."""
         global _is_set_up
         if _is_set_up:
             return
@@ -61,7 +61,7 @@ class Device:
         return "cpu" if self.rehearse else "cuda"
 
     def missing(self, backend: str) -> str | None:
-        """Why a backend cannot run here, or None."""
+        """The reason why a backend cannot run here, or None."""
         from ckd import backends
 
         reason: str | None = backends.ORDER[backend].missing()
@@ -72,12 +72,12 @@ class Device:
             torch.cuda.synchronize()
 
     def sleep(self, ms: float) -> None:
-        """Delays the GPU, so that all timed launches are queued before the first one runs."""
+        """Delay the GPU, so that all timed launches are queued before the first one runs."""
         if not self.rehearse:
             torch.cuda._sleep(int(ms * 1.8e6))  # cycles, at some 1.8 GHz
 
     def times_ms(self, run: Callable[[], Any], calls: int, queue_ms: float = 2.0) -> list[float]:
-        """Of each of so many calls, back to back; on a GPU by events behind a full queue."""
+        """Milliseconds of each of `calls` calls in a row; on a GPU by events in a full queue."""
         if self.rehearse:
             marks = [time.perf_counter()]
             for _ in range(calls):
@@ -100,8 +100,8 @@ class Device:
 
 
 def _find_triton_kernels() -> None:
-    """ckd._triton lies in another folder of the tree; an installation maps it, but the tree's own
-    kernels are meant, and there may be no installation."""
+    """Import ckd._triton from this tree's triton_kernels/: that name is set up by an installation,
+    which may be missing or belong to another tree."""
     folder = ROOT / "triton_kernels"
     found = importlib.util.find_spec("ckd._triton")
     if found is not None and Path(found.origin or "").resolve().parent == folder:

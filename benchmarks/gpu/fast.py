@@ -1,8 +1,9 @@
-"""Rung 4: the table of targets. Providers of the loss take turns, each in a process of its own.
+"""Rung 4: times of the loss. Providers take turns, each in a process of its own.
 
-Times are multiples of F0, one cuBLAS float16 product of the logits' shape in the same run. A peer
-gets the unit rows of students and bank from plain torch, whose time counts (loss/peers.py);
-where a provider has no room for a bank, it gets an eighth of it and its times count eightfold.
+Times are multiples of F0, the time of one cuBLAS float16 product of the logits' shape in the same
+run. Peers get unit rows of students and bank from plain torch, whose time counts (loss/peers.py).
+Providers that lack memory for a large bank get an eighth of it, and their times are multiplied
+by 8.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ TINY_SMALL = Problem(8, 40, 24, 16)
 FIRST, PAIRS, SMALL_CASE = "learned", "pairs", "small"
 EIGHTH = 8
 ROUNDS, CALLS = 3, 3
-PATIENCE = 60.0  # seconds that a first call may take, with its compilations
-PEERS_PATIENCE = 25.0  # that of a peer
-ENOUGH = 20.0  # seconds, without which no further case is begun
-TURN = 20.0  # seconds that some later calls may take
-DIFFERS = 0.02  # a loss by so much from the others' is shown: half precision errs by less
+PATIENCE = 60.0  # most seconds of a first call, compilation included
+PEERS_PATIENCE = 25.0  # the same for a peer
+ENOUGH = 20.0  # seconds: with less time left, no further case begins
+TURN = 20.0  # most seconds of a turn
+DIFFERS = 0.02  # a loss this far (relative) from the median is wrong: half precision errs by less
 
 
 def run(job: Job) -> None:
@@ -67,7 +68,7 @@ def run(job: Job) -> None:
 
 
 def cases(job: Job) -> Iterator[tuple[str, Problem | None, tuple[str, ...]]]:
-    """Name, sizes and providers; ours before the peers. No sizes: cold starts."""
+    """Name, sizes and providers of the cases; ours before the peers. No sizes: cold starts."""
     large, small = (TINY, TINY_SMALL) if job.rehearse else (LARGE, SMALL)
     own = (CUBLAS, *OWN)
     yield FIRST, large[FIRST], (*own, EAGER)
@@ -120,7 +121,7 @@ def measure_large(
 def load(
     job: Job, problem: Problem, names: list[str], workers: dict[str, Worker], device: Device
 ) -> dict[str, Record]:
-    """What the first calls of each provider say; one at a time, since tiles are measured then."""
+    """Results of the providers' first calls; one provider at a time, since tiles are tuned then."""
     rows: dict[str, Record] = {}
     for provider in names:
         row = rows[provider] = {"times": 1, "note": NOTES.get(provider, "")}
@@ -142,7 +143,7 @@ def load(
 
 
 def report_failures(job: Job, name: str, rows: dict[str, Record]) -> None:
-    """A peer's failure is a row, one of ours is wrong."""
+    """A failure of our backends is wrong; a peer's is only a row."""
     for provider in OWN:
         if "failed" in rows.get(provider, {}):
             job.wrong(f"{provider} {name}: {rows[provider]['failed']}")
@@ -157,12 +158,12 @@ def check_losses(job: Job, name: str, rows: dict[str, Record]) -> None:
 
 
 def is_large(problem: Problem) -> bool:
-    """Whether eager's logits and their gradient need more memory than other processes leave."""
+    """Whether eager's logits and their gradient exceed the memory that other processes leave."""
     return problem.batch * problem.bank_rows > 1 << 30
 
 
 def take_turn(worker: Worker, mode: str, row: Record) -> None:
-    """Adds some times to a row, and their median; fewer of what takes long."""
+    """Add times to a row, and their median; fewer calls if a step is slow."""
     if "failed" in row:
         return
     calls = CALLS if row.get("first_step_s", 0) < 1 or row.get("step_ms", 1e9) < 300 else 1
@@ -177,7 +178,7 @@ def take_turn(worker: Worker, mode: str, row: Record) -> None:
 
 
 def derive(row: Record, problem: Problem, f0: float | None) -> None:
-    """Multiples of F0, and rates of the work that the loss needs."""
+    """Add multiples of F0, and rates of the operations that the loss needs."""
     for mode, flops in ((FORWARD, problem.forward_flops()), (STEP, problem.step_flops())):
         if f"{mode}_ms" in row:
             row[f"{mode}_tflops"] = flops / row[f"{mode}_ms"] / 1e9
@@ -205,7 +206,7 @@ def short_text(row: Record) -> str:
 
 
 def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> None:
-    """Where the time of a large step goes."""
+    """Add lines with the kernels of a large step and their times."""
     for provider in OWN:
         if "failed" in rows.get(provider, {"failed": "it is not here"}):
             continue
@@ -221,7 +222,7 @@ def breakdown(job: Job, rows: dict[str, Record], workers: dict[str, Worker]) -> 
 
 
 def short(kernel: str) -> str:
-    """A kernel's name without what C++ has around it."""
+    """A kernel's name without return type, namespaces, arguments and template parameters."""
     name = kernel.removeprefix("void ").partition("(")[0].partition("<")[0]
     return name.rpartition("::")[2].removesuffix("_kernel")
 
@@ -235,7 +236,7 @@ def measure_small(
     for provider, row in rows.items():
         if provider == CUBLAS or "failed" in row:
             continue
-        # The graph last: a capture that fails may leave the worker's device of no use.
+        # The graph last: a failed capture may make the worker's CUDA context unusable.
         for call, arguments in (("called", (calls,)), ("kernels", ()), ("graph", (50,))):
             try:
                 row[call] = workers[provider].ask(call, *arguments, seconds=TURN)

@@ -1,7 +1,7 @@
-"""A rung's inputs, and its record, which is written to disk at every new result.
+"""A rung's inputs and its record, which is written to disk after every new result.
 
 A file holds the records of several rungs by name. Only the standard library is imported here: a
-torch that cannot be imported is a finding of the rung.
+torch that cannot be imported is reported as a result of the rung.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 Record = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
-LINE = 116  # characters of a line of the table
+LINE = 116  # characters of a rung's line in the table
 
 
 class NotHere(Exception):
@@ -25,10 +25,10 @@ class NotHere(Exception):
 
 @dataclass
 class Job:
-    """One rung's time, places and record.
+    """One rung's time limit, paths and record.
 
-    `lines` are for the table at the end, `wrong` what was found to be wrong, `rows` everything
-    measured. Each method that changes the record writes it.
+    In the record, `lines` are for the table at the end, `wrong` lists failures, `rows` all
+    measurements. Each method that changes the record writes it.
     """
 
     name: str
@@ -52,39 +52,39 @@ class Job:
 
     @property
     def emulated(self) -> Path:
-        """Where a rehearsal's `build` leaves the CUDA kernels for the CPU."""
+        """The module of emulated CUDA kernels that a rehearsal's `build` writes."""
         return self.work / "emulated" / "ckd_emulated.so"
 
     def line(self, text: str) -> None:
-        """A line of the table at the end."""
+        """Add a line to the table at the end."""
         print(text, flush=True)
         self.record["lines"].append(text)
         self.write()
 
     def packed(self, head: str, texts: Sequence[str]) -> None:
-        """As many texts to a line of the table as fit; `head` stands before the first."""
+        """Add texts to the table, several per line; `head` precedes the first."""
         for text in pack(head, texts):
             self.line(text)
 
     def lines(self, texts: Sequence[str]) -> None:
-        """Replaces all lines."""
+        """Replace all lines."""
         self.record["lines"] = list(texts)
         self.write()
 
     def wrong(self, text: str) -> None:
-        """Something that must not be: it is shown at the end, and the command fails."""
+        """Add a failure: it is shown at the end, and the command fails."""
         print(f"WRONG {text}", flush=True)
         self.record["wrong"].append(text)
         self.write()
 
     def row(self, **values: Any) -> None:
-        """Something measured; when, in seconds of the rung, is added."""
+        """Add a measurement, with its time in seconds since the rung began."""
         print(" ".join(f"{k}={_short(v)}" for k, v in values.items()), flush=True)
         self.record["rows"].append(values | {"at": round(self.seconds - self.left, 1)})
         self.write()
 
     def put(self, **values: Any) -> None:
-        """Named values of the record."""
+        """Set named values of the record."""
         self.record.update(values)
         self.write()
 
@@ -93,7 +93,7 @@ class Job:
 
 
 def pack(head: str, texts: Sequence[str]) -> list[str]:
-    """`head`, then as many texts to a line as fit."""
+    """Lines of `head` and the texts, as many per line as fit."""
     lines = [head]
     for number, text in enumerate(texts):
         if number > 0 and len(lines[-1]) + len(text) + 2 > LINE:
@@ -104,7 +104,7 @@ def pack(head: str, texts: Sequence[str]) -> list[str]:
 
 
 def write_record(file: Path, name: str, record: Record) -> None:
-    """Puts one rung's record into a file, whole or not at all."""
+    """Put one rung's record into a file, by an atomic rename."""
     text = json.dumps(read_records(file) | {name: record}, indent=1, default=str)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text(text + "\n")
@@ -112,7 +112,7 @@ def write_record(file: Path, name: str, record: Record) -> None:
 
 
 def read_records(file: Path) -> dict[str, Record]:
-    """The records of a file by rung; none of a file that is missing or damaged."""
+    """The records of a file by rung; empty for a missing or damaged file."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):

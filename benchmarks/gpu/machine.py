@@ -1,4 +1,4 @@
-"""Rung 1: names and versions; measured rates of copies, half-precision products, launches."""
+"""Rung 1: names and versions; rates of copies and half-precision products, cost of launches."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def nvcc() -> str:
 
 
 def smi() -> str:
-    """What nvidia-smi says of the GPU, its clocks and its power."""
+    """The output of nvidia-smi on the GPU, its clocks and its power limit."""
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi"
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
@@ -73,7 +73,7 @@ def product_rate(device: Device) -> float:
 
 
 def copy_rate(device: Device) -> float:
-    """GB/s, read and written."""
+    """GB/s of a copy, reads plus writes."""
     size = (1 << 20) if device.rehearse else (1 << 30)
     source = torch.ones(size, dtype=torch.uint8, device=device.name)
     to = torch.empty_like(source)
@@ -81,7 +81,7 @@ def copy_rate(device: Device) -> float:
 
 
 def launch_us(device: Device, launches: int = 200) -> tuple[float, float]:
-    """Microseconds a launch of a tiny kernel: called from Python, and replayed in a graph."""
+    """Microseconds per launch of a tiny kernel: from Python, and replayed in a CUDA graph."""
     x = torch.zeros(16, device=device.name)
 
     def calls() -> None:

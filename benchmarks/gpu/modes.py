@@ -1,4 +1,4 @@
-"""The ways in which torch calls an op beside the plain one; each gives what the plain call does."""
+"""Calls of the op beside the plain one: each mode has to give the plain call's results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from common.workers import reason_of
 from gpu.cases import Case, Shape, make_case
 from gpu.device import Device
 
-# Tuned tiles and a whole number of blocks; ragged, in the first candidates' tiles.
+# A whole number of blocks, with tuned tiles; ragged, with the first candidate's tiles.
 PAPER = Shape("1,000 classes", 256, 1000, 1024, 256)
 TINY = Shape("tiny", 9, 37, 24, 40)
 GRAPH_REPLAYS = 3
@@ -24,13 +24,13 @@ Step = Callable[[Case], list[Tensor]]
 
 
 def check_mode(mode: str, backend: str, device: Device) -> list[str]:
-    """What is wrong, in words."""
+    """The failed checks of a mode, in words."""
     case = make_case(TINY if device.rehearse else PAPER, device.name).with_leaves()
     return MODES[mode](case, _step(backend, device), device)
 
 
 def _step(backend: str, device: Device) -> Step:
-    """Loss and gradients in half precision."""
+    """A function that computes loss and gradients in half precision."""
 
     def step(case: Case) -> list[Tensor]:
         loss = _loss(case, backend, device)
@@ -50,7 +50,7 @@ def _loss(case: Case, backend: str, device: Device, dtype: torch.dtype = torch.b
 
 
 def _differences(found: list[Tensor], wanted: list[Tensor], most: float = 0.0) -> list[str]:
-    """`most`: the largest relative difference that is allowed; 0: the same bits."""
+    """Messages for results that differ. `most`: the allowed relative difference; 0: equal bits."""
     names = ("loss", "student", "weight", "bias", "logit_scale")
     wrong = []
     for name, a, b in zip(names, found, wanted):
@@ -62,13 +62,13 @@ def _differences(found: list[Tensor], wanted: list[Tensor], most: float = 0.0) -
 
 
 def stream(case: Case, step: Step, device: Device) -> list[str]:
-    """On a stream of its own, beside work on another one."""
+    """On a side stream, while the current stream is busy."""
     wanted = step(case)
     if device.rehearse:
         return _differences(step(case), wanted)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    device.sleep(5)  # what is put on the wrong stream comes too late
+    device.sleep(5)  # launches on the wrong stream come too late
     with torch.cuda.stream(side):
         found = step(case)
         copies = [x.clone() for x in found]
@@ -79,8 +79,8 @@ def stream(case: Case, step: Step, device: Device) -> list[str]:
 
 
 def threads(case: Case, step: Step, device: Device) -> list[str]:
-    """Two threads at once, each on its own stream; and the backward on autograd's thread, from a
-    student that is computed."""
+    """Two threads at once, each on its own stream; and the backward on autograd's own thread, for a
+    student that is no leaf."""
     wanted = step(case)
     found: dict[int, list[Tensor]] = {}
     wrong: list[str] = []
@@ -91,7 +91,7 @@ def threads(case: Case, step: Step, device: Device) -> list[str]:
             with side:
                 found[number] = [x.clone() for x in step(case)]
             device.sync()
-        except Exception as error:  # noqa: BLE001  # else it would be lost with the thread
+        except Exception as error:  # noqa: BLE001  # a thread loses its error
             wrong.append(f"a thread raised {reason_of(error)}")
 
     both = [threading.Thread(target=work, args=(number,)) for number in range(2)]
@@ -118,7 +118,7 @@ def _stream() -> Any:
 
 
 def compiled(case: Case, step: Step, device: Device) -> list[str]:
-    """torch.compile with fullgraph: as part of a larger graph, called with two batch sizes."""
+    """torch.compile with fullgraph: the op within a larger graph, with two batch sizes."""
     backend = step.backend  # type: ignore[attr-defined]
 
     def plain(*arguments: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def compiled(case: Case, step: Step, device: Device) -> list[str]:
 
 
 def autocast(case: Case, step: Step, device: Device) -> list[str]:
-    """Under either half dtype: a float32 loss, gradients in the inputs' dtypes, the same values."""
+    """Autocast to either half dtype: float32 loss, gradients in the inputs' dtypes, same values."""
     wanted, wrong = step(case), []
     backend = step.backend  # type: ignore[attr-defined]
     for dtype in (torch.float16, torch.bfloat16):
@@ -158,7 +158,7 @@ def autocast(case: Case, step: Step, device: Device) -> list[str]:
 
 
 def scaler(case: Case, step: Step, device: Device) -> list[str]:
-    """GradScaler: a loss times 2^16, whose gradients are unscaled, then an optimizer's step."""
+    """GradScaler: a loss scaled by 2^16, unscaled gradients, then an optimizer step."""
     wanted = step(case)
     backend = step.backend  # type: ignore[attr-defined]
     leaves = list(case.leaves().values())
@@ -177,7 +177,7 @@ def scaler(case: Case, step: Step, device: Device) -> list[str]:
 
 
 def twice(case: Case, step: Step, device: Device) -> list[str]:
-    """A second backward of one graph."""
+    """A second backward of one autograd graph."""
     loss = _loss(case, step.backend, device)  # type: ignore[attr-defined]
     leaves = list(case.leaves().values())
     first = torch.autograd.grad(loss, leaves, retain_graph=True)

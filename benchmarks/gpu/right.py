@@ -1,9 +1,10 @@
-"""Rung 3: every op, backend and arithmetic against float64, on shapes that meet every edge.
+"""Rung 3: every op, backend and arithmetic against float64, on shapes that cover every edge.
 
-Beside the errors: what kernels leave unwritten is NaN, a second run gives the same bits, and the
-calls hold on streams, threads, in graphs and under torch.compile (gpu/modes.py). Errors are stated
-relative to the largest that eager torch makes, in the same arithmetic, over some orders of rows.
-Processes share the work, since compiling takes most of the time.
+Beside the errors it checks that all memory is written (new memory is filled with NaN), that a
+second run gives the same bits, and that calls work on streams, in threads, in CUDA graphs and under
+torch.compile (gpu/modes.py). Errors are stated as multiples of eager torch's largest error, in the
+same arithmetic, over some permutations of the rows. Processes share the work, since compilation
+takes most of the time.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from gpu.modes import MODES
 from gpu.wrappers import check_wrappers
 
 WORKERS = 12
-PATIENCE = 75.0  # seconds in which a worker has to come to its next result
+PATIENCE = 75.0  # most seconds to a worker's next result
 SHAPES_OF_TASK = 4
-Item = dict[str, Any]  # what `check` yields
+Item = dict[str, Any]  # a result of `check`
 Table = dict[tuple[str, str, str], list[Item]]  # by backend, op and arithmetic
 
 
@@ -38,9 +39,9 @@ def run(job: Job) -> None:
         reason = device.missing(backend)
         if reason is not None:
             job.wrong(f"backend {backend} cannot run: {reason}")
-    # A pool of compilers in each worker costs more than it gains.
+    # One compile thread: a pool in each worker costs more than it gains.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    # Beside the others, since nvcc takes its time; there is no chip to compare in a rehearsal.
+    # In a thread beside the tasks, since nvcc is slow. A rehearsal has no chip to compare.
     vectors = None if job.rehearse else ThreadPoolExecutor(1).submit(check_wrappers, job.work)
     tasks = list(all_tasks(job, device))
     wanted, table = sum(len(task.names) for task in tasks), Table()
@@ -52,7 +53,7 @@ def run(job: Job) -> None:
 
 
 def work(tasks: list[Task], wanted: int, table: Table, job: Job) -> Iterator[Task]:
-    """Records what the tasks find; yields what is left of those that failed at one shape."""
+    """Record the tasks' results; yield the remaining shapes of each task that failed at one."""
     workers = 2 if job.rehearse else min(WORKERS, os.cpu_count() or 1)
     ahead = {task: list(task.names) for task in tasks}
     for task, item in each(check, tasks, workers, PATIENCE):
@@ -74,7 +75,7 @@ def work(tasks: list[Task], wanted: int, table: Table, job: Job) -> Iterator[Tas
 
 
 def all_tasks(job: Job, device: Device) -> Iterator[Task]:
-    """The worthiest first; what is compiled longest, early."""
+    """The most important tasks first; those that compile longest, early."""
     backends = [name for name in BACKENDS if device.missing(name) is None]
     for backend in backends:
         yield from tasks_of(CONTRASTIVE, backend, HALF, job, device)
@@ -82,7 +83,7 @@ def all_tasks(job: Job, device: Device) -> Iterator[Task]:
             yield Task(device, MODE, backend, HALF, (mode,))
     for backend in reversed(backends):
         yield from tasks_of(CONTRASTIVE, backend, EXACT, job, device)
-    if "triton" in backends:  # float32 is exact with cuda, whatever is permitted
+    if "triton" in backends:  # backend cuda computes float32 exactly, TF32 permitted or not
         yield from tasks_of(CONTRASTIVE, "triton", TF32, job, device)
     for backend, kind in itertools.product(backends, (HALF, EXACT, TF32)):
         if (backend, kind) != ("cuda", TF32):
@@ -90,7 +91,7 @@ def all_tasks(job: Job, device: Device) -> Iterator[Task]:
 
 
 def tasks_of(op: str, backend: str, kind: str, job: Job, device: Device) -> Iterator[Task]:
-    """Shapes that are neighbours share kernels that are compiled once."""
+    """Tasks of neighbouring shapes, which share compiled kernels."""
     shapes = [s for s in SHAPES if kind == HALF or s.dtype == torch.float32]
     names = [s.name for s in shapes if kind != TF32 or s.name in IN_TF32]
     if op == SIMILAR:
@@ -103,8 +104,8 @@ def tasks_of(op: str, backend: str, kind: str, job: Job, device: Device) -> Iter
 
 
 def summary(table: Table) -> list[str]:
-    """Lines for each backend: how many shapes are right, and of each result the largest error, and
-    the largest multiple of eager's in the same arithmetic."""
+    """Lines for each backend: the number of shapes that are right, and for each result the largest
+    error and the largest multiple of eager's error in the same arithmetic."""
     lines = []
     for backend in BACKENDS:
         for kind in (HALF, EXACT, TF32):
@@ -127,7 +128,7 @@ def right_of(items: list[Item]) -> str:
 
 
 def worst(items: list[Item], name: str | None = None) -> str:
-    """The largest error of a result, or of all, and the largest multiple of eager's."""
+    """The largest error of one result, or of all, and the largest multiple of eager's."""
     pairs = [p for i in items for n, p in i["errors"].items() if name in (None, n)]
     if not pairs:
         return "-"

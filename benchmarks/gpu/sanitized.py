@@ -1,8 +1,8 @@
-"""The program that compute-sanitizer runs: every CUDA kernel of ckd once, on exact allocations.
+"""The program for compute-sanitizer: every CUDA kernel of ckd, each tensor its own allocation.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m gpu.sanitized
 
-Inputs and truth are made on the CPU: what else runs on the GPU is little.
+Inputs and float64 results are made on the CPU: hardly any other kernel runs on the GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu.cases import EXACT, HALF, Case, Results, Shape, make_case, truth
 from gpu.checks import judge, ours
 from gpu.device import Device
 
-# Each width's layout of the kernels, with ragged edges; rows of 43 begin at odd addresses.
+# Each layout of the kernels, with ragged edges; rows of width 43 begin at odd addresses.
 SHAPES = (
     Shape("W 250", 66, 97, 40, 250),
     Shape("W 64", 20, 130, 43, 64, smoothing=0.1, ignored=True),
@@ -29,12 +29,12 @@ SHAPES = (
     Shape("W 128, float32 bank", 33, 70, 20, 128, bank=torch.float32, reduction="none"),
     Shape("no projection", 5, 70, 24, 24, projection=False),
 )
-CHUNK_ROWS = 64  # the bank is cut, so that chunks are joined
+CHUNK_ROWS = 64  # cuts the bank into chunks, so that the kernel that joins them runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Calls every CUDA kernel once.")
-    parser.add_argument("--emulated", type=Path, help="a rehearsal: the kernels for the CPU")
+    parser = argparse.ArgumentParser(description="Runs every CUDA kernel.")
+    parser.add_argument("--emulated", type=Path, help="a rehearsal: the module of emulated kernels")
     path = parser.parse_args(arguments).emulated
     device = Device(path is not None, path or Path())
     device.set_up()
@@ -67,7 +67,7 @@ def to(case: Case, device: Device) -> Case:
 
 
 def similarity(case: Case, device: Device, kind: str) -> Results:
-    """Forward and backward; rung `right` looks at the values."""
+    """Run forward and backward; rung `right` checks the values."""
     case = to(case, device).with_leaves()
     with torch.autocast(device.name, dtype=torch.bfloat16, enabled=kind == HALF):
         inputs = (case.student, case.bank, case.weight, case.bias, case.logit_scale)

@@ -1,4 +1,4 @@
-"""Rung 5: compute-sanitizer's four tools side by side on a program that calls every CUDA kernel."""
+"""Rung 5: compute-sanitizer's four tools, in parallel, on a program that runs every CUDA kernel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gpu.job import ROOT, Job, NotHere, pack
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 USUAL = Path("/usr/local/cuda/bin/compute-sanitizer")
-FOUND = 9  # the exit status by which a tool says that it found something
+FOUND = 9  # the exit status of a tool that found an error
 SUMMARY = re.compile(r"(ERROR|RACECHECK) SUMMARY: (.*)")
-MOST_LINES = 40  # of a tool's report that are kept
+MOST_LINES = 40  # lines kept of a tool's report
 
 
 @dataclass
@@ -54,7 +54,7 @@ def run(job: Job) -> None:
 
 
 def begin(tool: str, words: list[str], job: Job, device: Device) -> Run:
-    """Every tensor has an allocation of its own, so that memory beyond it is nobody's."""
+    """Start a tool, without torch's caching allocator: any access beyond a tensor is an error."""
     log = open(job.work / f"{tool}.txt", "w+b")  # noqa: SIM115  # closed by `end`
     program = [sys.executable, "-m", "gpu.sanitized"]
     program += ["--emulated", str(device.emulated)] if device.rehearse else []
@@ -70,7 +70,7 @@ def begin(tool: str, words: list[str], job: Job, device: Device) -> Run:
 
 
 def end(one: Run, job: Job) -> str:
-    """Records what a tool said; a few words on it."""
+    """Record a tool's report; returns a summary for the table."""
     one.log.seek(0)
     text = one.log.read().decode(errors="replace")
     one.log.close()

@@ -1,4 +1,4 @@
-"""What gpu_check.py prints last: one table of all rungs that fits a screen."""
+"""The last output of gpu_check.py: one table of all rungs that fits a screen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Block:
     numbers: list[str]
     wrong: list[str]
     file: str
-    cut: int = 0  # lines of what is wrong that had no room
+    cut: int = 0  # lines of failures that had no room
 
     def __len__(self) -> int:
         return max(1, len(self.numbers) + len(self.wrong) + bool(self.cut))
@@ -32,8 +32,8 @@ class Block:
 
 
 def table(records: Mapping[str, Record], files: Mapping[str, str], seconds: float) -> str:
-    """A row for each rung, with its lines beside and below. Where there are too many, numbers give
-    way to what is wrong."""
+    """A row for each rung, with its lines beside and below. If they are too many, measurements are
+    cut before failures."""
     blocks = [_block(name, record, files[name]) for name, record in records.items()]
     _shorten(blocks, MOST_LINES - 1)
     count = sum(len(record.get("wrong", [])) for record in records.values())
@@ -54,7 +54,7 @@ def _block(name: str, record: Record, file: str) -> Block:
 
 
 def _packed(wrong: list[str]) -> list[str]:
-    """As many to a line as fit."""
+    """Lines of failures, as many per line as fit."""
     lines: list[str] = []
     for text in wrong:
         joined = f"{lines[-1]}; {text}" if lines else ""
@@ -66,7 +66,7 @@ def _packed(wrong: list[str]) -> list[str]:
 
 
 def _shorten(blocks: list[Block], most: int) -> None:
-    """Takes last lines of the longest: numbers but each rung's first, then what is wrong."""
+    """Cut last lines of the longest blocks: measurements but each block's first, then failures."""
     while sum(map(len, blocks)) > most:
         numbers = [block for block in blocks if len(block.numbers) > 1]
         if numbers:
@@ -75,5 +75,5 @@ def _shorten(blocks: list[Block], most: int) -> None:
         longest = max(blocks, key=lambda block: len(block.wrong))
         if len(longest.wrong) < 2:
             return
-        longest.cut += 1 + (longest.cut == 0)  # the line that says so needs a place
+        longest.cut += 1 + (longest.cut == 0)  # the line that reports the cut takes one more
         del longest.wrong[-1 - (longest.cut == 2) :]

@@ -11,7 +11,7 @@ import sys
 from gpu.device import Device
 from gpu.job import ROOT, Job
 
-# Those with tests that take every backend of the installation, or are marked for GPUs.
+# The files with tests that run on every backend installed, or are marked for GPUs.
 FILES = (
     "test_contrastive_ce.py",
     "test_contrastive_ce_autograd.py",
@@ -24,7 +24,7 @@ FILES = (
 CHOSEN = "triton or cuda or gpu"
 REHEARSED = "(triton or cuda) and (one_bank_row or ignore_index_inside)"
 MOST_WORKERS = 12
-# "tests/test_a.py::test_b[c] PASSED [ 1%]", and as xdist says it: "[gw0] [ 1%] PASSED tests/..."
+# "tests/test_a.py::test_b[c] PASSED [ 1%]", or by xdist: "[gw0] [ 1%] PASSED tests/..."
 RESULT = re.compile(r"(?:(tests/\S.*?) )?(PASSED|FAILED|ERROR|SKIPPED)(?: (tests/\S.*))?")
 
 
@@ -44,7 +44,7 @@ def run(job: Job) -> None:
         print(text, end="", flush=True)
         match = RESULT.search(text)
         if match is None or "::" not in text or text.startswith(("FAILED", "ERROR")):
-            continue  # the last two: pytest's own summary
+            continue  # lines that begin with these are pytest's summary
         counts[match.group(2)] += 1
         if match.group(2) in ("FAILED", "ERROR"):
             job.wrong((match.group(1) or match.group(3)).removeprefix("tests/").strip())
@@ -69,7 +69,7 @@ def command(job: Job) -> list[str]:
     if job.rehearse:
         return [*words, "-k", REHEARSED, files[0]]
     if "--slow" in (ROOT / "tests" / "conftest.py").read_text():
-        words.append("--slow")  # they are slow on a CPU
+        words.append("--slow")  # slow is said of a CPU
     words += ["-k", CHOSEN, *files]
     if importlib.util.find_spec("xdist") is not None:
         words += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]

@@ -1,8 +1,8 @@
-"""Rung 7: every candidate of every Triton kernel, timed on three sizes, to order their table by.
+"""Rung 7: times every candidate (tiles) of every Triton kernel on three sizes, to order the table.
 
-What `ckd._triton.tuning.choose` is asked is answered here: all candidates are launched and timed.
-The sizes compile side by side and are timed one after the other. A step by each candidate has to
-give what a step by the first gives.
+`ckd._triton.tuning.choose` is replaced by functions that launch and time all candidates. The sizes
+compile in parallel and are timed one after the other. A step with each candidate has to agree with
+a step with the first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY = {"tiny": Problem(9, 70, 24, 40)}
 CALLS = 9
 PATIENCE = 60.0
 AGREE = (
-    2e-3  # relative difference of a loss or gradient by another order of sums, in half precision
+    2e-3  # relative difference of a loss or gradient for another order of sums, in half precision
 )
 Answer = Callable[[Any, Sequence[Any], Callable[[Any], None]], Any]
 
@@ -67,7 +67,7 @@ def run(job: Job) -> None:
 
 
 def best(rows: list[Record]) -> list[str]:
-    """For each kernel its fastest candidate, and by how much the first is slower."""
+    """A text per kernel: its fastest candidate, and how much slower the first is."""
     texts = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         timed = [row for row in rows if row["kernel"] == kernel and "us" in row]
@@ -85,7 +85,7 @@ def best(rows: list[Record]) -> list[str]:
 
 @dataclass
 class Timer:
-    """In a worker: one size."""
+    """Compiles and times the candidates for one size, in a worker."""
 
     device: Device
     problem: Problem
@@ -94,10 +94,10 @@ class Timer:
     def __post_init__(self) -> None:
         self.device.set_up()
         self._inputs = make_inputs(self.problem, self.device.name)
-        self._most = 1  # candidates of a kernel
+        self._most = 1  # most candidates of a kernel
 
     def compile(self) -> None:
-        """Every candidate once. One that does not fit is no error here."""
+        """Launch every candidate once. One that does not fit the GPU is no error here."""
 
         def answer(key: Any, candidates: Sequence[Any], launch: Callable[[Any], None]) -> Any:
             self._most = max(self._most, len(candidates))
@@ -106,8 +106,8 @@ class Timer:
         self._step(answer)
 
     def measure(self) -> list[Record]:
-        """A row for each candidate of each kernel: the median of some launches, or why there is
-        none; the fastest of a kernel first."""
+        """A row for each candidate of each kernel, the fastest first: the median time of some
+        launches, or the reason why there is none."""
         rows: list[Record] = []
         seen = set()
 
@@ -133,7 +133,7 @@ class Timer:
         return sorted(rows, key=lambda row: (order.index(row["kernel"]), row.get("us", 1e30)))
 
     def disagreements(self) -> list[str]:
-        """Of a step by the second, third, ... candidates with one by the first."""
+        """Messages for steps with later candidates that differ from a step with the first."""
         wrong, names = [], ("loss", "student", "weight", "bias", "scale")
         wanted = self._step(self._by_place(0))
         for place in range(1, self._most):
@@ -152,17 +152,17 @@ class Timer:
         return answer
 
     def _candidates(self, candidates: Sequence[Any], launch: Callable[[Any], None]) -> list[Any]:
-        """Those that fit."""
+        """The candidates that can be launched."""
         able = [c for c in candidates if self._fits(launch, c) is None]
         if not able:
             raise RuntimeError(f"none of the candidates fits: {self._fits(launch, candidates[0])}")
         return able
 
     def _fits(self, launch: Callable[[Any], None], candidate: Any) -> str | None:
-        """Why a candidate cannot be launched, or None."""
+        """The reason why a candidate cannot be launched, or None."""
         try:
             launch(candidate)
-        except Exception as error:  # noqa: BLE001  # by what Triton raises, and of what kind
+        except Exception as error:  # noqa: BLE001  # Triton raises many kinds
             return reason_of(error)
         return None
 
@@ -186,7 +186,7 @@ class Timer:
 
 @contextmanager
 def answered(answer: Answer) -> Iterator[None]:
-    """Whoever asks for the fastest candidate is answered by `answer`."""
+    """Replace `tuning.choose`, which picks a kernel's candidate, by `answer`."""
     from ckd._triton import tuning
 
     original = tuning.choose

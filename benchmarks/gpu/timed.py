@@ -1,4 +1,4 @@
-"""The worker's end of rung `fast`: one provider of the loss, timed on one problem after another."""
+"""Rung `fast` in a worker: times one provider of the loss on one problem after another."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from loss import providers
 from loss.problem import Inputs, Problem, make_inputs
 
 FORWARD, STEP = "forward", "step"
-PRODUCT_ROWS = 160_000  # of the bank, that cuBLAS multiplies at once
-QUEUE_MS = 25.0  # in which a step of hundreds of launches is queued
+PRODUCT_ROWS = 160_000  # bank rows of one cuBLAS product
+QUEUE_MS = 25.0  # time to queue a step of hundreds of launches
 
 
 @dataclass
 class Bench:
-    """Holds the inputs of one problem; `load` comes first."""
+    """Times a provider on the last problem given to `load`."""
 
     device: Device
     provider: str
@@ -38,13 +38,13 @@ class Bench:
         self.device.set_up()
 
     def prepare(self) -> None:
-        """Imports what computes the loss."""
+        """Import the provider's package and make its loss."""
         if self._loss is None and self.provider != CUBLAS:
             self._loss = loss_of(self.provider)
 
     def load(self, problem: Problem) -> dict[str, float | None]:
-        """Makes the inputs; the first step, then the first forward without gradients: seconds,
-        memory, the loss."""
+        """Make the inputs, run a first step and a first forward without gradients; returns their
+        seconds, the loss and the peak memory."""
         self._inputs, self._call = None, {}
         gc.collect()
         on_gpu = not self.device.rehearse
@@ -62,7 +62,7 @@ class Bench:
                 return loss(inputs)
 
         def step() -> tuple[Tensor, ...]:
-            # Not all rivals learn the scale.
+            # Some rivals have no gradient for the scale.
             return torch.autograd.grad(
                 loss(inputs), inputs.leaves, allow_unused=self.provider in RIVALS
             )
@@ -75,12 +75,12 @@ class Bench:
         return found
 
     def time(self, mode: str, calls: int) -> list[float]:
-        """Milliseconds of each call on the device, the queue being full."""
+        """Milliseconds of each call on the device, launched ahead into a full queue."""
         self._call[mode]()
         return self.device.times_ms(self._call[mode], calls, QUEUE_MS)
 
     def called(self, calls: int) -> dict[str, float]:
-        """Microseconds a step: as called in a loop, and until Python has it queued."""
+        """Microseconds per step: of a loop of calls, and of the host's part, until it is queued."""
         step = self._call[STEP]
         for _ in range(3):
             step()
@@ -100,7 +100,7 @@ class Bench:
         return {"eager_us": eager, "host_us": 1e6 * statistics.median(times)}
 
     def graph(self, replays: int) -> float:
-        """Microseconds of a step that is replayed as a CUDA graph."""
+        """Microseconds of a step replayed as a CUDA graph."""
         step = self._call[STEP]
         if self.device.rehearse:
             return 1e3 * self.device.median_ms(step, 2)
@@ -145,13 +145,13 @@ def loss_of(provider: str) -> Callable[[Inputs], Tensor]:
 
 
 def eager_fp16(inputs: Inputs) -> Tensor:
-    """Plain torch under autocast; on the CPU in bfloat16, which it has instructions for."""
+    """Plain torch under autocast: float16 on a GPU; bfloat16, with CPU instructions, on a CPU."""
     on_gpu = inputs.student.device.type == "cuda"
     return providers.eager_half(inputs, torch.float16 if on_gpu else torch.bfloat16)
 
 
 def logits_product(inputs: Inputs) -> Callable[[], None]:
-    """[B, W] x [W, K] in float16, chunks of K into one place."""
+    """A function that computes [B, W] x [W, K] in float16, chunks of K into one buffer."""
     batch, width = inputs.student.shape
     rows = len(inputs.bank)
     device = inputs.student.device

@@ -1,8 +1,8 @@
-"""Rung 8: what training by each method costs, by benchmarks/bench_kd.py, and how busy it keeps the
-device; the paper's figure from it.
+"""Rung 8: the cost of training by each method, as in benchmarks/bench_kd.py, the share of a step in
+which the device is busy, and the paper's figure.
 
-The busy share is the time of a step's kernels, which a profiler knows, over the time of a step,
-which is measured without one.
+The busy share is the time of a step's kernels, from a profiler, over the time of a step measured
+without the profiler.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from training.tasks import Setting
 TEACHERS = ("ViT-B/16", "ViT-L/16")
 PLAIN_STEPS, PROFILED_STEPS = 40, 10
 PATIENCE = 60.0
-RESERVE = 2.0  # seconds of the rung's time that are kept for its last words
-ENOUGH = 30.0  # seconds, without which no further teacher is begun
+RESERVE = 2.0  # seconds of the rung's time kept for its last lines
+ENOUGH = 30.0  # seconds: with less time left, no further teacher begins
 EPOCH_IMAGES = 50_000
 FIGURE = "training.png"
 
@@ -67,7 +67,7 @@ def run(job: Job) -> None:
 
 
 def setting_of(teacher: str, folder: str, job: Job) -> Setting:
-    """As published: students at 32 px, batches of 64, the classes' centroids."""
+    """The setting as published: students at 32 px, batches of 64, class centroids."""
     tiny = {
         "student": "vit:width=8,layers=1,heads=1",
         "image_size": 8,
@@ -92,7 +92,7 @@ def setting_of(teacher: str, folder: str, job: Job) -> Setting:
 
 
 def summarise(case: Record, job: Job) -> None:
-    """One line: of each method a step, its memory, and both as multiples of embed-kd's."""
+    """Add a line: each method's time per step and memory, both also as multiples of embed-kd's."""
     texts = []
     for row in case["rows"]:
         if "failed" in row:
@@ -110,7 +110,7 @@ def summarise(case: Record, job: Job) -> None:
 
 
 def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> None:
-    """Of a step by each method; one after the other, in processes that start side by side."""
+    """Measure the busy share of each method: one after the other, in processes started together."""
     methods = [row["method"] for row in case["rows"] if "failed" not in row]
     methods = methods[:1] if job.rehearse else methods
     dim = case["about"].get("embedding_dim", 0)
@@ -132,14 +132,14 @@ def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> Non
 
 
 class Steps:
-    """In a worker: the trainer's own loop by one method."""
+    """The trainer's own loop with one method, in a worker."""
 
     def __init__(self, device: Device, method: str, dim: int, setting: Setting) -> None:
         device.set_up()
         self._device, self._method, self._dim, self._setting = device, method, dim, setting
 
     def measure(self) -> Record:
-        """Of a step: its time, its kernels' time and number, and the mean power meanwhile."""
+        """Time of a step, time and number of its kernels, and mean power."""
         device, setting = pick_device(self._setting.device), self._setting
         config = tasks.config_of(self._method, setting)
         if self._method == "embed-kd" and not Path(f"{setting.folder}/bank").exists():
@@ -153,7 +153,7 @@ class Steps:
 
 
 class Counter:
-    """Called after each step: some to warm up, some that are timed, some that are profiled."""
+    """The trainer's stop function, called after each step: warms up, then times, then profiles."""
 
     def __init__(self, device: Device, setting: Setting) -> None:
         self._device, self._power = device, Power(device)
@@ -173,7 +173,7 @@ class Counter:
             self._marks.append(time.perf_counter())
         if after == self._plain:
             self._device.sync()
-            self._marks[-1] = time.perf_counter()  # the last one waits for all before
+            self._marks[-1] = time.perf_counter()  # after the synchronisation
             self._power.stop()
             kinds = torch.profiler.ProfilerActivity
             activity = kinds.CPU if self._device.rehearse else kinds.CUDA
@@ -203,7 +203,7 @@ class Counter:
 
 
 class Power:
-    """Mean watts as nvidia-smi says, asked again and again; bench_kd has joules where NVML is."""
+    """Mean watts, sampled by nvidia-smi; not if NVML is installed, which gives bench_kd joules."""
 
     def __init__(self, device: Device) -> None:
         self.mean: float | None = None

@@ -1,5 +1,5 @@
-"""Golden vectors of csrc/cuda/device.cuh: what each of its wrappers computes on this chip, compared
-with what the emulation computes (docs/emulation.md)."""
+"""Compares the results of each wrapper in csrc/cuda/device.cuh on this chip with golden vectors:
+the results of the emulation (docs/emulation.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 60
 
 
 def check_wrappers(work: Path) -> tuple[str, bool]:
-    """What the program says, in a line, and whether anything is wrong."""
+    """The program's last line, and whether anything is wrong."""
     if not GOLDEN.exists() or not PROGRAM.exists():
         return f"wrappers of device.cuh: no {GOLDEN.relative_to(ROOT)}", False
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"

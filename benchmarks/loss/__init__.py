@@ -1,1 +1,1 @@
-"""What bench_loss.py measures: problems, providers of the loss, and their report."""
+"""The parts of bench_loss.py: problems, providers of the loss, measurements and reports."""

@@ -1,4 +1,4 @@
-"""One provider of the loss on one problem, in a worker of its own: memory, errors, times."""
+"""Measures one provider of the loss on one problem, in a worker: memory, errors, times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Errors:
 
 
 class Bench:
-    """The inputs, which the first call makes, and the loss, which `memory` makes."""
+    """Makes the inputs on the first call, and the loss in `memory`, which precedes the rest."""
 
     def __init__(self, provider: str, problem: Problem, device: str = "cpu") -> None:
         self._provider, self._problem = providers.find(provider), problem
@@ -47,15 +47,15 @@ class Bench:
         return self._inputs
 
     def truth(self, name: str, path: str) -> None:
-        """Writes loss and gradients in float64 to `path`, by one of providers.TRUTHS."""
+        """Write loss and gradients in float64 to `path`, computed by TRUTHS[name]."""
         exact = self.inputs.cast(torch.float64, checked_students(self._problem))
         torch.save(_loss_and_gradients(providers.TRUTHS[name], exact), path)
 
     def memory(self) -> float | None:
         """Peak MiB of loss and gradients, results included, above the process with its inputs.
 
-        Of the first call, so that what a provider keeps for later calls is counted; one that
-        compiles does that before. None where the system does not say.
+        Measured in the first call, so that a provider's caches are counted; a provider that
+        compiles has one call before. None as in `common.memory`.
         """
         inputs = self.inputs
         self._loss = self._provider.make()
@@ -64,7 +64,7 @@ class Bench:
         return peak_mib_of(partial(self._call, STEP, inputs), self._device)
 
     def errors(self, path: str) -> Errors:
-        """Against what truth() wrote."""
+        """Compare with the file that `truth` wrote."""
         exact: dict[str, Tensor] = torch.load(path, map_location=self._device)
         students = checked_students(self._problem)
         inputs = self.inputs
@@ -75,9 +75,9 @@ class Bench:
         return Errors({name: _relative(result[name], value) for name, value in exact.items()})
 
     def time(self, mode: str, seconds: float) -> list[float]:
-        """Seconds of each of so many calls as fill `seconds`, at least one.
+        """Seconds of each call, for calls that fill `seconds`, at least one.
 
-        Calls before them, for a tenth of that time, bring caches and threads back.
+        Calls for a tenth of that time before them warm up caches and threads.
         """
         end = time.perf_counter() + seconds / 10
         while time.perf_counter() + self._last < end:

@@ -1,9 +1,9 @@
-"""The loss by other projects' kernels, where they are installed.
+"""The loss by kernels of other projects, if they are installed.
 
-They compute a cross-entropy of two matrices, so each gets the unit rows of students and bank from
-the same lines of plain torch, whose time and memory count. Two of open_clip compute another loss
-(both directions; a sigmoid for each pair): their rows say what a CLIP step costs, not what this one
-costs with them, and they are compared with the truth of their own.
+They take two matrices and compute the cross-entropy of their product, so plain torch normalises
+the rows of students and bank for them; its time and memory count. The two losses of open_clip are
+other ones (both directions; a sigmoid for each pair): their rows show the cost of a CLIP step, and
+each is compared with its own formula in float64.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from loss.problem import Inputs, Problem, unit_rows
 
 Loss = Callable[[Inputs], Tensor]
-HEAD_DIMS = (256, 128, 64, 32, 16)  # parts of a row that Inf-CL's kernels take
+HEAD_DIMS = (256, 128, 64, 32, 16)  # sizes of a part of a row that Inf-CL's kernels take
 SIGLIP_BIAS = -10.0  # its initial value, arXiv 2303.15343
 
 
 def torch_linear() -> Loss:
-    """torch's own chunked loss of a linear layer, whose weights are here the bank's unit rows."""
+    """torch's chunked loss of a linear layer, with the bank's unit rows as the layer's weights."""
     options = torch.nn.LinearCrossEntropyOptions()
 
     def loss(inputs: Inputs) -> Tensor:
@@ -92,7 +92,7 @@ def clip_truth(inputs: Inputs) -> Tensor:
 
 
 def siglip_truth(inputs: Inputs) -> Tensor:
-    """-log sigmoid of every pair's logit, with the sign of its label, arXiv 2303.15343."""
+    """-log sigmoid(±logit), summed over all pairs, / B: + for i = j, else -; arXiv 2303.15343."""
     u, n = unit_rows(inputs)
     logits = inputs.logit_scale * u @ n.T + SIGLIP_BIAS
     sign = 2 * torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device) - 1
@@ -100,14 +100,14 @@ def siglip_truth(inputs: Inputs) -> Tensor:
 
 
 def needs(package: str) -> Callable[[], str | None]:
-    """Why a package cannot be imported, or None."""
+    """A function that gives the reason why a package cannot be imported, or None."""
 
     def missing() -> str | None:
         if importlib.util.find_spec(package) is None:
             return "not installed"
         try:
             importlib.import_module(package)
-        except Exception as error:  # noqa: BLE001  # packages of others fail as they like
+        except Exception as error:  # noqa: BLE001  # a package can raise any error
             return f"cannot be imported: {error}".splitlines()[0][:120]
         return None
 

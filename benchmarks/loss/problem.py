@@ -1,4 +1,4 @@
-"""The problems that bench_loss.py times: sizes, inputs, and what they cost at least."""
+"""The problems that bench_loss.py times: sizes, inputs, and their least operations and bytes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOGIT_SCALE = 14.0
-LEARNED = 0.25  # how much of its target's row a student holds: a loss well above 0
-TRUTH_LOGITS = 1 << 27  # the float64 truth holds at most so many logits
+LEARNED = 0.25  # weight of the target's row in a student: keeps the loss well above 0
+TRUTH_LOGITS = 1 << 27  # most logits of the float64 truth
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,30 @@ class Problem:
         """The bank holds the teacher's embeddings of the batch: row i belongs to student i."""
         return not self.learned and self.batch == self.bank_rows
 
-    # What the loss and its gradients need, counted once: a multiply-add is two operations, and
-    # what some provider computes again, copies or converts is not work done.
+    # Lower bounds for loss and gradients. A multiply-add is two operations; a provider's
+    # recomputation, copies and conversions do not count.
 
     def forward_flops(self) -> int:
         b, k, d, w = self.batch, self.bank_rows, self.teacher_dim, self.student_dim
         return 2 * b * k * w + (2 * k * d * w if self.learned else 0)
 
     def step_flops(self) -> int:
-        """Forward and backward, without ever holding the logits.
+        """Forward and backward, without storing the logits.
 
-        The sums that give the student's gradient (2 B K W); for the projection's the logits once
-        more, dZ (2 B K W each) and d_weight (2 K D W).
+        The student's gradient takes sums over the bank (2 B K W); the projection's takes the
+        logits again and dZ (2 B K W each) and d_weight (2 K D W).
         """
         b, k, d, w = self.batch, self.bank_rows, self.teacher_dim, self.student_dim
         learned = 4 * b * k * w + 2 * k * d * w if self.learned else 0
         return self.forward_flops() + 2 * b * k * w + learned
 
     def forward_bytes(self) -> int:
-        """The float16 bank once, students and projection once."""
+        """Reads the float16 bank, students and projection once."""
         weight = 4 * self.student_dim * (self.teacher_dim + 1) if self.learned else 0
         return 2 * self.bank_rows * self.teacher_dim + 4 * self.batch * self.student_dim + weight
 
     def step_bytes(self) -> int:
-        """As forward_bytes, and the gradients once; for d_weight the bank a second time."""
+        """As forward_bytes, plus the gradients once and, for d_weight, the bank a second time."""
         gradients = self.forward_bytes() - 2 * self.bank_rows * self.teacher_dim
         return self.forward_bytes() + (self.forward_bytes() if self.learned else gradients)
 
@@ -91,7 +91,7 @@ CASES = {
     "frozen-50k": Problem(1024, 50000, 512, 512, learned=False),
     "in-batch-4k": Problem(4096, 4096, 512, 512, learned=False),
 }
-# With the memory of a GPU: a row for each image of ImageNet-1k, and the batch as its own bank.
+# For a GPU's memory: a bank row for each image of ImageNet-1k, and the batch as its own bank.
 GPU_CASES = {
     "bank-1.3m": Problem(4096, 1_280_000, 1024, 256),
     "frozen-1.3m": Problem(4096, 1_280_000, 256, 256, learned=False),
@@ -106,7 +106,7 @@ QUICK = ("call", "centroids-100")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves that require their gradients, and the bank in float16."""
+    """Leaves that require gradients, and the bank in float16."""
 
     student: Tensor
     bank: Tensor
@@ -121,7 +121,7 @@ class Inputs:
         return [x for x in every if x is not None]
 
     def cast(self, dtype: torch.dtype, students: int | None = None) -> Inputs:
-        """Copies in `dtype`, the bank too, of the first `students`."""
+        """A copy in `dtype`, bank included, with the first `students` students."""
 
         def leaf(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.detach().to(dtype, copy=True).requires_grad_()
@@ -140,7 +140,7 @@ class Inputs:
 
 
 def make_inputs(problem: Problem, device: str = "cpu", seed: int = 0) -> Inputs:
-    """The same numbers in every process."""
+    """Inputs of a problem: equal in every process."""
     g = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -167,12 +167,12 @@ def make_inputs(problem: Problem, device: str = "cpu", seed: int = 0) -> Inputs:
 
 
 def checked_students(problem: Problem) -> int:
-    """Of how many students the truth is computed: all, where their logits fit."""
+    """The number of students in the float64 truth: all, if their logits fit."""
     return max(1, min(problem.batch, TRUTH_LOGITS // problem.bank_rows))
 
 
 def unit_rows(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """u [B, W] and n [K, W] in plain torch; in the inputs' own dtypes."""
+    """u [B, W] and n [K, W] in plain torch, in the student's dtype."""
     bank = inputs.bank.to(inputs.student.dtype)
     z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
     return F.normalize(inputs.student, dim=1), F.normalize(z, dim=1)

@@ -1,4 +1,4 @@
-"""Who computes the loss in bench_loss.py: a name, and how it turns inputs into a loss."""
+"""The providers of bench_loss.py: implementations of the loss by name."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ Loss = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Provider:
-    """make() is called once, in the provider's own process, and returns what is timed."""
+    """An implementation; make() is called once, in the provider's worker, and returns the loss."""
 
     about: str
     make: Callable[[], Loss]
     half: bool = False  # computes with bfloat16
-    compiles: bool = False  # its first call does more than compute
+    compiles: bool = False  # its first call also compiles
     devices: tuple[str, ...] = ("cpu",)
     missing: Callable[[], str | None] = lambda: None  # why it cannot run here
     is_peer: bool = False  # another project's
-    unfit: Callable[[Problem], str | None] = lambda problem: None  # why it has no such loss
-    truth: str = "eager"  # what it is compared with, of TRUTHS
+    unfit: Callable[[Problem], str | None] = lambda problem: None  # why it lacks this loss
+    truth: str = "eager"  # the key in TRUTHS of its reference
 
 
 def eager_malloc() -> Loss:
-    """glibc gives large blocks back to the system after every call, and page faults cost more than
-    some of the arithmetic; many training scripts raise the thresholds."""
+    """eager with glibc's thresholds raised, as many training scripts do: by default glibc returns
+    large blocks to the system after every call, and page faults cost more than some arithmetic."""
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_max, top_pad = -1, -4, -2  # malloc.h
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
@@ -51,14 +51,14 @@ def eager_malloc() -> Loss:
 
 
 def compiled() -> Loss:
-    """Without torch's cache of generated code on disk: its key lacks the width of vectors (torch
-    2.13). Code that another process generated for AVX2 (ATEN_CPU_CAPABILITY) would be compiled for
-    AVX-512, and its stores would pass the ends of arrays."""
+    """torch.compile without its on-disk cache, whose key lacks the vector width (torch 2.13): code
+    that another process generated for AVX2 (ATEN_CPU_CAPABILITY) would be compiled for AVX-512 and
+    write beyond the ends of arrays."""
     return torch.compile(eager, dynamic=False, options={"fx_graph_cache": False})
 
 
 def eager_half(inputs: Inputs, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Autocast; the bank, which autocast would convert by way of float32, at once."""
+    """eager under autocast, but the bank is converted directly, not by way of float32."""
     with torch.autocast(inputs.student.device.type, dtype=dtype):
         bank = inputs.bank.to(dtype)
         z = bank if inputs.weight is None else F.linear(bank, inputs.weight, inputs.bias)
@@ -106,7 +106,7 @@ def _on_gpu(backend: backends.BackendName, half: bool) -> Provider:
         f"ckd, {backend} kernels, {'float16 arithmetic' if half else 'float32'}",
         lambda: by_backend(backend, half),
         half,
-        compiles=True,  # and measures tiles
+        compiles=True,  # and tunes tiles
         devices=("cuda",),
         missing=lambda: backends.ORDER[backend].missing(),
     )
@@ -130,7 +130,7 @@ def _clip(about: str, make: Callable[[], Loss], truth: str) -> Provider:
 PROVIDERS = {
     "eager": Provider("plain torch, float32", lambda: eager, devices=BOTH),
     "eager-malloc": Provider(
-        "the same, malloc keeping what is freed", eager_malloc, missing=_no_glibc
+        "the same, malloc keeps freed blocks", eager_malloc, missing=_no_glibc
     ),
     "eager-bf16": Provider(
         "plain torch under autocast", lambda: eager_half, half=True, devices=BOTH

@@ -1,4 +1,4 @@
-"""What bench_loss.py measured, as tables, CSV rows and curves."""
+"""The results of bench_loss.py as tables, CSV rows and curves."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gemm_rate(limits: Record, half: bool) -> float | None:
 
 
 def floor(case: Record, limits: Record, half: bool) -> float | None:
-    """Seconds below which no step gets on this machine: arithmetic or memory."""
+    """A lower bound of a step's seconds on this machine (a roofline): arithmetic or memory."""
     rate = gemm_rate(limits, half)
     if rate is None:
         return None
@@ -120,9 +120,9 @@ def csv_lines(record: Record) -> Iterator[Record]:
 
 
 def plot(record: Record, path: Path) -> None:
-    """Time and memory of a step over the rows of the bank, for the cases that share B, D and W.
+    """Plot time and memory of a step over the bank's rows, for the cases that share B, D and W.
 
-    Raises ValueError where no two cases do, ImportError without matplotlib.
+    Raises ValueError if no two cases share them, ImportError without matplotlib.
     """
     cases = longest_sweep(record["cases"])
     from matplotlib.figure import Figure
@@ -155,8 +155,8 @@ def plot(record: Record, path: Path) -> None:
 
 
 def longest_sweep(cases: list[Record]) -> list[Record]:
-    """Those cases that differ in the rows of the bank alone, by them. Raises ValueError where no
-    two do."""
+    """The largest group of cases that differ only in the bank's rows, sorted by them. Raises
+    ValueError if no two cases do."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for case in cases:
         sizes = tuple(v for name, v in case["problem"].items() if name != "bank_rows")

@@ -1,1 +1,1 @@
-"""What bench_kd.py measures: tasks by the trainer itself, their gauge and their report."""
+"""The parts of bench_kd.py: tasks that run the trainer, their gauge and their report."""

@@ -1,4 +1,4 @@
-"""A table of bench_kd.py: all methods and the bank, with one teacher at one size of images."""
+"""A table of bench_kd.py: all methods and the bank, for one teacher and one image size."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.tasks import (
 
 
 def measure_case(methods: Sequence[str], setting: Setting, epoch_images: int) -> Result:
-    """The record of a case, with what follows for an epoch of so many images."""
+    """Measure a case; its record, with figures extrapolated to an epoch of `epoch_images`."""
     write_images(setting)
     about = finish(start(setting, make_teacher, setting))
     results = measure(methods, about, setting)
@@ -35,7 +35,8 @@ def measure_case(methods: Sequence[str], setting: Setting, epoch_images: int) ->
 
 
 def measure(methods: Sequence[str], about: Result, setting: Setting) -> dict[str, Result]:
-    """The methods and the bank by name; where there is no teacher, why not."""
+    """Results of the methods and the bank by name. If the teacher could not be made, its failure is
+    the result of all but `plain`."""
     waiting: dict[str, Callable[[], Process]] = {}
     dim = about.get("embedding_dim", 0)
     for method in methods:
@@ -52,7 +53,7 @@ def start(setting: Setting, task: Callable[..., Result], *arguments: Any) -> Pro
 
 
 def settings_of(options: Any, epoch_images: int) -> Result:
-    """The record's settings, of a Setting or of a command's options."""
+    """The settings of a record, from a Setting or from a command's options."""
     names = ("student", "batch_size", "amp", "compile", "steps", "seconds")
     own = {name: getattr(options, name) for name in names} | {"epoch_images": epoch_images}
     return own | {"images": f"synthetic (random uint8, {CLASSES} classes)"}

@@ -1,4 +1,4 @@
-"""What bench_kd.py reads while the trainer works: time, memory and energy of its steps."""
+"""Measures time, memory and energy of the trainer's steps for bench_kd.py."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from common.memory import Memory
 from common.timing import quantiles
 from common.workers import Result
 
-LEAST_STEPS = 2  # measured, however long they take
-TURN = 1.0  # seconds of steps after which another process may have the machine
+LEAST_STEPS = 2  # are measured, however long they take
+TURN = 1.0  # seconds of steps in a turn; then another process has its turn
 
-TurnOver = Callable[[], None]  # returns when this process may go on
+TurnOver = Callable[[], None]  # ends a turn; blocks until the next one
 
 
 class Enough(Exception):
-    """All steps are measured; leaves the trainer's loop before it would save a checkpoint."""
+    """Raised after the last measured step, to leave the trainer's loop before it saves."""
 
 
 class Gauge:
-    """Called after each step; it notes how long the step took and ends the measurement.
+    """The trainer's stop function, called after each step: it times the steps, then ends the run.
 
     After `warm_up` calls it measures until `steps` steps are done or took `seconds`, but at least
-    LEAST_STEPS. It asks for every turn, of one step or of TURN seconds.
+    LEAST_STEPS. A turn lasts for TURN seconds of steps, at least one step.
 
-    A GPU may still be at work on the end of a step, as it was at the step before: the time from
-    one call to the next is that of a step in the middle of training.
+    The GPU is not synchronised: at each call it may still run the end of a step, so the time from
+    one call to the next is that of a step in steady state.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Gauge:
         self._peak: float | None = None
 
     def __call__(self) -> bool:
-        """False, as the trainer's loop asks whether to stop; raises Enough in the end."""
+        """False (do not stop) after each step; raises Enough after the last."""
         now = time.perf_counter()
         self._calls += 1
         if self._calls == self._warm_up:
@@ -89,8 +89,8 @@ class Gauge:
 
 
 class EnergyMeter:
-    """Joules of the whole GPU between `start` and `stop`, summed, by its own counter; None where
-    there is none."""
+    """Sums the joules of the whole GPU between `start` and `stop`, by its energy counter (NVML);
+    None without one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""What bench_kd.py measured: what follows from it, as tables, CSV rows and the paper's figure."""
+"""The results of bench_kd.py: derived figures, tables, CSV rows and the paper's figure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from common.report import Record
 
 EMBED = "embed-kd"
 
-# As CLIP-Embed-KD (arXiv 2404.06170) draws them: MiB and seconds an epoch on its GPU, students at
-# 32 px.
+# From the figure of CLIP-Embed-KD (arXiv 2404.06170): MiB and seconds per epoch on its GPU, for
+# students at 32 px.
 PAPER = {
     "teacher-kd": ("CLIP-Teacher-KD, ViT-B", 1.24e9 / 2**20, 0.16 * 3600),
     EMBED: ("CLIP-Embed-KD, ViT-L", 0.13e9 / 2**20, 0.015 * 3600),
@@ -23,7 +23,7 @@ PAPER_SIZE = 32
 
 
 def derive(case: Record, settings: Record) -> None:
-    """Add what follows from the measured steps: rates, epochs, ratios and break-even points.
+    """Add figures derived from the measured steps: rates, epochs, ratios and break-even points.
 
     An epoch is extrapolated: epoch_images / batch_size median steps. The bank pays for itself
     against a method after bank_s / (t_method - t_embed) epochs, where that is positive.
@@ -172,9 +172,9 @@ MARKS = {
 
 
 def plot(record: Record, path: Path) -> None:
-    """The paper's figure from these measurements: memory and time an epoch, a column a teacher.
+    """The paper's figure from these measurements: memory and time per epoch, a column per teacher.
 
-    The paper's own numbers stand beside them, hollow. Raises ImportError without matplotlib.
+    The paper's own numbers are hollow marks beside them. Raises ImportError without matplotlib.
     """
     sizes = list(dict.fromkeys(case["image_size"] for case in record["cases"]))
     figure, axes = figures.new_figure(5.0 * 2 * len(sizes), 4.6, 2 * len(sizes))
@@ -207,7 +207,7 @@ def _any_random(record: Record) -> bool:
 
 def _draw(axis: Any, cases: list[Record], key: str) -> None:
     for index, (method, (colour, marker)) in enumerate(MARKS.items()):
-        beside = 0.1 * (index - (len(MARKS) - 1) / 2)  # so that equal values hide no mark
+        beside = 0.1 * (index - (len(MARKS) - 1) / 2)  # so that marks of equal value do not overlap
         points = [
             (column + beside, row[key])
             for column, case in enumerate(cases)

@@ -1,7 +1,7 @@
-"""The measurements of bench_kd.py, each for a process of its own: the trainer itself trains.
+"""The measurements of bench_kd.py, each for a process of its own.
 
-Nothing of a training step is written here again. `ckd.train` sets the run up and goes through an
-epoch, `ckd.bank` builds a bank; both call back once a step, and that is where the clock is read.
+They call the package's own code: `ckd.train` sets a run up and trains an epoch, `ckd.bank` builds a
+bank. Both call back once a step, and the gauge reads the clock there.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ VITS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What the measurements of one table share."""
+    """The settings that the measurements of one table share."""
 
-    folder: str  # holds the images and the teacher's file, and takes what the trainer writes
+    folder: str  # of the images, the teacher's file and the trainer's output
     student: str
     teacher: str
     image_size: int
     batch_size: int
-    steps: int  # measured, at most
-    seconds: float  # after which no further step begins
+    steps: int  # most steps to measure
+    seconds: float  # stop measuring after this time
     amp: str
     compile: bool
     threads: int
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def warm_up(self) -> int:
-        """Steps before the measured ones: on a GPU, cuDNN tries its algorithms meanwhile."""
+        """Steps before the measured ones: cuDNN tunes its algorithms, torch.compile compiles."""
         return 10 if self.device == "cuda" else 3 if self.compile else 1
 
     def gauge(self, memory: Memory, turn_over: TurnOver, before_first: int = 0) -> Gauge:
@@ -80,14 +80,14 @@ class Setting:
 
     @property
     def teacher_file(self) -> str:
-        """What the trainer's --teacher gets: the file of random weights, or the user's own path."""
+        """The trainer's --teacher: the file of random weights, or the user's own path."""
         if self.teacher in VITS or catalog.is_spec(self.teacher):
             return f"{self.folder}/teacher.safetensors"
         return self.teacher
 
 
 def write_images(setting: Setting) -> None:
-    """Random uint8 images of CLASSES classes, so many that no measurement comes to their end."""
+    """Random uint8 images of CLASSES classes, enough that no measurement reaches their end."""
     rows = setting.batch_size * (setting.warm_up + setting.steps + 3)
     random = np.random.default_rng(0)
     size = setting.image_size
@@ -102,9 +102,9 @@ def write_images(setting: Setting) -> None:
 
 
 def make_teacher(turn_over: TurnOver, setting: Setting) -> Result:
-    """Write a teacher of random weights for the trainer to load, and say what it is.
+    """Write a teacher with random weights for the trainer to load; returns a description.
 
-    Weights that the user names by a path stay what they are.
+    A teacher that the user names by a path keeps its weights.
     """
     file = setting.teacher_file
     stored = file == setting.teacher
@@ -127,13 +127,13 @@ def make_teacher(turn_over: TurnOver, setting: Setting) -> Result:
 
 @torch.no_grad()
 def settle(model: models.Model, setting: Setting) -> None:
-    """Give batch normalisation the statistics of a batch: with those that it begins with, depth
-    lets the embeddings of random weights grow past what a float16 bank can hold."""
+    """Give batch normalisation the statistics of a batch: with its initial ones, the embeddings of
+    a deep model with random weights overflow the float16 of a bank."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
     for norm in norms:
-        norm.momentum = None  # the mean of all batches seen: of this one
+        norm.momentum = None  # statistics become the mean over the batches seen: this one
     with np.load(setting.images) as arrays:
         images = torch.from_numpy(arrays["train_images"][:64]).permute(0, 3, 1, 2)
     model.train()
@@ -142,7 +142,7 @@ def settle(model: models.Model, setting: Setting) -> None:
 
 
 def _spec(teacher: str, folder: str) -> str:
-    """The project's name for a teacher; for one of VITS, of a folder that holds its shape."""
+    """The model spec of a teacher; for one of VITS, hf: and a folder with its configuration."""
     if teacher not in VITS:
         return teacher
     return _vit_spec(VITS[teacher], Path(folder) / teacher.replace("/", "-"))
@@ -165,7 +165,7 @@ def _vit_spec(shape: tuple[int, int, int, int], folder: Path) -> str:
 def measure_training(
     turn_over: TurnOver, method: str, teacher_dim: int, setting: Setting
 ) -> Result:
-    """Seconds of a step, peak memory in MiB and energy in J of an image, by the trainer's loop."""
+    """Seconds per step, peak MiB and joules per image of the trainer's loop."""
     device = pick_device(setting.device)
     config = config_of(method, setting)
     if method == "embed-kd":
@@ -182,12 +182,12 @@ def measure_training(
 
 
 def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
-    """The same of a batch of the teacher's forward, by the code that builds banks."""
+    """The same for batches of the teacher's forward, by the code that builds banks."""
     device = pick_device(setting.device)
     _load_libraries(setting, device)
     dataset = data.load(str(setting.images), "train")
     memory = Memory(device)
-    # Called when a batch begins, not when it has ended: the first call ends no batch.
+    # `prepare` is called when a batch begins, not when it has ended: the first call ends no batch.
     gauge = setting.gauge(memory, turn_over, before_first=1)
 
     def prepare(model: models.Model, images: Tensor) -> Tensor:
@@ -208,14 +208,14 @@ def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
 
 
 def config_of(method: str, setting: Setting) -> Config:
-    """What `python -m ckd.train` would be told."""
+    """The settings that `python -m ckd.train` would get."""
     config = Config(
         method=method,  # type: ignore[arg-type]  # `check` refuses others
         data=str(setting.images),
         student=setting.student,
         teacher=setting.teacher_file if method in ("logit-kd", "teacher-kd") else None,
         bank=f"{setting.folder}/bank" if method == "embed-kd" else None,
-        targets="centroids",  # as published: what the paper's claims of cost are about
+        targets="centroids",  # as published: the paper's claims of cost are about them
         out=setting.folder,
         batch_size=setting.batch_size,
         amp=setting.amp,  # type: ignore[arg-type]
@@ -229,14 +229,14 @@ def config_of(method: str, setting: Setting) -> Config:
 
 
 def write_bank(path: Path, dim: int) -> None:
-    """A bank whose centroids have the teacher's width: what they hold does not change the cost."""
+    """A bank with rows of the teacher's width; random ones, which cost the same."""
     labels = torch.arange(CLASSES)
     with BankWriter(path, dim, class_names=[str(label) for label in range(CLASSES)]) as writer:
         writer.write(labels, torch.randn(CLASSES, dim), labels)
 
 
 def _load_libraries(setting: Setting, device: torch.device) -> None:
-    """What the process maps once, before its memory is measured: no method is charged for it."""
+    """Load and use libraries before memory is measured, so that no method is charged for them."""
     small: list[models.Model] = [
         models.create("vit:width=8,layers=1,heads=1", num_classes=2, image_size=8)
     ]
