@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests as other machines would, one setting after another, and says which failed.
+# Runs the tests under the conditions of other machines, one setting after another; lists failures.
 #
 #     tests/machines.sh             every setting, the quick tests: some two hours on two cores
 #     tests/machines.sh avx2 load   these settings alone (the names below)
@@ -16,7 +16,7 @@ OTHER_TORCH=${OTHER_TORCH:-2.9.1}
 mkdir -p "$LOGS"
 failed=()
 
-# The files that compute; the others test files and texts, whatever the processor.
+# The tests of computations; the others do not depend on the processor.
 NUMBERS=(tests/test_c*.py tests/test_gpu_backends.py tests/test_similarity.py tests/test_losses.py
   tests/test_plans.py tests/test_ops_library.py tests/test_models_*.py tests/test_train_*.py
   tests/test_tolerance.py tests/test_triton_interpreter.py tests/test_bench_loss.py)
@@ -37,7 +37,7 @@ setting() {
 
 WHAT=("${NUMBERS[@]}")
 
-# Processors: torch's own kernels, oneDNN, MKL, and the tiers of csrc/cpu by CKD_TEST_TIERS.
+# Instruction sets of torch's own kernels, oneDNN, MKL, and (CKD_TEST_TIERS) csrc/cpu.
 run_default() {
   setting default ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
     MKL_ENABLE_INSTRUCTIONS=SSE4_2 CKD_TEST_TIERS=portable
@@ -50,7 +50,7 @@ run_avx512() {
   setting avx512 ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE \
     MKL_ENABLE_INSTRUCTIONS=AVX512 CKD_TEST_TIERS=avx512,avx2,portable
 }
-# Each tier as the best of its machine.
+# Each tier as the best one available.
 run_tiers() {
   for tier in $(python -c "from ckd.backends import cpu; print(*cpu.TIERS)"); do
     setting "tier-$tier" "CKD_TEST_TIERS=$tier,portable"
@@ -59,7 +59,7 @@ run_tiers() {
 run_threads() {
   for count in 1 2 3; do setting "threads-$count" "OMP_NUM_THREADS=$count"; done
 }
-# Two processes beside it that never sleep.
+# Beside two busy processes.
 run_load() {
   local pids=()
   for _ in 1 2; do
@@ -72,7 +72,7 @@ run_load() {
   kill "${pids[@]}"
   wait "${pids[@]}" 2> /dev/null
 }
-# The order of sets, and of files and tests.
+# Other orders of hash sets, files and tests.
 run_order() {
   WHAT=()
   for seed in 1 2; do setting "order-$seed" "PYTHONHASHSEED=$seed" "CKD_TEST_ORDER=$seed"; done

@@ -1,4 +1,4 @@
-"""benchmarks/common: workers and the gauge of memory; and who imports whom in benchmarks."""
+"""benchmarks/common: workers and the memory gauge; and the imports between folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.worker_tasks import Counter
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MIB = 1 << 20
 COMMANDS = {path.stem for path in BENCHMARKS.glob("*.py")}
-# Each folder may import itself, these, and ckd; a command every folder, and no other command.
+# A folder may import itself, these folders and ckd; a command all folders, but no other command.
 LAYERS = {
     "common": set[str](),
     "loss": {"common"},
@@ -80,7 +80,7 @@ def test_what_a_worker_cannot_make_is_the_reason_of_a_call() -> None:
 )
 def test_a_worker_that_dies_says_of_what(number: int, reason: str, result: str) -> None:
     worker = Worker(Counter, 0)
-    for call in ("die", "add"):  # and it stays dead
+    for call in ("die", "add"):  # every call to a dead worker fails
         with pytest.raises(Failed) as failure:
             worker.ask(call, number)
         assert (str(failure.value), failure.value.result) == (reason, result)

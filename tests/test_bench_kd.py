@@ -1,4 +1,4 @@
-"""benchmarks/bench_kd.py: all four methods by the trainer, what follows from their times, files."""
+"""benchmarks/bench_kd.py: all four methods by the trainer, figures derived from times, files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def planted_case() -> dict[str, Any]:
 
 
 class Inline:
-    """A Process that is none: six would spend their time importing torch."""
+    """Stands in for Process in this process: six processes would be slow to import torch."""
 
     def __init__(self, setting: Setting, task: Any, *arguments: Any) -> None:
         self.proceed = lambda: task(lambda: None, *arguments)
@@ -115,7 +115,7 @@ def test_a_method_that_is_no_slower_never_pays_for_a_bank(
 
 
 class Planted:
-    """A Process whose result is planted; of its `turns` it has one left each time."""
+    """Stands in for Process: gives a fixed result after `turns` turns."""
 
     def __init__(self, result: dict[str, Any], turns: int = 1, log: list[str] | None = None):
         self.result, self.turns, self.log = result, turns, [] if log is None else log
@@ -174,7 +174,7 @@ def test_embeddings_of_random_weights_fit_into_a_bank(tmp_path: Path) -> None:
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         embeddings = teacher(tasks.models.prepare(teacher, images)).embedding
-    assert embeddings.abs().max() < 1000  # of 65,504
+    assert embeddings.abs().max() < 1000  # float16 holds 65,504
 
 
 def test_processes_take_turns_and_one_without_memory_is_tried_again_alone() -> None:
@@ -219,7 +219,7 @@ def test_an_error_in_the_process_is_one_line(capsys: pytest.CaptureFixture[str])
 
         def recv(self) -> Any:
             if self.sent is not None:
-                raise EOFError  # the parent has left
+                raise EOFError  # the parent closed the pipe
             return "call", (), True
 
         def send(self, answer: Any) -> None:
@@ -260,7 +260,7 @@ def test_gauge_measures_so_many_steps_after_the_warm_up(
 ) -> None:
     memory: Any = NoMemory()
     turns: list[int] = []
-    monkeypatch.setattr("training.gauge.TURN", 0.0)  # one step each
+    monkeypatch.setattr("training.gauge.TURN", 0.0)  # turns of one step
     gauge = Gauge(
         memory,
         lambda: turns.append(1),
@@ -280,7 +280,7 @@ def test_gauge_measures_so_many_steps_after_the_warm_up(
 
 
 def test_energy_is_the_difference_of_the_device_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    counter = iter([5_000, 12_500, 20_000, 20_500])  # mJ; what others use in between is theirs
+    counter = iter([5_000, 12_500, 20_000, 20_500])  # mJ; two turns of a meter
     nvml: Any = types.ModuleType("pynvml")
     nvml.NVMLError = RuntimeError
     nvml.nvmlInit = lambda: None

@@ -1,4 +1,4 @@
-"""benchmarks/bench_loss.py: what it counts, that wrong results are not timed, that files show."""
+"""benchmarks/bench_loss.py: counts of work, wrong results that are not timed, files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_wrong_and_failing_providers_are_rows_and_never_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class InProcess:
-        """A worker without a process, so that providers can be planted."""
+        """A worker without a process, for fake providers."""
 
         def __init__(self, provider: str, *_: object) -> None:
             self.provider = provider
@@ -147,7 +147,7 @@ def test_inputs_are_the_same_in_every_process() -> None:
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_operations_are_those_of_the_products(learned: bool) -> None:
-    """Against torch's own counter: eager's products, with the logits once more for d_weight."""
+    """Against torch's counter of eager's products, plus the logits once more for d_weight."""
     from torch.utils.flop_counter import FlopCounterMode
 
     size = problem.Problem(6, 10, 8 if not learned else 12, 8, learned)
@@ -163,7 +163,7 @@ def test_operations_are_those_of_the_products(learned: bool) -> None:
 
     assert count(forward) == size.forward_flops()
     again = 2 * 6 * 10 * 8 if learned else 0
-    # Eager's autograd computes d_student from logits that it kept; all else is counted alike.
+    # Eager's autograd keeps the logits; `step_flops` counts them again for d_weight.
     step = count(lambda: torch.autograd.grad(forward(), inputs.leaves))
     assert step + again == size.step_flops()
 
@@ -173,7 +173,7 @@ def test_bytes_are_those_of_the_tensors() -> None:
     inputs = problem.make_inputs(size)
     read = sum(x.numel() * x.element_size() for x in (inputs.bank, *inputs.leaves[:-1]))
     assert size.forward_bytes() == read
-    assert size.step_bytes() == 2 * read  # gradients, and the bank again
+    assert size.step_bytes() == 2 * read  # plus the gradients, and the bank again
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_what_clip_losses_are_compared_with() -> None:
 def test_peers_that_cannot_run_are_rows_only_where_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An unfit one likewise; and its row says why."""
+    """The same for a peer that lacks the problem's loss; its row has the reason."""
     monkeypatch.setattr(bench_loss, "start", NoWorker)
     peer = providers.Provider(
         "", lambda: problem.eager, is_peer=True, unfit=lambda problem: "unfit"
@@ -268,7 +268,7 @@ class NoWorker:
 def test_without_memory_for_the_truth_nothing_is_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the next case is measured all the same. Another reason is a mistake."""
+    """The next case is still measured. A failure for another reason is raised."""
     reason = "out of memory"
 
     class Small(NoWorker):

@@ -1,4 +1,4 @@
-"""common/command.py: what is refused before anything is measured, and how a command stops."""
+"""common/command.py: arguments refused before any measurement, and how a command stops."""
 
 from __future__ import annotations
 

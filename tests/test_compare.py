@@ -49,7 +49,7 @@ def test_table_is_markdown_with_one_row_a_run():
         "922",
         "600",
     ]
-    assert lines[1].count("-:") == 5  # numbers are set to the right
+    assert lines[1].count("-:") == 5  # numbers are aligned right
     assert "A CPU, CPU threads: 2, torch 2.6" in text
 
 

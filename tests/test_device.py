@@ -41,7 +41,7 @@ def test_a_device_that_holds_no_values_is_refused_with_the_remedy(name: str, rea
     message = str(caught.value)
     assert message.startswith(f"--device {name} cannot be used here: {reason}")
     assert message.endswith("; try auto")
-    assert len(message) < 200  # torch's own list every kernel that it has
+    assert len(message) < 200  # torch's own error lists every kernel
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cuda:x", "CPU 0"])

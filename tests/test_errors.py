@@ -1,4 +1,4 @@
-"""Every error of the package is a `ckd.CkdError`, and still what it was before there was one."""
+"""Every error of the package is a `ckd.CkdError`, and keeps its built-in base classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def defined_errors() -> dict[str, type[BaseException]]:
             continue  # not Python
         try:
             module = importlib.import_module(info.name)
-        except ModuleNotFoundError as error:  # the GPU kernels, where there is no Triton
+        except ModuleNotFoundError as error:  # the Triton kernels, without Triton
             if str(error.name).split(".")[0] != "triton":
                 raise
             continue

@@ -1,4 +1,4 @@
-"""What gpu_check.py promises when rungs fail: each is a row, and the next goes on."""
+"""gpu_check.py: each rung that fails becomes a row, and the next one runs."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ Climb = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Without when they were measured."""
+    """The measurements without their times of measurement."""
     return [{key: value for key, value in row.items() if key != "at"} for row in record["rows"]]
 
 
 @pytest.fixture
 def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
-    """Runs fake rungs: (exit status, records by name)."""
+    """A function that runs fake rungs; it returns the exit status and the records by name."""
     for name, body in FAKES.items():
         imports = "import os, signal, subprocess, sys, time\nfrom gpu.job import NotHere\n"
         (tmp_path / f"fake_{name}.py").write_text(f"{imports}def run(job):\n    {body}\n")
@@ -171,7 +171,7 @@ def test_a_rehearsal_of_some_rungs(tmp_path: Path) -> None:
     assert "gpu_check: nothing wrong, 2 rungs" in done.stdout
     kernels = {row["kernel"] for row in read_records(tmp_path / "tiles.json")["tiles"]["rows"]}
     assert {"forward", "bank_gradient"} <= kernels
-    assert len(list(tmp_path.iterdir())) == 3  # with summary.txt
+    assert len(list(tmp_path.iterdir())) == 3  # machine.json, tiles.json and summary.txt
 
 
 def test_the_files_are_eight_at_most() -> None:

@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.cli": {"ckd"},
     "ckd.__main__": {"ckd"},
 }
-# The package itself exports the library and none of the programs.
+# `ckd/__init__.py` exports the library, not the programs.
 LAYERS["ckd"] = {"ckd._errors", "ckd._version"}
 LAYERS["ckd"] |= {"ckd.backends", "ckd.bank", "ckd.losses", "ckd.ops"}
 
@@ -54,7 +54,7 @@ def modules() -> list[tuple[str, Path]]:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of everything of ckd that the file imports, also inside functions."""
+    """Absolute names of all imports of ckd in the file, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -59,7 +59,7 @@ def test_learned_scale_stops_at_its_maximum_and_can_come_back() -> None:
 
     with torch.no_grad():
         criterion.log_logit_scale.fill_(math.log(1e4))
-    aligned = torch.eye(4) + 0.9  # right, and by a small margin: a larger scale is better
+    aligned = torch.eye(4) + 0.9  # right by a small margin: a larger scale is better
     assert step(aligned) == pytest.approx(100.0, rel=1e-5)
     assert step(aligned.roll(1, 0)) < 99.0  # wrong: a smaller scale is better
 

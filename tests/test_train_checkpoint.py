@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, verified when read, exact."""
+"""Checkpoints: complete or absent, verified when read, exact."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
 
 
 class Fault:
-    """Lets `after` system calls through, and raises `code` at the next one, or at all later ones.
+    """Injects an OSError `code` after `after` system calls, once or (`forever`) at all later ones.
 
-    Calls: those that `_files` and `checkpoint` make to change the disk.
+    It counts the calls by which `_files` and `checkpoint` change the disk.
     """
 
     def __init__(self, after: int, code: int, forever: bool) -> None:
@@ -128,13 +128,13 @@ def test_a_fault_at_any_system_call_leaves_an_intact_checkpoint(tmp_path, code, 
         assert found.state["value"] in (1.0, 2.0)
         assert torch.equal(found.tensors["x"], torch.full((3,), found.state["value"]))
         assert message or found.state["value"] == 2.0
-        # and the next save works as if nothing had been
+        # and the next save works
         save(run, 3, value=3.0)
         assert [p.name for p in (run / checkpoint.FOLDER).iterdir()] == ["step-00000003"]
         if not fault.fired:
             finished = after
             break
-    assert finished > 10  # every call of a whole save has had its turn
+    assert finished > 10  # every call of a whole save has failed once
 
 
 def test_a_file_where_the_folder_should_be_is_a_clear_error(tmp_path):
@@ -172,7 +172,7 @@ def test_every_flipped_bit_of_the_state_is_noticed(tmp_path):
             loaded = checkpoint.load(path)
         except CheckpointError:
             continue
-        # Only white space may change unnoticed: the content is what counts.
+        # Only white space may change unnoticed: the checksum is of the content.
         assert loaded.state == content["state"]
         assert original[position : position + 1].isspace()
 
@@ -227,6 +227,6 @@ def test_a_checkpoint_of_another_student_is_refused(tmp_path):
 
 def test_unwritable_leftovers_do_no_harm(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # as if it were refused
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # removes nothing
     save(tmp_path, 2, value=2.0)
     assert checkpoint.load(checkpoint.latest(tmp_path)).state["value"] == 2.0

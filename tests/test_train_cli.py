@@ -155,7 +155,7 @@ def test_demo_ends_with_one_table_and_what_to_do_next(tmp_path, monkeypatch, cap
     monkeypatch.setattr(demo, "TEACHER", replace(demo.TEACHER, **short))
     monkeypatch.setattr(demo, "STUDENT", replace(demo.STUDENT, **short))
     monkeypatch.setattr(demo, "SEEDS", (0, 1))
-    for _ in range(2):  # the second time in a folder of its own
+    for _ in range(2):  # the second demo gets a new folder
         assert main([]) == 0
         text = capsys.readouterr().out
         rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
@@ -167,7 +167,7 @@ def test_demo_ends_with_one_table_and_what_to_do_next(tmp_path, monkeypatch, cap
 
 
 def test_demo_compares_like_with_like():
-    """The two students differ in the method alone, and both are what the demo says."""
+    """The students differ in the method alone; their settings are those that the demo names."""
     assert demo.STUDENT.method == Config().method == "embed-kd"
     assert demo.STUDENT.data == demo.TEACHER.data == "digits"
     assert not demo.STUDENT.flip  # a mirrored digit is no digit

@@ -1,4 +1,4 @@
-"""What a run computes and leaves behind."""
+"""The training loop: what a run computes, and the files it writes."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_matches_a_loop_written_out(tmp_path, no_figures):
     dataset = data.load(config.data)
     torch.manual_seed(config.seed)
     student = models.create(config.student, num_classes=3, image_size=8, in_channels=1)
-    # As the trainer has it: the same calls on the same memory formats give the same bits. AdamW
-    # divides gradients by their own size, so that rounded otherwise, those near zero move weights.
+    # The trainer's memory format, for the same bits: AdamW divides gradients by their own size, so
+    # that in those near zero other roundings would move the weights.
     student = student.to(memory_format=torch.channels_last)
     decay = [p for n, p in student.named_parameters() if p.ndim > 1 and n not in TOKENS]
     rest = [p for n, p in student.named_parameters() if p.ndim <= 1 or n in TOKENS]
@@ -101,8 +101,8 @@ TOKENS = ("class_token", "position")
 
 @pytest.mark.parametrize("accumulate", [2, 5, 100])
 def test_accumulating_equals_one_large_batch(tmp_path, no_figures, accumulate):
-    # 90 images in batches of 7, the last of 6. Groups of 2 leave that one alone in the last group,
-    # groups of 5 leave two whole ones and it, and 100 takes the epoch in one step.
+    # 90 images in batches of 7, the last of 6. Of groups of 2, the last holds that batch alone; of
+    # groups of 5, two full batches and that one; a group of 100 takes the epoch in one step.
     settings = {"method": "embed-kd", "crop_padding": 0, "flip": False}
     large = tiny_config(tmp_path, **settings, batch_size=7 * accumulate)
     small = replace(large, batch_size=7, accumulate=accumulate, out=str(tmp_path / "small"))
@@ -122,10 +122,10 @@ def test_a_short_last_batch_counts_by_its_images(tmp_path, no_figures):
 
 
 def assert_same_gradients(one: Config, other: Config) -> None:
-    """The same number of steps, and the same running mean of their gradients.
+    """The same number of steps, and the same running mean of gradients (AdamW's first moment).
 
-    Not the weights: AdamW makes whole steps of the rounding errors of gradients that are zero,
-    such as those of the attention's key bias.
+    Not the same weights: where a gradient is zero, such as that of the attention's key bias, AdamW
+    makes full steps of its rounding error.
     """
     paths = [checkpoint.latest(config.folder) for config in (one, other)]
     assert paths[0].name == paths[1].name
@@ -157,7 +157,7 @@ def test_the_average_of_the_weights_is_what_is_saved_and_scored(tmp_path, no_fig
 
 
 def test_a_small_norm_bound_holds_the_weights_back(tmp_path, no_figures):
-    # SGD would show it at once; AdamW is blind to the scale, so look at its first moment.
+    # AdamW's steps do not depend on the gradient's scale, so compare its first moment.
     moments = []
     for clip_norm in (0.0, 1e-3):
         config = tiny_config(
@@ -183,7 +183,7 @@ def test_fp16_passes_over_steps_that_overflow_and_then_learns(tmp_path, no_figur
     config = tiny_config(tmp_path, amp="fp16", epochs=4, lr=1e-2)
     train(config, verbose=False)
     saved = checkpoint.load(checkpoint.latest(config.folder))
-    assert saved.state["scaler"]["scale"] < 2**16  # where it begins
+    assert saved.state["scaler"]["scale"] < 2**16  # the initial scale
     lines = [json.loads(x) for x in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
     assert weights(config).dtype == torch.float32
@@ -214,7 +214,7 @@ def test_a_non_finite_term_stops_the_run_before_the_step(tmp_path, monkeypatch, 
 def test_a_non_finite_gradient_stops_the_run_before_the_step(tmp_path, monkeypatch, no_figures):
     class Steep(METHODS["plain"]):
         def distill(self, output, batch, images):
-            # 0 for the loss, an infinite slope for the gradient
+            # the loss is 0, its gradient infinite
             return {"steep": (output.embedding - output.embedding.detach()).abs().sum().sqrt()}
 
     monkeypatch.setitem(METHODS, "plain", Steep)

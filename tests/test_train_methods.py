@@ -49,7 +49,7 @@ class Setting:
         return ModelOutput(output.embedding.double(), output.logits.double())
 
     def contrastive(self, bank: Tensor, target: Tensor, scale: float) -> float:
-        """The contrastive term with the method's own projection, eagerly in float64."""
+        """The contrastive term with the method's own projection, in float64 by eager torch."""
         loss = self.method.contrastive
         u = F.normalize(self.output.embedding.detach().double(), dim=1)
         z = bank.half().double() @ loss.weight.detach().double().t() + loss.bias.detach().double()

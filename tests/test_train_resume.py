@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever, and resumed ends in the same bytes as one left alone."""
+"""A run that is stopped in any way and resumed ends in the same bytes as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Between them: every method's state, dropout-free and batch-norm students, and every option that
-# adds state of its own.
+# Together: every method's state, students without dropout and with batch norm, and every option
+# that adds state.
 VARIANTS: dict[str, dict[str, Any]] = {
     "embed-kd": {},
     "ema, accumulate, bf16": {"ema": 0.9, "accumulate": 2, "amp": "bf16"},
@@ -86,7 +86,7 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, capsy
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
-    # Checkpoints after every other step, so that many kills fall into the writing of one.
+    # A checkpoint after every second step, so that many kills hit the writing of one.
     config = tiny_config(tmp_path, epochs=12, checkpoint_steps=2, ema=0.9, accumulate=2, amp="bf16")
     whole = replace(config, out=str(tmp_path / "whole"))
     train(whole, verbose=False)

@@ -25,7 +25,7 @@ TIMINGS = (
 
 
 def tiny_data(folder: Path, *, train: int = 90, test: int = 20, classes: int = 3) -> Path:
-    """An .npz of 8 x 8 gray images whose brightness tells their class."""
+    """An .npz of 8 x 8 gray images whose brightness depends on their class."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {"class_names": np.array([f"class {c}" for c in range(classes)])}
     for split, count in (("train", train), ("test", test)):
@@ -55,7 +55,7 @@ def tiny_bank(folder: Path, dataset: Dataset, dim: int = 12, **settings: Any) ->
 
 
 def tiny_teacher(folder: Path, classes: int = 3) -> Path:
-    """An untrained teacher: what it says is arbitrary, but always the same."""
+    """An untrained teacher: its outputs are arbitrary, but always the same."""
     path = folder / "teacher.safetensors"
     torch.manual_seed(1)
     spec = "vit:patch=4,width=24,layers=1,heads=2"
@@ -65,7 +65,7 @@ def tiny_teacher(folder: Path, classes: int = 3) -> Path:
 
 
 def tiny_config(folder: Path, **settings: Any) -> Config:
-    """Seven steps an epoch, the last one short; what it needs is made in `folder`, once."""
+    """Seven steps per epoch, the last one short; makes data, bank and teacher in `folder` once."""
     path = folder / "tiny.npz"
     if not path.exists():
         tiny_data(folder)
@@ -87,13 +87,13 @@ def tiny_config(folder: Path, **settings: Any) -> Config:
 
 
 def resume_in_process(config: Config) -> None:
-    """What a process that is to be killed runs."""
+    """The target of a process that the test kills."""
     torch.set_num_threads(1)
     train(config, resume=True, verbose=False)
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What two runs that are the same must agree in, to the byte."""
+    """The results in which equal runs must agree to the byte."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         for name in TIMINGS:

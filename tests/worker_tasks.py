@@ -1,4 +1,4 @@
-"""What tests give to the workers of benchmarks; it imports little, so that they start at once."""
+"""Tasks for the workers of benchmarks in tests; few imports, so that workers start quickly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def some_items(task: str) -> Iterator[str]:
 
 
 class Counter:
-    """Held by a worker."""
+    """The object of a worker."""
 
     def __init__(self, count: int) -> None:
         if count < 0:
