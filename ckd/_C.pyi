@@ -1,7 +1,7 @@
 """The compiled kernels, as functions of addresses (0: null) and sizes.
 
-Tensors are keyword arguments, so that a caller cannot swap two of them by position. The structs of
-csrc/cpu/arguments.h and csrc/cuda/arguments.h describe each of them.
+Tensors are keyword arguments: by position, or under a wrong name, they fail the type check. The
+structs of csrc/cpu/arguments.h and csrc/cuda/arguments.h describe each of them.
 """
 
 from typing import TypeAlias

@@ -250,6 +250,19 @@ def test_weight_may_begin_anywhere(gpu: Gpu) -> None:
     assert torch.equal(torch.autograd.grad(loss, student)[0].cpu(), expected["student"])
 
 
+def test_one_row_of_weight_may_have_any_stride(gpu: Gpu) -> None:
+    """torch calls one row contiguous whatever its stride; kernels align rows by it."""
+    case = make_case(6, 70, 16, 1).cast(torch.float16)
+    expected = ours(gpu, case, half=True)
+    moved = {n: x.to(gpu.device) for n, x in vars(case).items()}
+    wide = torch.zeros(1, 25, dtype=torch.float16, device=gpu.device)
+    moved["weight"] = wide[:, 8:24].copy_(moved["weight"])
+    assert moved["weight"].stride() == (25, 1)
+    with gpu.autocast():
+        loss = ckd.contrastive_cross_entropy(*Case(**moved).arguments, backend=gpu.name)
+    assert torch.equal(loss.cpu(), expected["loss"])
+
+
 def test_cache_is_used_and_bounded(gpu: Gpu) -> None:
     case = on_device(gpu, make_case(8, 100, 24, 16)).requiring(*GRADIENTS)
 

@@ -192,6 +192,10 @@ def test_the_registered_op_refuses_a_gradient_of_lse_without_attention(backend: 
     )
     targets, keep = Targets(case.target, 0.0, -100, "mean"), Keep(True, False, 0)
     arguments = (*inputs, *targets, *Plan(backend, False), *keep)
-    _, lse, *_ = torch.ops.ckd.contrastive_ce(*arguments)
+    _, lse, *others = torch.ops.ckd.contrastive_ce(*arguments)
+    assert not any(x.requires_grad for x in others)
     with pytest.raises(ValueError, match="save_attention=True"):
         lse.sum().backward()
+    arguments = (*arguments[: -len(keep)], *keep._replace(residual=False))
+    with pytest.raises(ValueError, match="save_residual=True"):
+        torch.ops.ckd.contrastive_ce(*arguments)[0].backward()

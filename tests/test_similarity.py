@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ckd
 from tests import oracle, tolerance
@@ -46,6 +47,20 @@ def test_similarity_softmax_is_the_loss(backend: str) -> None:
     )
     loss = ckd.contrastive_cross_entropy(*case.arguments, backend=backend)
     torch.testing.assert_close(torch.nn.functional.cross_entropy(table, case.target), loss)
+
+
+def test_one_graph_serves_all_shapes(backend: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        ckd.normalized_similarity, fullgraph=True, dynamic=True, backend=counter
+    )
+    for batch, rows in ((3, 5), (4, 7), (9, 6), (10, 12)):
+        case = make_case(batch, rows, 6, 4).requiring(*GRADIENTS)
+        inputs = (case.student, case.bank, case.weight, case.bias, case.logit_scale)
+        expected = ckd.normalized_similarity(*inputs, backend=backend)
+        torch.testing.assert_close(compiled(*inputs, backend=backend), expected)
+    assert counter.frame_count == 1
 
 
 def test_gradcheck_opcheck_and_compile(backend: str) -> None:

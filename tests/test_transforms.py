@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import ckd
+from ckd.ops import _bypass
 from tests import oracle
 from tests.oracle import Case, make_case
 
@@ -117,3 +119,35 @@ def test_second_derivatives_are_refused_under_transforms(backend: str) -> None:
         twice = torch.func.grad(lambda x, f=ours: torch.func.grad(f)(x).sum())
         with pytest.raises(NotImplementedError, match="second derivatives"):
             twice(case.student)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_gradient_of_vmap_is_refused_with_the_remedy(backend: str) -> None:
+    """vmap hides from the op that a gradient is asked for outside, so nothing is kept for it."""
+    case = make_case(4, 10, 8, 6)
+    loss, _ = functions(case, backend)["loss"]
+    students = torch.stack([case.student, case.student.flip(0)]).requires_grad_()
+    with pytest.raises(ValueError, match="take vmap of grad"):
+        torch.vmap(loss)(students).sum().backward()
+    with pytest.raises(ValueError, match="take vmap of grad"):
+        torch.func.grad(lambda x: torch.vmap(loss)(x).sum())(students.detach())
+
+
+def test_functionalize_sees_the_ops(backend: str) -> None:
+    if not _bypass.is_enabled():
+        pytest.skip("torch has no rule of an autograd.Function for it")
+    case = make_case(4, 10, 8, 6)
+    for ours, _ in functions(case, backend).values():
+        assert torch.equal(torch.func.functionalize(ours)(case.student), ours(case.student))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_contain_the_op_and_can_be_saved(backend: str, tmp_path: Path) -> None:
+    case = make_case(4, 10, 8, 6)
+    for name in ("loss", "similarity"):
+        ours, _ = functions(case, backend)[name]
+        traced = torch.jit.trace(ours, (case.student,), check_trace=False)
+        torch.jit.save(traced, str(tmp_path / "trace.pt"))
+        loaded = torch.jit.load(str(tmp_path / "trace.pt"))
+        assert torch.equal(loaded(case.student), ours(case.student))

@@ -16,7 +16,7 @@ MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)  # in float32; a larger litera
 
 @triton.jit
 def load_scale(scale):
-    """The scale, or NaN for one that the op refuses, which needs no synchronisation."""
+    """The scale; NaN if it is not positive and finite: an error would need a synchronisation."""
     value = tl.load(scale).to(tl.float32)
     return tl.where((value > 0) & (value < float("inf")), value, float("nan"))
 
@@ -66,8 +66,8 @@ def to_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(total, left, right, PRECISION: tl.constexpr):
-    """total + left right. In float32 the product is accumulated from zero: a sum over n rows then
-    has the rounding of n / BLOCK additions, not of n."""
+    """total + left right. In float32 the product is computed by itself and then added: a sum over n
+    rows in blocks of BLOCK rounds the total n / BLOCK times, not n times."""
     if PRECISION == "ieee" and right.dtype == tl.float32:
         return total + tl.dot(left, right, input_precision=PRECISION)
     else:

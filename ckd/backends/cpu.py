@@ -215,7 +215,7 @@ def _single(x: Tensor) -> Tensor: ...
 @overload
 def _single(x: Tensor | None) -> Tensor | None: ...
 def _single(x: Tensor | None) -> Tensor | None:
-    """Contiguous float32. Checking in Python is faster than two calls of torch without effect."""
+    """x as contiguous float32, or None. Checking first is faster than calling torch for nothing."""
     if x is None or (x.dtype is torch.float32 and x.is_contiguous()):
         return x
     return x.float().contiguous()

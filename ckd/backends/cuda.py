@@ -266,7 +266,10 @@ class _Call:
         weight = weight.to(half).contiguous()
         if spare:
             return torch.nn.functional.pad(weight, (0, spare))
-        return weight if weight.data_ptr() % 16 == 0 else weight.clone()
+        if weight.data_ptr() % 16 == 0 and weight.stride(0) % 8 == 0:
+            return weight
+        # One row is contiguous whatever its stride: a copy gets the stride D.
+        return weight.clone(memory_format=torch.contiguous_format)
 
     def empty(self, *shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.student.device)

@@ -38,7 +38,7 @@ MIN_TILE_ROWS = 64  # with fewer, call overhead outweighs the matrix products
 
 
 def missing() -> str | None:
-    """None: the backend needs torch alone."""
+    """None, always: the backend needs nothing but torch."""
     return None
 
 

@@ -53,9 +53,9 @@ class EmbeddingBank:
     def open(cls, path: str | os.PathLike[str], verify: str = "fast") -> EmbeddingBank:
         """Open the bank in the folder `path`.
 
-        verify: "fast" checks the xxh3 of every shard, "full" its sha256 as well, "off" only the
-        manifest, file sizes, headers, ids and labels.
-        Raises BankError, naming file and rows, for any damage, and for an incomplete bank.
+        verify: every mode checks the manifest, file sizes, headers, ids and labels; "fast" also the
+        xxh3 of each shard, "full" its xxh3 and sha256, "off" nothing else.
+        Raises BankError for an incomplete bank, and for damage that is found, with file and rows.
         """
         if verify not in VERIFY_MODES:
             raise BankError(unknown("verify mode", verify, VERIFY_MODES))

@@ -232,7 +232,7 @@ class BankWriter:
             )
 
     def _remove_leftovers(self) -> None:
-        """Delete temporary files, and shards that a killed writer had not listed yet."""
+        """Delete the bank's own files that are temporary, or shards not in the manifest yet."""
         listed = {MANIFEST_NAME, *(shard.file for shard in self._manifest.shards)}
         leftovers = [n for n in os.listdir(self.path) if _OURS.fullmatch(n) and n not in listed]
         for name in leftovers:

@@ -54,7 +54,7 @@ class EncodedImages(ABC):
 
     @abstractmethod
     def sizes_bytes(self) -> list[int]:
-        """Encoded sizes of the images, or of groups of images, found without reading them."""
+        """The bytes of each encoded image, or of each group of images; no image is read."""
 
     def fingerprint(self) -> str:
         """Hash of labels, sample ids, class names, and the encoded images.

@@ -22,7 +22,7 @@ class TimmModel(Model):
         if classes and not isinstance(network.get_classifier(), nn.Module):
             raise ModelError(
                 f"{spec.text!r} has several classifiers, so no single embedding; "
-                "choose a model that is not distilled"
+                "choose a variant without a distillation head"
             )
         config = network.pretrained_cfg or {}
         embed = _Embed(network)

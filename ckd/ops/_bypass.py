@@ -32,7 +32,7 @@ try:
         _len_torch_function_stack,
     )
     from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C._functorch import TransformType, peek_interpreter_stack
     from torch.autograd import forward_ad
 
     _enabled = forward_ad._current_level < 0
@@ -78,14 +78,14 @@ class Shortcut:
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self.tensors]
         if is_observed() or not _are_plain(tensors):
-            return self.op(*arguments)
+            return self._observed(*arguments)
         if _needs_gradient(tensors):
             return self._apply(*arguments, partial(self.op.flat, *arguments))
         return self.op.flat(*arguments)
 
     def call(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> Any:
         if is_observed():
-            return self.op.call(records, *options)
+            return self._observed(*self.op.arguments(records, *options))
         key = _key(records, options)
         plan = self._plans.get(key) if key is not None else None
         if plan is None:
@@ -93,7 +93,7 @@ class Shortcut:
             arguments = tuple(chain(*records))
             tensors = arguments[: self.tensors]
             if key is None or not _are_plain(tensors):
-                return self.op(*arguments, *chain(*prepared))
+                return self._observed(*arguments, *chain(*prepared))
             if len(self._plans) >= MOST:
                 self._plans.clear()
             plan = _Plan(_needs_gradient(tensors), prepared, tuple(chain(*prepared)))
@@ -102,6 +102,11 @@ class Shortcut:
             return self.op.implementation(*records, *plan.prepared)
         compute = partial(self.op.implementation, *records, *plan.prepared)
         return self._apply(*chain(*records), *plan.flat, compute)
+
+    def _observed(self, *arguments: Any) -> Any:
+        if _is_functionalized():  # for which torch has no rule of an autograd.Function
+            return self.op.registered(*arguments)
+        return self.op(*arguments)
 
 
 def _direct(op: Op) -> type[torch.autograd.Function]:
@@ -142,8 +147,18 @@ def is_observed() -> bool:
     )
 
 
+def _is_functionalized() -> bool:
+    """Whether the innermost transform of torch.func is functionalize."""
+    if torch.compiler.is_compiling() or not _enabled:
+        return False
+    transform = peek_interpreter_stack()
+    return transform is not None and transform.key() == TransformType.Functionalize
+
+
 def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _key(records: tuple[tuple[Any, ...], ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -154,6 +169,7 @@ def _key(records: tuple[tuple[Any, ...], ...], options: tuple[Any, ...]) -> tupl
         return None
     key: list[Any] = [
         torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
         _is_any_autocast_enabled() and torch.is_autocast_enabled(student.device.type),
         interface.settings_version,
     ]

@@ -65,7 +65,11 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the op on the arguments of its schema."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_inference_mode_enabled()
+            or torch.jit.is_tracing()
+        ):
             return self.registered(*arguments)
         # An autograd.Function wraps the op: with the formula that is registered with the dispatcher
         # alone, torch.func does not work, and forward mode gives zero tangents without an error.
@@ -73,7 +77,11 @@ class Op:
 
     def call(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> Any:
         """Call the op on the caller's records and those that `prepare` returns."""
-        return self(*chain(*records, *self.prepare(*records, *options)))
+        return self(*self.arguments(records, *options))
+
+    def arguments(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> tuple[Any, ...]:
+        """The arguments of the schema for a call."""
+        return (*chain(*records, *self.prepare(*records, *options)),)
 
 
 def _is_tensor(argument: str) -> bool:

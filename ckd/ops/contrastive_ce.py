@@ -184,8 +184,22 @@ def _differentiate(ctx: Any, d_loss: Tensor | None, d_lse: Tensor | None, *_: No
     tensors = ctx.saved_tensors
     tensors, saved = tensors[: _forward.tensors], tensors[_forward.tensors :]
     needs = _gradients.needs(ctx)
+    if needs.student or needs.logit_scale:
+        *_, save_residual, save_attention, _ = ctx.options
+        _check_kept("residual", save_residual or d_loss is None)
+        _check_kept("attention", save_attention or d_lse is None)
     gradients = _backward(d_loss, d_lse, *tensors, *ctx.options, *saved, *needs)
     return _gradients.for_autograd(ctx, gradients)
+
+
+def _check_kept(output: str, suffices: bool) -> None:
+    if not suffices:
+        raise ValueError(
+            f"a gradient for student or logit_scale needs the output `{output}` of "
+            f"ckd::contrastive_ce: call it with save_{output}=True, not False. (Under torch.vmap "
+            "the op cannot see that a gradient is taken outside: take vmap of grad, not grad of "
+            "vmap.)"
+        )
 
 
 def _compute_backward(
@@ -197,11 +211,6 @@ def _compute_backward(
     saved: Saved,
     needs: Needs,
 ) -> Gradients:
-    if upstream.d_lse is not None and (needs.student or needs.logit_scale) and not keep.attention:
-        raise ValueError(
-            "the gradient of lse for student or logit_scale needs the output `attention` of "
-            "ckd::contrastive_ce: call it with save_attention=True, not False"
-        )
     backend = backends.ORDER[plan.backend]
     return backend.contrastive_ce_backward(upstream, inputs, targets, plan, saved, needs)
 

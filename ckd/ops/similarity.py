@@ -47,7 +47,7 @@ def _compute(inputs: Inputs, plan: Plan) -> Tensor:
 
 
 def _fake(inputs: Inputs, plan: Plan) -> Tensor:
-    return inputs.logit_scale.new_empty(len(inputs.student), len(inputs.bank))
+    return inputs.logit_scale.new_empty(inputs.student.shape[0], inputs.bank.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,11 +8,12 @@
 
 namespace ckd::cpu::CKD_TIER {
 
-// A projected panel: n^T, packed along W (words: see gemm.h).
+// 64 projected bank rows, normalised (n = z / |z|), transposed and packed along W into words
+// (gemm.h).
 template <class Type>
 struct Panel {
   const typename Type::Word* words;  // [words(W), 64]
-  const float* inverse;              // [64]: 1 / |z|; 0 for padding and rows that count as zero
+  const float* inverse;              // [64]: 1 / |z|; 0 for padding and for norms below 1e-6
 };
 
 template <class Type>
@@ -259,7 +260,7 @@ class Bank {
          d > 0);
   }
 
-  // Adds the bias and divides by the norms; 0 for padding and rows that count as zero.
+  // Adds the bias and divides by the norms; 0 for padding and for norms below 1e-6.
   void normalise(std::int64_t panel, float* z, float* inverse) const {
     const std::int64_t dim = in_.student_dim;
     const int vectors = columns(panel) / LANES;

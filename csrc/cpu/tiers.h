@@ -17,7 +17,8 @@ struct Tier {
 // The tiers that run here, best first; "portable" always does.
 const std::vector<Tier>& tiers();
 
-// The tier of that name. Throws std::invalid_argument if it does not run here.
+// The tier (instruction set) of that name. Throws std::invalid_argument if it is unknown or this
+// CPU cannot run it.
 const Tier& tier(const std::string& name);
 
 }  // namespace ckd::cpu

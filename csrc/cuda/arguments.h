@@ -23,13 +23,13 @@ struct Rows {
 struct Inputs {
   Rows student;  // [B, W]
   Rows bank;     // [K, D]
-  // [W, D] with rows weight_stride apart, in the operands' dtype: float16 for a float16 bank, else
-  // bfloat16, and float32 with `exact`; null: D == W and no projection.
+  // [W, D], rows weight_stride elements apart: float32 with `exact`, otherwise float16 for a
+  // float16 bank and bfloat16 for any other. Null if there is no projection (then D == W).
   const void* weight;
   std::int64_t weight_stride;
   const float* bias;         // [W], or null
   const float* logit_scale;  // []
-  bool exact = false;        // float32 arithmetic: operands are split into pieces, see tile.cuh
+  bool exact = false;        // float32 accuracy, from pieces of operands (tile.cuh)
 };
 
 struct Targets {

@@ -10,8 +10,8 @@
 
 namespace ckd::cuda {
 
-// Bytes of workspace beside results and cache; `most_chunk_rows` bounds the rows of a chunk of the
-// bank (rounded up to a tile), for tests.
+// Bytes of workspace, results and cache not included. `most_chunk_rows` bounds the rows of a chunk
+// of the bank (rounded up to a tile); only tests lower it.
 std::int64_t forward_workspace(const ContrastiveCeForward& op, int processors,
                                std::int64_t most_chunk_rows);
 std::int64_t backward_workspace(const ContrastiveCeBackward& op, int processors,
@@ -25,8 +25,8 @@ int contrastive_ce_backward(const ContrastiveCeBackward& op, int processors,
 // The description of a cudaError.
 const char* error_text(int error);
 
-// Whether the error is that of earlier asynchronous work, ours or not: the device reports it to
-// every later call, which then launches nothing.
+// Whether earlier asynchronous work, ours or another library's, caused the error. Every later call
+// returns such an error and launches nothing.
 bool is_of_earlier_work(int error);
 
 }  // namespace ckd::cuda

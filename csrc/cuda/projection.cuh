@@ -75,7 +75,8 @@ constexpr int PIECES = std::is_same<S, __nv_bfloat16>::value ? 1
                        : std::is_same<S, __half>::value      ? 2
                                                              : 3;
 
-// The same as `project` in exact arithmetic; P is float32.
+// As `project`, with the accuracy of float32: sums products of bfloat16 pieces of t and of the
+// float32 weight.
 template <class S>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
     project_exactly(const S* t, std::int64_t stride, int rows, int dim, const float* weight,

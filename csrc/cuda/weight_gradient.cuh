@@ -30,7 +30,8 @@ CKD_DEVICE float scale_to_store(float largest) {
   return TOP / power_of_2_above(fmaxf(largest, SMALLEST));
 }
 
-// The maximum over the block of x >= 0; `of_warps` is shared memory: a free float for each warp.
+// The maximum of x >= 0 over the block's threads. `of_warps` is shared memory, one float for each
+// warp, that no thread still uses.
 CKD_DEVICE float max_of_block(float x, float* of_warps) {
   x = max_of_warp(x);
   if (lane_index() == 0) of_warps[warp_index()] = x;

@@ -110,7 +110,7 @@ struct Collective {
   Order order;
 };
 
-// Waits for all 32 lanes; the last one to arrive computes the results of all.
+// Waits for all 32 lanes; the last lane to arrive computes every lane's result from their inputs.
 void wait_for_warp(const Collective& collective, const void* in, std::size_t in_bytes, void* out,
                    std::size_t out_bytes, Site site);
 

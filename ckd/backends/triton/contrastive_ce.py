@@ -139,7 +139,7 @@ class SoftmaxSums:
                 PRECISION=call.precision, **chosen.launch(call.width),
             )  # fmt: skip
 
-        if self._tiles is None:  # tuned on the first chunk: only its launch may be repeated
+        if self._tiles is None:  # tuned on the first chunk: later launches add to its results
             kind = (call.batch, count, call.width, self._keep_values)
             self._tiles = call.choose("forward", kind, self._candidates, launch)
         launch(self._tiles)

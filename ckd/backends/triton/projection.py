@@ -57,7 +57,7 @@ class ProjectionGradient:
                 **chosen.launch(call.width),
             )  # fmt: skip
 
-        if self._tiles is None:  # tuned on the first chunk: only its launch may be repeated
+        if self._tiles is None:  # tuned on the first chunk: later launches add to its results
             kind = (call.batch, count, call.width)
             self._tiles = call.choose("bank_gradient", kind, candidates, launch)
             if self._sums is not None:
@@ -100,7 +100,7 @@ class ProjectionGradient:
         self._exact.add(columns, chunk.t, None, self._call.bank_operand)
 
     def _add_half(self, chunk: Chunk, d_z: Tensor, scales: Tensor | None, rows: int) -> None:
-        """Add d_z^T t, with d_z in half precision and one scale for each block of `rows` rows."""
+        """Add d_z^T t to the parts of d_weight. d_z is half precision, with a scale for each `rows`."""
         call = self._call
         aligned = is_aligned(chunk.t)
         candidates = tiles.weight_gradient_tiles(call.width, call.family, rows, aligned)
@@ -128,7 +128,7 @@ class ProjectionGradient:
                 num_warps=chosen.warps, num_stages=chosen.stages,
             )  # fmt: skip
 
-        if self._product_tiles is None:  # tuned on the first chunk: only its launch may be repeated
+        if self._product_tiles is None:  # tuned on the first chunk: later launches add
             sizes = (call.student_dim, call.teacher_dim, rows, aligned)
             self._product_tiles = call.choose("weight_gradient", sizes, candidates, launch)
         launch(self._product_tiles)
