@@ -100,7 +100,7 @@ class ProjectionGradient:
         self._exact.add(columns, chunk.t, None, self._call.bank_operand)
 
     def _add_half(self, chunk: Chunk, d_z: Tensor, scales: Tensor | None, rows: int) -> None:
-        """Add d_z^T t to the parts of d_weight. d_z is half precision, with a scale for each `rows`."""
+        """Add d_z^T t to the parts of d_weight; d_z is in half precision, scaled by `rows`."""
         call = self._call
         aligned = is_aligned(chunk.t)
         candidates = tiles.weight_gradient_tiles(call.width, call.family, rows, aligned)
