@@ -113,6 +113,16 @@ def test_forward_mode_is_refused_by_name(transform: str, requires_grad: bool, ba
             FORWARD[transform](ours, x)
 
 
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd"])
+def test_forward_mode_is_refused_when_compiled(transform: str, backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    for ours, _ in functions(case, backend).values():
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, f=ours: FORWARD[transform](f, x), backend="eager")
+        with pytest.raises(NotImplementedError, match=rf"ckd::.*{transform}"):
+            compiled(case.student)
+
+
 def test_second_derivatives_are_refused_under_transforms(backend: str) -> None:
     case = make_case(4, 10, 8, 6)
     for ours, _ in functions(case, backend).values():

@@ -7,6 +7,7 @@ from itertools import accumulate, chain, takewhile
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 # The records that all ops share, as parts of a schema: one argument for each field, in their order.
 INPUTS = "Tensor student, Tensor bank, Tensor? weight, Tensor? bias, Tensor logit_scale"
@@ -14,6 +15,10 @@ PLAN = "str backend, bool allow_half"
 NEEDS = "bool needs_student, bool needs_weight, bool needs_bias, bool needs_logit_scale"
 GRADIENTS = "(Tensor d_student, Tensor d_weight, Tensor d_bias, Tensor d_logit_scale)"
 
+_NO_FORWARD_MODE = (
+    "ckd::{} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, linearize, "
+    "torch.autograd.forward_ad); use reverse mode: backward, or torch.func.grad, vjp or jacrev"
+)
 _library = torch.library.Library("ckd", "FRAGMENT")
 
 
@@ -65,11 +70,11 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the op on the arguments of its schema."""
-        if (
-            torch.compiler.is_compiling()
-            or torch.is_inference_mode_enabled()
-            or torch.jit.is_tracing()
-        ):
+        if torch.compiler.is_compiling():
+            if any(map(_is_dual, arguments[: self.tensors])):
+                raise NotImplementedError(_NO_FORWARD_MODE.format(self.name))
+            return self.registered(*arguments)
+        if torch.is_inference_mode_enabled() or torch.jit.is_tracing():
             return self.registered(*arguments)
         # An autograd.Function wraps the op: with the formula that is registered with the dispatcher
         # alone, torch.func does not work, and forward mode gives zero tangents without an error.
@@ -82,6 +87,10 @@ class Op:
     def arguments(self, records: tuple[tuple[Any, ...], ...], *options: Any) -> tuple[Any, ...]:
         """The arguments of the schema for a call."""
         return (*chain(*records, *self.prepare(*records, *options)),)
+
+
+def _is_dual(x: torch.Tensor | None) -> bool:
+    return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
 def _is_tensor(argument: str) -> bool:
@@ -112,11 +121,7 @@ def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(
-                f"ckd::{op.name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
-                "linearize, torch.autograd.forward_ad); use reverse mode: backward, or "
-                "torch.func.grad, vjp or jacrev"
-            )
+            raise NotImplementedError(_NO_FORWARD_MODE.format(op.name))
 
     return type(op.name, (Function,), {})  # for the name of grad_fn
 
