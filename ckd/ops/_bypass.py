@@ -5,8 +5,8 @@ dispatcher: together these take longer than the loss against a small bank. A `Sh
 checks and the choice of a backend, and calls the implementation itself. It does so only where no
 compiler, tracer, transform, mode, profiler or tensor subclass observes the op; results are equal.
 
-This module alone uses names that are private to torch. Without one of them, every call takes the
-public path of `Op`; so it does if this module and the calls of `shorten` are deleted.
+In ckd/ops, only this module uses names that are private to torch. If torch lacks one of them, every
+call takes the public path of `Op`; so it does if this module and its `shorten` are deleted.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def needs(ctx: Any) -> Needs:
 
 
 def for_autograd(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """One gradient for each argument of such an op, None where autograd asks for none."""
+    """One gradient per argument of an op that begins with Inputs; None if it is not needed."""
     d_student, d_weight, d_bias, d_logit_scale = gradients
     student, _, weight, bias, logit_scale, *others = ctx.needs_input_grad
     return (

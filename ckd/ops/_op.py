@@ -90,6 +90,7 @@ class Op:
 
 
 def _is_dual(x: torch.Tensor | None) -> bool:
+    """Whether a tensor carries a tangent of forward-mode differentiation."""
     return x is not None and forward_ad.unpack_dual(x).tangent is not None
 
 
