@@ -1,4 +1,4 @@
-"""Atomic, durable writes: after a crash a file holds its old or its new content, no mixture."""
+"""Paths, and atomic, durable writes: after a crash a file holds its old or its new content."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
+_LFS_START = b"version https://git-lfs"
+LFS_POINTER = "it is a Git LFS pointer, not the file itself: fetch the file with git lfs pull"
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading `~` or `~user` replaced by the home folder, as a shell does it.
+
+    A shell leaves `--out=~/x` as it is, and Python never expands it.
+    """
+    return Path(os.path.expanduser(path))
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is a pointer of Git LFS; see LFS_POINTER."""
+    return start.startswith(_LFS_START)
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ckd._files import atomic_write
+from ckd._files import LFS_POINTER, atomic_write, is_lfs_pointer
 from ckd._hints import unknown
 from ckd._version import __version__
 from ckd.models import catalog
@@ -40,7 +40,6 @@ _DAMAGE = (
     struct.error,
     pickle.UnpicklingError,
 )
-_LFS_POINTER = b"version https://git-lfs"
 
 
 def _is_size(value: object) -> bool:
@@ -237,8 +236,8 @@ def _likely_cause(path: Path) -> str:
             start = file.read(64)
     except OSError:
         return ""
-    if start.startswith(_LFS_POINTER):
-        return "; it is a Git LFS pointer: fetch the file itself with git lfs pull"
+    if is_lfs_pointer(start):
+        return f"; {LFS_POINTER}"
     if path.suffix != ".safetensors" and start[8:9] == b"{":
         return "; it seems to hold safetensors: rename it to end in .safetensors"
     if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):
