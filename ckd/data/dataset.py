@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import unicodedata
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
 from ckd._errors import CkdError
+from ckd._files import LFS_POINTER, is_lfs_pointer
 
 
 class DataError(CkdError, ValueError):
@@ -181,6 +187,50 @@ def numbered_classes(labels: Sequence[Tensor], where: object) -> tuple[str, ...]
             "like class indices 0..C-1; renumber them, or store the class names"
         )
     return tuple(str(label) for label in range(largest + 1))
+
+
+def nfc(name: str) -> str:
+    """The composed form (Unicode NFC) of a class name: names that look equal are equal in it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def composed(names: Iterable[str], where: object) -> dict[str, str]:
+    """Class names by their composed form; DataError if two different ones have the same."""
+    by_form: dict[str, str] = {}
+    for name in names:
+        if by_form.setdefault(form := nfc(name), name) != name:
+            raise DataError(
+                f"{where} {by_form[form]!a} and {name!a} look equal and differ only in how their "
+                "characters are encoded (Unicode normalisation); rename one"
+            )
+    return by_form
+
+
+def unreadable(path: Path, kind: str, error: Exception) -> DataError:
+    """The error for a file of images that its reader refuses with `error`."""
+    reason = " ".join(str(error).split())
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if is_lfs_pointer(file.read(64)):
+            reason = LFS_POINTER
+    return DataError(f"{path}: cannot be read as {kind} file ({reason})")
+
+
+def warn_of_copies(digests: bytes, where: Callable[[int], str]) -> None:
+    """Warn if images have the same content, given their 16-byte hashes one after another.
+
+    `where` names the image at a position.
+    """
+    hashes = np.frombuffer(digests, "V16")
+    _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+    original = first[which]
+    copies = np.flatnonzero(original != np.arange(len(hashes)))
+    if len(copies):
+        warnings.warn(
+            f"{len(copies)} of {len(hashes)} images are copies of others (first: "
+            f"{where(int(copies[0]))} of {where(int(original[copies[0]]))}); copies count "
+            "more than once, and a contrastive loss pushes them apart",
+            stacklevel=5,
+        )
 
 
 def fingerprint_of(

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import xxhash
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ckd.data.dataset import DataError, fingerprint_of
+from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd.data import photo
+from ckd.data.dataset import DataError, fingerprint_of, warn_of_copies
 
-# Errors of Pillow's decoders on damaged files.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# Without this list Pillow tries dozens of readers in turn: half the time of a small image.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _CHUNK = 256  # images per task of the thread pool: enough to amortise the cost of a task
 FINGERPRINT_BYTES = 2 << 30  # hashed in full up to this size, which takes seconds to read
 
@@ -57,7 +43,7 @@ class EncodedImages(ABC):
         """The bytes of each encoded image, or of each group of images; no image is read."""
 
     def fingerprint(self) -> str:
-        """Hash of labels, sample ids, class names, and the encoded images.
+        """Hash of labels, sample ids, class names, and the encoded images; warns of copies.
 
         Computed before decoding, so it does not depend on `image_size` or on where pixels are kept.
         If the images exceed 2 GiB encoded, their sizes are hashed in place of their bytes.
@@ -65,8 +51,9 @@ class EncodedImages(ABC):
         digest = fingerprint_of(self.labels, self.sample_ids, self.class_names)
         sizes = self.sizes_bytes()
         if sum(sizes) <= FINGERPRINT_BYTES:
-            for position in range(len(self)):
-                digest.update(xxhash.xxh3_128_digest(self.read(position)))
+            images = b"".join(xxhash.xxh3_128_digest(self.read(i)) for i in range(len(self)))
+            warn_of_copies(images, self.where)
+            digest.update(images)
         else:
             digest.update(np.array(sizes, dtype="<i8").tobytes())
         return digest.hexdigest()
@@ -77,22 +64,22 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
 
     Raises DataError that names the image if it cannot be read.
     """
+    encoded = source.read(position)
     try:
-        with Image.open(io.BytesIO(source.read(position)), formats=_FORMATS) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"{source.where(position)}: pixels of mode {opened.mode!r} do not fit 8 bits; "
-                    "convert the image to 8 bits per channel"
-                )
-            ImageOps.exif_transpose(opened, in_place=True)
-            image = opened if opened.mode == "RGB" else opened.convert("RGB")
-            pixels = np.asarray(image if image_size is None else fit(image, image_size))
-    except DataError:
-        raise
-    except _DAMAGE as error:
+        image = photo.read(encoded)
+        pixels = np.asarray(image if image_size is None else fit(image, image_size))
+    except photo.DeepPixels as error:
         raise DataError(
-            f"{source.where(position)}: cannot be read as an image "
-            f"({type(error).__name__}: {error}); replace or remove it"
+            f"{source.where(position)}: pixels of mode {str(error)!r} do not fit 8 bits; "
+            "convert the image to 8 bits per channel"
+        ) from None
+    except photo.DAMAGE as error:
+        if is_lfs_pointer(bytes(encoded[:64])):
+            reason = LFS_POINTER
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        raise DataError(
+            f"{source.where(position)}: cannot be read as an image ({reason}); replace or remove it"
         ) from error
     return pixels.transpose(2, 0, 1)
 

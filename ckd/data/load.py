@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 
+from ckd._files import user_path
 from ckd._hints import unknown
-from ckd.data import arrays, folder, parquet, splits
+from ckd.data import arrays, folder, parquet, photo, splits, walk
 from ckd.data.dataset import DataError, Dataset, MemoryImages, check_rows
 from ckd.data.decode import EncodedImages, decode, decode_many
 from ckd.data.stream import FileImages
@@ -24,14 +26,17 @@ def load(
     """The `split` ("train" or "test") of a data set.
 
     `spec` is "digits" (comes with the package), an image folder, a Hugging Face parquet file or a
-    folder of them at any depth, or an .npz file. Validation data on disk serve as "test" if there
-    is no test split. Data without splits are divided by a stable hash of the sample id, the
-    fraction `holdout` going to "test".
+    folder of them at any depth, or an .npz file; `~` is the home folder. Validation data on disk
+    serve as "test" if there is no test split. Data without splits are divided by a stable hash of
+    the sample id, the fraction `holdout` going to "test".
 
     `image_size` cuts out the centre square and scales it to that size; without it all images must
     have the same size. Encoded images become RGB; arrays keep their channels. Encoded images that
     would take more than `memory_limit` bytes decoded are decoded on demand (FileImages) instead of
     once (MemoryImages).
+
+    Warns of images with the same content within the split (unless the images exceed 2 GiB), and of
+    folders that may not be meant as they are read.
 
     Raises DataError, naming the file, for data that is missing or not as described.
     """
@@ -43,16 +48,19 @@ def load(
         raise DataError(f"holdout must be at least 0 and below 1, got {holdout}")
     if spec == "digits":
         return arrays.load_digits(split, image_size)
-    path = Path(spec)
+    path = user_path(spec)
     try:
         if path.suffix.lower() == ".npz" and path.is_file():
             return arrays.load_npz(path, split, image_size, holdout)
         source = _open(path, split, holdout)
-    except PermissionError as error:
-        raise DataError(f"{error.filename or path}: permission denied") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise DataError(f"{error.filename or path}: {reason}") from error
     # resolve() gives "." the name of its folder.
     name = path.resolve().stem if path.is_file() else path.resolve().name
-    return _from_encoded(source, name, split, image_size, memory_limit)
+    with warnings.catch_warnings():
+        photo.ignore_warnings()
+        return _from_encoded(source, name, split, image_size, memory_limit)
 
 
 def _open(path: Path, split: str, holdout: float) -> EncodedImages:
@@ -62,6 +70,7 @@ def _open(path: Path, split: str, holdout: float) -> EncodedImages:
             "parquet files, or of an .npz file (no file or folder has this name)"
         )
     if path.is_dir():
+        path = walk.hub_snapshot(path)
         holds_parquet = next(parquet.files_in(path), None) is not None
         source = parquet if holds_parquet else folder
         return source.open_split(path, split, holdout)

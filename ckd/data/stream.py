@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
+from ckd.data import photo
 from ckd.data.dataset import Batch, DataError, Dataset, check_rows
 from ckd.data.decode import EncodedImages, decode, decode_many
 
@@ -41,6 +42,7 @@ class FileImages(Dataset):
             sampler=groups,
             batch_size=None,
             num_workers=workers,
+            worker_init_fn=photo.ignore_warnings if workers else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else DataLoader draws from the default generator
         )

@@ -1,0 +1,140 @@
+"""One encoded image as Pillow reads it: upright and RGB, whatever its metadata hold."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from typing import Any
+
+from PIL import Image
+
+# What Pillow's readers raise on damaged files. They index, unpack and divide unchecked values, so
+# nearly every error of Python's occurs.
+DAMAGE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+# Without this list Pillow tries dozens of readers in turn: half the time of a small image.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_ORIENTATION = 0x0112  # EXIF tags
+_FOLDERS_OF_TAGS = (0x8769, 0x8825, 0xA005)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DeepPixels(Exception):
+    """The pixels have more than 8 bits per channel; the message is Pillow's name of the mode."""
+
+
+def read(encoded: bytes | memoryview) -> Image.Image:
+    """The pixels as RGB, turned as ImageOps.exif_transpose turns them.
+
+    Metadata that Pillow cannot read are passed over: the orientation alone is used. Raises one of
+    DAMAGE for pixels that cannot be read, and DeepPixels.
+    """
+    try:
+        return _read(encoded)
+    except DAMAGE:
+        bare, exif = _without_metadata(bytes(encoded))
+        if bare is None:
+            raise
+        return _read(bare, exif)
+
+
+def ignore_warnings(_: object = None) -> None:
+    """Leave out Pillow's warnings of odd metadata from here on: they come for every image."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+def _read(encoded: bytes | memoryview, exif: bytes | None = None) -> Image.Image:
+    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        if image.mode.startswith(("I", "F")):
+            raise DeepPixels(image.mode)
+        if exif is not None:
+            image.info["exif"] = exif
+        if image.format == "TIFF":
+            _drop_odd_tags(image)
+        image.load()
+        # Metadata may lie behind the pixels, so look after load(); TIFF files are turned by it.
+        turn = None if image.format == "TIFF" else _turn(image)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # ImageOps.exif_transpose also writes all tags anew, less this one, and fails if one is odd.
+    try:
+        orientation: Any = image.getexif().get(_ORIENTATION)
+        return _TURNS.get(orientation)
+    except DAMAGE:
+        return None
+
+
+def _drop_odd_tags(image: Image.Image) -> None:
+    """Remove what Pillow reads without checks when it has loaded the pixels of a TIFF file."""
+    if not isinstance(image.info.get("xmp", b""), bytes):
+        del image.info["xmp"]
+    exif = image.getexif()
+    for tag in _FOLDERS_OF_TAGS:
+        if tag in exif:
+            del exif[tag]
+
+
+def _without_metadata(encoded: bytes) -> tuple[bytes | None, bytes | None]:
+    """A JPEG or PNG file less all that its pixels do not need, and its EXIF; None for others."""
+    if encoded.startswith(b"\xff\xd8"):
+        parts, rest = _jpeg_parts(encoded)
+        # APP0 and APP14 say how colours are stored.
+        needless = {0xFE, *range(0xE1, 0xF0)} - {0xEE}
+        found = [part[4:] for part in parts if part[4:10] == b"Exif\0\0"]
+        kept = [part for part in parts if part[1] not in needless]
+        return b"".join((encoded[:2], *kept, rest)), next(iter(found), None)
+    if encoded.startswith(b"\x89PNG"):
+        chunks = _png_chunks(encoded)
+        found = [chunk[8:-4] for chunk in chunks if chunk[4:8] == b"eXIf"]
+        # A capital letter marks the chunks that every reader needs.
+        kept = [chunk for chunk in chunks if chunk[4:5].isupper() or chunk[4:8] == b"tRNS"]
+        return b"".join((encoded[:8], *kept)), next(iter(found), None)
+    return None, None
+
+
+def _jpeg_parts(encoded: bytes) -> tuple[list[bytes], bytes]:
+    """The marker segments up to the first scan, and the rest."""
+    parts, at = [], 2
+    while encoded[at : at + 1] == b"\xff" and encoded[at + 1 : at + 2] not in (b"", b"\xda"):
+        end = at + 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+        parts.append(encoded[at:end])
+        at = end
+    return parts, encoded[at:]
+
+
+def _png_chunks(encoded: bytes) -> list[bytes]:
+    chunks, at = [], 8
+    while at < len(encoded):
+        end = at + 12 + int.from_bytes(encoded[at : at + 4], "big")
+        chunks.append(encoded[at:end])
+        at = end
+    return chunks
