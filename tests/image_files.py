@@ -28,6 +28,13 @@ def write_images(folder: Path, images: np.ndarray) -> None:
         (folder / f"{i}.png").write_bytes(encoded(image))
 
 
+def write_layout(root: Path, *folders: str) -> Path:
+    """Two images in each of the folders, all different; returns `root`."""
+    for seed, folder in enumerate(folders):
+        write_images(root / folder, pixels(2, seed=seed))
+    return root
+
+
 def write_parquet(
     path: Path,
     images: list[bytes | None],

@@ -123,3 +123,16 @@ def test_fingerprint_does_not_depend_on_the_image_size(tmp_path: Path) -> None:
         assert large.image_shape[1:] == (16, 16)
         assert large.fingerprint == small.fingerprint
     assert load("digits").fingerprint != load("digits", "test").fingerprint
+
+
+def test_npz_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", images=pixels(3), labels=np.arange(3), notes=np.array([None, {}, "x"])
+    )
+    assert load(tmp_path / "a.npz", holdout=0).labels.tolist() == [0, 1, 2]
+
+
+def test_npz_copies_are_counted_and_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=pixels(4)[[0, 1, 2, 1]], labels=np.arange(4))
+    with pytest.warns(UserWarning, match=r"1 of 4 images .* row 3 of images of .* row 1 of images"):
+        load(tmp_path / "a.npz", holdout=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from ckd.data import MemoryImages, load
 from ckd.data.decode import fit
-from tests.image_files import encoded, pixels, write_images
+from tests.image_files import encoded, pixels, write_images, write_layout
 
 
 def whole(data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -221,3 +222,139 @@ def test_a_long_thin_image_is_fitted_without_growing() -> None:
     fitted = fit(thin, 512)  # scaled before it is cropped it would take 47 GB
     assert fitted.size == (512, 512)
     assert np.asarray(fitted.resize((1, 1))).ravel().tolist() == [77, 77, 77]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("train_data", "test_data"),
+        ("train_images", "val_images"),
+        ("ILSVRC2012_img_train", "ILSVRC2012_img_val"),
+        ("cifar_train", "cifar_test"),
+        ("train2017", "val2017"),
+        ("train", "test_images"),
+        ("train_data", "val imgs"),
+    ],
+)
+def test_split_folders_with_more_words_than_the_splits_name(
+    tmp_path: Path, train: str, test: str
+) -> None:
+    write_layout(tmp_path, f"{train}/cat", f"{train}/dog", f"{test}/cat")
+    (tmp_path / "__MACOSX").mkdir()
+    assert load(tmp_path).labels.tolist() == [0, 0, 1, 1]
+    assert load(tmp_path, "test").labels.tolist() == [0, 0]
+    assert load(tmp_path, "test").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("bullet-train", "test tube", "validator"),
+        ("bullet-train", "test tube"),
+        ("bullet-train/japan", "test tube/glass"),
+        ("bullet-train/japan", "car", "test tube/glass"),
+        ("Train", "bus", "car"),
+    ],
+)
+def test_classes_with_a_splits_name_among_their_words(
+    tmp_path: Path, folders: tuple[str, ...]
+) -> None:
+    classes = tuple(folder.partition("/")[0] for folder in folders)
+    assert load(write_layout(tmp_path, *folders), holdout=0).class_names == classes
+
+
+@pytest.mark.parametrize("above", ["ds", "ds/ds", "a/b/c"])
+def test_split_folders_below_a_single_folder_are_found_and_named(
+    tmp_path: Path, above: str
+) -> None:
+    splits = [f"{above}/{split}/{name}" for split in ("train", "val") for name in ("cat", "dog")]
+    write_layout(tmp_path, *splits)
+    for beside in ("docs", "__MACOSX/ds/train/cat"):
+        (tmp_path / beside).mkdir(parents=True)
+    for split in ("train", "test"):
+        with pytest.warns(UserWarning, match=f"deeper: {tmp_path / above} is read"):
+            data = load(tmp_path, split)
+        inside = load(tmp_path / above, split)
+        assert data.class_names == ("cat", "dog")
+        assert data.sample_ids.tolist() == inside.sample_ids.tolist()
+        assert data.fingerprint == inside.fingerprint
+
+
+def test_class_folders_below_a_single_folder_are_pointed_out(tmp_path: Path) -> None:
+    write_layout(tmp_path, "ds/cat", "ds/dog")
+    with pytest.warns(UserWarning, match=rf"one class, 'ds'; .* 'cat', pass {tmp_path / 'ds'}"):
+        assert load(tmp_path, holdout=0).class_names == ("ds",)
+
+
+def test_images_beside_class_folders_are_pointed_out(tmp_path: Path) -> None:
+    write_layout(tmp_path, "cat", "dog")
+    (tmp_path / "9.PNG").write_bytes(encoded(pixels(1)[0]))
+    with pytest.warns(UserWarning, match=r"left out \(1, such as '9.PNG'\)"):
+        assert len(load(tmp_path, holdout=0)) == 4
+
+
+def test_what_systems_and_editors_leave_is_passed_over(tmp_path: Path) -> None:
+    write_layout(tmp_path, "cat", "dog", "@eaDir", "cat/@eaDir", "cat/.ipynb_checkpoints")
+    write_images(tmp_path / "__MACOSX" / "cat", pixels(1))
+    for name in ("Thumbs.db", "._0.png", "desktop.ini"):
+        (tmp_path / "cat" / name).write_bytes(b"no image")
+    (tmp_path / "cat" / "9.JPEG").write_bytes(encoded(pixels(1, seed=9)[0], "JPEG"))
+    data = load(tmp_path, holdout=0)
+    assert data.class_names == ("cat", "dog")
+    assert data.labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_a_linked_file_is_read_once_in_its_class(flowers: Path) -> None:
+    for name in ("again.png", "0 first.png"):
+        (flowers / "rose" / name).symlink_to(flowers / "rose" / "0.png")
+    assert len(load(flowers, holdout=0)) == 60
+
+
+def test_copies_are_counted_and_named(flowers: Path) -> None:
+    image = (flowers / "rose" / "3.png").read_bytes()
+    for copy in ("rose/9999.png", "tulip/0.png"):
+        (flowers / copy).write_bytes(image)
+    for memory_limit in (0, 1 << 20):
+        with pytest.warns(UserWarning, match="2 of 61 images are copies") as caught:
+            load(flowers, holdout=0, memory_limit=memory_limit)
+        (warning,) = caught
+        assert f"{flowers / 'rose/9999.png'} of {flowers / 'rose/3.png'}" in str(warning.message)
+
+
+def test_sets_without_copies_load_without_a_warning(flowers: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(flowers)
+
+
+def test_class_folders_match_if_they_look_equal(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_layout(tmp_path, f"train/{composed}", "train/bar", f"test/{decomposed}")
+    if len(list((tmp_path / "train").iterdir())) < 2:
+        pytest.skip("this file system composes names")
+    assert load(tmp_path).class_names == ("bar", composed)
+    test = load(tmp_path, "test")
+    assert test.class_names == ("bar", composed)
+    assert test.labels.tolist() == [1, 1]
+
+
+def test_home_folder(flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(flowers.parent))
+    assert len(load("~/flowers", holdout=0)) == 60
+
+
+def test_animated_and_transparent_images(tmp_path: Path) -> None:
+    first = Image.new("RGB", (8, 8), (10, 20, 30))
+    (tmp_path / "a").mkdir()
+    more = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]}
+    first.save(tmp_path / "a" / "1.gif", **more)
+    first.save(tmp_path / "a" / "2.webp", lossless=True, **more)
+    first.save(tmp_path / "a" / "3.png", **more)
+    first.convert("P").save(tmp_path / "a" / "4.png", transparency=bytes(256))
+    Image.fromarray(np.full((8, 8), 10, np.uint8)).save(tmp_path / "a" / "5.png", transparency=10)
+    images = whole(load(tmp_path, holdout=0))[0]
+    # The first frame, whatever its transparency.
+    for image in images[:3]:
+        assert image[:, 0, 0].tolist() == [10, 20, 30]
+    assert images[4].unique().tolist() == [10]

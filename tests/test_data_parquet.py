@@ -142,3 +142,84 @@ def test_fingerprint_sees_a_changed_pixel_and_a_changed_label(tmp_path: Path) ->
     second = fingerprint()
     labels[3] = 0
     assert len({first, second, fingerprint()}) == 3
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train-0.parquet", "data/test-0.parquet"),
+        ("ds/ds/train-0.parquet", "ds/ds/test-0.parquet"),
+        ("default/train/0.parquet", "default/test/0.parquet"),
+        ("train/a/0.parquet", "test/0.parquet"),
+        ("train_data/0.parquet", "test_data/0.parquet"),
+    ],
+)
+def test_one_configuration_in_folders(tmp_path: Path, names: tuple[str, str]) -> None:
+    rows = [encoded(image) for image in pixels(5)]
+    write_parquet(tmp_path / names[0], rows[:3], [0, 1, 2])
+    write_parquet(tmp_path / names[1], rows[3:], [0, 1])
+    assert (len(load(tmp_path)), len(load(tmp_path, "test"))) == (3, 2)
+
+
+def test_parts_of_a_split_may_lie_in_folders_below_its_own(tmp_path: Path) -> None:
+    rows = [encoded(image) for image in pixels(4)]
+    write_parquet(tmp_path / "train" / "a" / "0.parquet", rows[:2], [0, 1])
+    write_parquet(tmp_path / "train" / "b" / "0.parquet", rows[2:], [0, 1])
+    np.testing.assert_array_equal(all_images(load(tmp_path)).numpy(), pixels(4))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Path:
+    """The hub's cache of one data set: two snapshots, linked to the same files."""
+    root = tmp_path / "datasets--org--birds"
+    rows = [encoded(image) for image in pixels(3)]
+    write_parquet(root / "blobs" / "0a1b", rows, [0, 1, 2])
+    for revision in ("1111", "2222"):
+        folder = root / "snapshots" / revision / "data"
+        folder.mkdir(parents=True)
+        (folder / "train-00000-of-00001.parquet").symlink_to("../../../blobs/0a1b")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("2222")
+    return root
+
+
+def test_two_snapshots_of_one_file_are_read_once(hub_cache: Path) -> None:
+    assert len(load(hub_cache)) == len(load(hub_cache / "snapshots")) == 3
+
+
+def test_the_hubs_cache_is_read_at_its_main_revision(hub_cache: Path) -> None:
+    train = "data/train-00000-of-00001.parquet"
+    old = hub_cache / "snapshots" / "1111" / train
+    old.unlink()
+    write_parquet(old, [encoded(pixels(1, seed=1)[0])], [0])
+    np.testing.assert_array_equal(all_images(load(hub_cache)).numpy(), pixels(3))
+    with pytest.raises(DataError, match=r"train files in 2 folders \(1111/data, 2222/data\)"):
+        load(hub_cache / "snapshots")
+    (hub_cache / "refs" / "main").unlink()
+    with pytest.raises(DataError, match=r"2 snapshots.*1111.*2222.*pass the one"):
+        load(hub_cache)
+
+
+def test_shards_may_write_the_same_class_name_in_two_ways(tmp_path: Path) -> None:
+    rows = [encoded(image) for image in pixels(2)]
+    for i, name in enumerate(("caf\u00e9", "cafe\u0301")):
+        write_parquet(tmp_path / f"train-{i}.parquet", [rows[i]], [0], class_names=[name])
+    assert load(tmp_path).class_names == ("caf\u00e9",)
+
+
+def test_other_columns_are_not_looked_at(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [[encoded(image) for image in pixels(3)], [0, 1, 0], [2, 2, 2], [None] * 3]
+    names = ["img", "fine_label", "coarse_label", "coarse_label"]
+    table = pa.Table.from_arrays([pa.array(column) for column in columns], names=names)
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert load(tmp_path).labels.tolist() == [0, 1, 0]
+
+
+def test_copies_of_rows_are_counted_and_named(tmp_path: Path) -> None:
+    rows = [encoded(image) for image in pixels(3)]
+    file = write_parquet(tmp_path / "train.parquet", [*rows, rows[1]], [0, 1, 0, 1])
+    with pytest.warns(UserWarning, match=rf"1 of 4 .*{file}, row 3 of {file}, row 1"):
+        load(tmp_path)

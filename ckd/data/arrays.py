@@ -10,11 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 from torch import Tensor
 
 from ckd.data import splits
-from ckd.data.dataset import DataError, MemoryImages, check_rows, numbered_classes
+from ckd.data.dataset import (
+    DataError,
+    MemoryImages,
+    check_rows,
+    composed,
+    numbered_classes,
+    unreadable,
+    warn_of_copies,
+)
 from ckd.data.decode import fit
 
 _DIGITS_TRAIN = 1437
@@ -60,63 +70,86 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     such as `train_images` and `train_labels`, `x_test` and `y_test`. Images are uint8
     [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, labels integers [N] or [N, 1].
     `class_names` (optional) is an array of strings, or of UTF-8 bytes; without it the classes are
-    numbered up to the largest label of any split. Sample ids are row numbers.
+    numbered up to the largest label of any split. Sample ids are row numbers. Other arrays are not
+    read.
     """
-    arrays = _read(path)
+    arrays = _Arrays(path)
     pairs = _pairs(arrays)
     divided = bool(pairs)
-    if not divided and {"images", "labels"} <= set(arrays):
+    if not divided and {"images", "labels"} <= set(arrays.names):
         pairs = {split: ("images", "labels")}
-    chosen = splits.choose(pairs, split)
+    chosen = splits.choose(pairs, split, path)
     if chosen is None:
         raise DataError(
             f"{path} has no images of the {split} split: expected arrays images and labels, or "
             f"{split}_images and {split}_labels, or x_{split} and y_{split}; "
-            f"found {', '.join(arrays) or 'none'}"
+            f"found {', '.join(arrays.names) or 'none'}"
         )
     image_key, label_key = pairs[chosen]
-    images = _channels_first(path, image_key, arrays[image_key])
-    labels = _labels(path, label_key, arrays[label_key])
-    if "class_names" in arrays:
-        class_names = _class_names(path, arrays["class_names"])
+    images = _channels_first(path, image_key, arrays.read(image_key))
+    labels = _labels(path, label_key, arrays.read(label_key))
+    if "class_names" in arrays.names:
+        class_names = _class_names(path, arrays.read("class_names"))
     else:
         # Any split may lack the last class: look at the labels of all.
-        every = [_labels(path, key, arrays[key]) for _, key in pairs.values()]
+        every = [_labels(path, key, arrays.read(key)) for _, key in pairs.values()]
         class_names = numbered_classes(every, path)
     ids = torch.arange(len(images))
     check_rows(labels, ids, class_names, len(images), f"{path} ({image_key}, {label_key})")
     if not divided:
         rows = splits.holdout_positions(ids, split, holdout)
         images, labels, ids = images[rows], labels[rows], ids[rows]
+    digests = b"".join(xxhash.xxh3_128_digest(image.tobytes()) for image in images.numpy())
+    warn_of_copies(digests, lambda position: f"{path}, row {int(ids[position])} of {image_key}")
     stored = MemoryImages(
         images, labels, class_names=class_names, sample_ids=ids, name=path.stem, split=split
     )
     return _resized(stored, image_size)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        file = np.load(path, allow_pickle=False)
+class _Arrays:
+    """The arrays of an .npz file, each read when it is needed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._opened() as file:
+            self.names: list[str] = file.files
+
+    def read(self, name: str) -> np.ndarray:
+        with self._opened() as file:
+            try:
+                return file[name]
+            except _DAMAGE as error:
+                reason = f"({error})"
+                if str(error).startswith("Object arrays"):
+                    reason += "; save it with a dtype other than object: "
+                    reason += (
+                        "str" if name == "class_names" else "uint8 for images, int64 for labels"
+                    )
+                raise DataError(f"{self.path}: array {name!r} cannot be read {reason}") from error
+
+    def _opened(self) -> NpzFile:
+        try:
+            file = np.load(self.path, allow_pickle=False)
+        except _DAMAGE as error:
+            raise unreadable(self.path, "an .npz", error) from error
         if isinstance(file, np.ndarray):
             raise DataError(
-                f"{path} holds one array without a name (it is an .npy file); "
+                f"{self.path} holds one array without a name (it is an .npy file); "
                 "write images and labels with numpy.savez"
             )
-        with file:
-            return dict(file)
-    except DataError:
-        raise
-    except _DAMAGE as error:
-        raise DataError(f"{path}: cannot be read as an .npz file ({error})") from error
+        return file
 
 
-def _pairs(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
+def _pairs(arrays: _Arrays) -> dict[str, tuple[str, str]]:
     """Split name -> names of its image and label arrays, for every split that the file has."""
     pairs: dict[str, tuple[str, str]] = {}
     for name in splits.ALL_NAMES:
         for pair in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}")):
-            if set(pair) <= set(arrays):
-                pairs.setdefault(name, pair)
+            if set(pair) <= set(arrays.names) and pairs.setdefault(name, pair) != pair:
+                raise DataError(
+                    f"{arrays.path} has both {pairs[name][0]} and {pair[0]}; remove or rename one"
+                )
     return pairs
 
 
@@ -154,7 +187,9 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
             names = np.char.decode(names, "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: class_names are not UTF-8 ({error})") from error
-    return tuple(str(name) for name in names.ravel())
+    class_names = tuple(str(name) for name in names.ravel())
+    composed(class_names, f"{path}: the class names")
+    return class_names
 
 
 def _resized(data: MemoryImages, image_size: int | None) -> MemoryImages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 from ckd.data import splits, walk
-from ckd.data.dataset import DataError
+from ckd.data.dataset import DataError, composed
 from ckd.data.decode import EncodedImages
 
 SUFFIXES = frozenset(
@@ -24,30 +25,27 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
 
     With split folders (root/train/rose/1.jpg, root/val/rose/2.jpg) the class names are those of
     the training folder; without (root/rose/1.jpg) the images are divided by
-    `splits.holdout_positions`.
+    `splits.holdout_positions`. If `root` holds a single folder with the split folders in it, that
+    folder takes its place.
     """
+    root = _root_of_splits(root)
     folders = _split_folders(root)
-    chosen = splits.choose(folders, split)
-    other = splits.choose(folders, "train" if split == "test" else "test")
+    chosen = splits.choose(folders, split, root)
+    other = splits.choose(folders, "train" if split == "test" else "test", root)
     if chosen is None and other is not None:
         raise DataError(
-            f"{root} has a folder {other!r} but none for the {split} split; add one, or pass "
-            f"{folders[other]} to have a part of it held out"
+            f"{root} has a folder {folders[other].name!r} but none for the {split} split; "
+            f"add one, or pass {folders[other]} to have a part of it held out"
         )
     if chosen is None:
         classes = _classes(root)
-        whole = _list(root, root, classes)
+        _warn_of_one_class(classes)
+        whole = _list(root, classes)
         return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
     classes = _classes(folders[chosen])
     if split == "test" and other is not None:
-        known = _classes(folders[other])
-        if unknown := sorted(set(classes) - set(known)):
-            raise DataError(
-                f"{folders[chosen]} has class folders that {folders[other]} has not: "
-                f"{', '.join(unknown)}"
-            )
-        classes = known
-    return _list(root, folders[chosen], classes)
+        classes = _named_alike(classes, _classes(folders[other]), folders[chosen], folders[other])
+    return _list(root, classes)
 
 
 class FolderImages(EncodedImages):
@@ -98,45 +96,135 @@ class FolderImages(EncodedImages):
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Lower-case name -> folder, for the split folders in `root`.
+    """Lower-case split name -> folder, for the split folders in `root`.
 
     Beside folders of other names, a folder with a split's name is a split only if it holds folders:
-    of the vehicles car/, bus/ and train/, all three are classes.
+    of the vehicles car/, bus/ and train/, all three are classes. Folders with a split's name as one
+    word of theirs are splits if they differ in that word alone (train_images/ and test_images/),
+    or if there are no others and all hold the same classes: bullet-train/ and test tube/ are not.
     """
     folders = walk.subfolders(root)
-    named = {folder.name.lower(): folder for folder in folders}
-    named = {name: folder for name, folder in named.items() if name in splits.ALL_NAMES}
-    if len(named) < len(folders):
-        named = {name: folder for name, folder in named.items() if walk.subfolders(folder)}
-    return named
+    groups: dict[str, list[tuple[str, Path]]] = {}
+    for folder in folders:
+        name, rest = splits.name_and_rest(folder.name)
+        if name is not None:
+            groups.setdefault(rest, []).append((name, folder))
+    exact = groups.pop("*", [])
+    if len(exact) < len(folders):
+        exact = [(name, folder) for name, folder in exact if walk.subfolders(folder)]
+    if _both(exact):
+        return _unique(root, exact)
+    pairs = [pair for group in groups.values() if _both(group) for pair in group]
+    if pairs and not exact:
+        return _unique(root, pairs)
+    every = [*exact, *(pair for group in groups.values() for pair in group)]
+    inner = [{place.name for place in walk.subfolders(folder)} for _, folder in every]
+    if len(every) == len(folders) > 0 and set.intersection(*inner):
+        return _unique(root, every)
+    return _unique(root, exact)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
-    names = tuple(entry.name for entry in walk.subfolders(folder))
-    if not names:
+def _both(group: Sequence[tuple[str, Path]]) -> bool:
+    """Whether there are folders for both splits."""
+    kinds = {name in splits.NAMES_ON_DISK["train"][0] for name, _ in group}
+    return len(kinds) == 2
+
+
+def _unique(root: Path, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for name, folder in named:
+        if folders.setdefault(name, folder) is not folder:
+            raise DataError(
+                f"{root} has two folders for one split, {folders[name].name!r} and "
+                f"{folder.name!r}; remove or rename one"
+            )
+    return folders
+
+
+def _root_of_splits(root: Path) -> Path:
+    """`root`, or the folder of split folders that is all there is in it."""
+    place, inner = root, [root]
+    while len(inner) == 1 and not _split_folders(place := inner[0]):
+        inner = [folder for folder in walk.subfolders(place) if _holds_images(folder)]
+    if len(inner) == 1:
+        if place != root:
+            warnings.warn(
+                f"{root} holds its split folders one level deeper: {place} is read", stacklevel=5
+            )
+        return place
+    divided = [str(folder) for folder in inner if _both(list(_split_folders(folder).items()))]
+    if divided:
+        raise DataError(
+            f"{', '.join(divided)}: each holds folders of its own for training and test. If they "
+            f"are data sets, pass one; if they are classes, put the splits above: "
+            f"{place / 'train' / Path(divided[0]).name}"
+        )
+    return root
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in SUFFIXES for path in walk.files(folder))
+
+
+def _classes(folder: Path) -> dict[str, Path]:
+    """Class name -> folder, sorted by name; warns of images that are in none of them."""
+    classes = {entry.name: entry for entry in walk.subfolders(folder)}
+    if not classes:
         raise DataError(
             f"{folder} holds no class folders; expected one folder of images per class, "
             f"such as {folder / 'cat' / '1.png'}, or parquet files"
         )
-    for name in names:
+    for name in classes:
         # Class names are written into JSON, headers and reports, all of which are UTF-8.
         if name != os.fsencode(name).decode(errors="replace"):
             raise DataError(
                 f"{folder}: the name of the class folder {os.fsencode(name)!r} is not UTF-8; "
                 "rename it"
             )
-    return names
+    composed(classes, f"{folder}: the class folders")
+    if loose := _images_in(folder):
+        warnings.warn(
+            f"{folder}: images that lie beside the class folders are left out ({len(loose)}, such "
+            f"as {loose[0]!r})",
+            stacklevel=5,
+        )
+    return classes
 
 
-def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImages:
+def _named_alike(
+    classes: dict[str, Path], known: dict[str, Path], folder: Path, training: Path
+) -> dict[str, Path]:
+    """The folders `classes` under the names of the training folders; names may differ in how
+    accents are encoded. Training classes that are missing keep their place."""
+    found = composed(classes, folder)
+    names = composed(known, training)
+    if unknown := sorted(classes[found[name]].name for name in found.keys() - names.keys()):
+        raise DataError(f"{folder} has class folders that {training} has not: {', '.join(unknown)}")
+    by_composed = {names[name]: classes[found[name]] for name in found}
+    return {name: by_composed.get(name, folder / name) for name in known}
+
+
+def _warn_of_one_class(classes: dict[str, Path]) -> None:
+    (name, folder), *others = classes.items()
+    inner = walk.subfolders(folder)
+    if others or len(inner) < 2 or _images_in(folder):
+        return
+    warnings.warn(
+        f"{folder.parent} holds one class, {name!r}; if the {len(inner)} folders in it are "
+        f"classes, such as {inner[0].name!r}, pass {folder}",
+        stacklevel=5,
+    )
+
+
+def _list(root: Path, classes: dict[str, Path]) -> FolderImages:
     paths: list[str] = []
     labels: list[int] = []
-    for label, class_name in enumerate(class_names):
+    for label, folder in enumerate(classes.values()):
         # A test folder need not have every class of the training folder.
-        found = _images(root, folder / class_name) if (folder / class_name).is_dir() else None
+        found = _images(root, folder) if folder.is_dir() else None
         if found == []:
             raise DataError(
-                f"{folder / class_name} holds no images ({', '.join(sorted(SUFFIXES))}); "
+                f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}); "
                 "add some or remove the class folder"
             )
         for path in found or ():
@@ -151,7 +239,13 @@ def _list(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImage
                 f"{root}: {seen[sample_id]} and {name} have the same sample id; rename one"
             )
         seen[sample_id] = name
-    return FolderImages(root, paths, torch.tensor(labels), torch.tensor(ids), class_names)
+    return FolderImages(root, paths, torch.tensor(labels), torch.tensor(ids), tuple(classes))
+
+
+def _images_in(folder: Path) -> list[str]:
+    """Names of the image files in `folder` itself."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
 
 
 def _images(root: Path, folder: Path) -> list[Path]:

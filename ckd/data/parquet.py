@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ckd._hints import require
 from ckd.data import splits, walk
-from ckd.data.dataset import DataError, numbered_classes
+from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable
 from ckd.data.decode import EncodedImages
 
 IMAGE_COLUMNS = ("img", "image")
@@ -37,19 +37,31 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
 
     A file with a split's name in its path (train-00000-of-00004.parquet, test/0000.parquet)
     belongs to that split; if there is none, the rows are divided by `splits.holdout_positions`.
+    The files of a split are in one folder, or below one folder with its name.
     Sample ids number the rows of the split's (or all) files, sorted by path.
     """
     names: dict[str | None, list[Path]] = {}
+    places: dict[str | None, set[str]] = {}
     for file in [path] if path.is_file() else sorted(files_in(path)):
-        relative = file.name if path.is_file() else file.relative_to(path).as_posix()
-        names.setdefault(splits.name_in(relative), []).append(file)
+        relative = Path(file.name) if path.is_file() else file.relative_to(path)
+        name = splits.name_in(relative.as_posix())
+        names.setdefault(name, []).append(file)
+        places.setdefault(name, set()).add(_place(relative.parent, name))
     if set(names) != {None}:
         names.pop(None, None)  # beside files of splits, files of no split are ignored
+    for name in names:
+        if len(places[name]) > 1:
+            raise DataError(
+                f"{path} has {f'{name} files' if name else 'files'} in {len(places[name])} folders "
+                f"({', '.join(sorted(places[name]))}), as several configurations or versions of a "
+                "data set have; pass one of the folders, or put all files into one folder if they "
+                "are parts of one data set"
+            )
     every = [_ParquetFile(file) for files in names.values() for file in files]
     if None in names:
         whole = ParquetImages(every, _class_names(every))
         return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
-    chosen = splits.choose([name for name in names if name], split)
+    chosen = splits.choose([name for name in names if name], split, path)
     if chosen is None:
         found = ", ".join(sorted(name for name in names if name))
         raise DataError(
@@ -58,6 +70,14 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
         )
     files = [file for file in every if file.path in names[chosen]]
     return ParquetImages(files, _class_names(every))
+
+
+def _place(folder: Path, name: str | None) -> str:
+    """The relative folder up to the first part with the split's name: files of one split that
+    differ in it are of several data sets."""
+    upwards = [folder, *folder.parents]
+    named = [place for place in upwards if name and splits.name_in(place.name) == name]
+    return (named[-1] if named else folder).as_posix()
 
 
 class ParquetImages(EncodedImages):
@@ -132,13 +152,12 @@ class _ParquetFile:
         except DataError:
             raise
         except _DAMAGE as error:
-            raise DataError(
-                f"{path}: cannot be read as a parquet file ({_one_line(error)})"
-            ) from error
+            raise unreadable(path, "a parquet", error) from error
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         self.group_rows = [group.num_rows for group in groups]
         self.group_bytes = [group.total_byte_size for group in groups]
         self.class_names = _hugging_face_names(schema.metadata or {}, label)
+        composed(self.class_names, f"{path}: the class names")
 
     def read_images(self, group: int) -> Any:
         """The encoded images of a row group as one pyarrow binary array."""
@@ -170,13 +189,18 @@ class _ParquetFile:
         return images
 
     def _find(self, schema: Any, known: tuple[str, ...], what: str) -> str:
-        for name in known:
-            if name in schema.names:
-                return name
-        raise DataError(
-            f"{self.path} has no {what} column: expected one of {', '.join(known)}, "
-            f"found {', '.join(schema.names)}; rename the column"
-        )
+        found = [name for name in schema.names if name in known]
+        if len(found) > 1:
+            raise DataError(
+                f"{self.path} has {len(found)} {what} columns, {' and '.join(found)}; remove or "
+                "rename all but the one to use"
+            )
+        if not found:
+            raise DataError(
+                f"{self.path} has no {what} column: expected one of {', '.join(known)}, "
+                f"found {', '.join(schema.names)}; rename the column"
+            )
+        return found[0]
 
     def _read_labels(self, file: Any, column: str) -> np.ndarray:
         arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
@@ -207,11 +231,11 @@ def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, 
 
 def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
     """The files' common class names; if they have none, the numbers up to the largest label."""
-    stored = {file.class_names: file.path for file in files}
+    stored = {tuple(map(nfc, file.class_names)): file.path for file in files}
     if len(stored) > 1:
         first, second = list(stored.values())[:2]
         raise DataError(f"{first} and {second} have different class names; they must be the same")
-    names = next(iter(stored), ())
+    names = files[0].class_names
     labels = [torch.from_numpy(file.labels) for file in files]
     return names or numbered_classes(labels, files[0].path.parent)
 

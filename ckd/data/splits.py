@@ -11,24 +11,47 @@ from torch import Tensor
 
 from ckd.data.dataset import DataError
 
-# In order of preference: a data set with both a test and a validation part is tested on "test".
+# Groups of synonyms in order of preference: a data set with both a test and a validation part is
+# tested on "test".
 NAMES_ON_DISK = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "validation", "valid", "val"),
+    "train": (("train", "training"),),
+    "test": (("test", "testing"), ("validation", "valid", "val")),
 }
-ALL_NAMES = tuple(name for names in NAMES_ON_DISK.values() for name in names)
+ALL_NAMES = tuple(
+    name for groups in NAMES_ON_DISK.values() for synonyms in groups for name in synonyms
+)
 
 
 def name_in(path: str) -> str | None:
     """The split name in a relative path ("data/train-00000-of-00004.parquet": "train"), if any."""
-    words = re.split(r"[^a-z]+", path.lower())
-    return next((word for word in reversed(words) if word in ALL_NAMES), None)
+    return name_and_rest(path)[0]
 
 
-def choose(present: Iterable[str], split: str) -> str | None:
-    """The first name in NAMES_ON_DISK[split] that is among those present, or None."""
+def name_and_rest(path: str) -> tuple[str | None, str]:
+    """The last word that is a split's name, and the path with * in its place, in lower case."""
+    path = path.lower()
+    for word in reversed(list(re.finditer("[a-z]+", path))):
+        if word[0] in ALL_NAMES:
+            return word[0], f"{path[: word.start()]}*{path[word.end() :]}"
+    return None, path
+
+
+def choose(present: Iterable[str], split: str, where: object) -> str | None:
+    """The first name in NAMES_ON_DISK[split] that is among those present, or None.
+
+    Raises DataError if a synonym of it is there too: one of them would be left out unnoticed.
+    """
     present = set(present)
-    return next((name for name in NAMES_ON_DISK[split] if name in present), None)
+    for synonyms in NAMES_ON_DISK[split]:
+        found = [name for name in synonyms if name in present]
+        if len(found) > 1:
+            raise DataError(
+                f"{where} has both {' and '.join(found)}, which name the same split; "
+                "remove or rename one"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 def holdout_positions(sample_ids: Tensor, split: str, holdout: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from ckd.data import Augment, DataError, MemoryImages, load, step_generator
 from tests.bad_input import Case
-from tests.image_files import encoded, pixels, write_images, write_parquet
+from tests.image_files import encoded, pixels, write_images, write_layout, write_parquet
 
 
 def _folder(change: Callable[[Path], object], **options: Any) -> Callable[[Path], object]:
@@ -120,6 +120,46 @@ def _flat_splits(tmp_path: Path) -> object:
     return load(tmp_path)
 
 
+def _layout(*folders: str) -> Callable[[Path], object]:
+    return lambda tmp_path: load(write_layout(tmp_path, *folders))
+
+
+def _configurations(*names: str) -> Callable[[Path], object]:
+    def call(tmp_path: Path) -> object:
+        for name in names:
+            write_parquet(tmp_path / name, _PNGS, [0, 1, 0])
+        return load(tmp_path)
+
+    return call
+
+
+def _columns(*names: str) -> Callable[[Path], object]:
+    """Load a parquet file whose columns of these names hold images if they are called so."""
+
+    def call(tmp_path: Path) -> object:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [pa.array(_PNGS if name.startswith("im") else [0, 1, 0]) for name in names]
+        table = pa.Table.from_arrays(columns, names=list(names))
+        pq.write_table(table, tmp_path / "train.parquet")
+        return load(tmp_path)
+
+    return call
+
+
+def _pointer(name: str) -> Callable[[Path], object]:
+    """Load a file that git lfs has not fetched."""
+
+    def call(tmp_path: Path) -> object:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        return load(path if path.parent == tmp_path else tmp_path, holdout=0.0)
+
+    return call
+
+
 def _text_file(tmp_path: Path) -> object:
     (tmp_path / "set.csv").write_text("a,b")
     return load(tmp_path / "set.csv")
@@ -168,6 +208,45 @@ CASES = [
          ("dog/9.png", "cannot be read")),
     Case("split folders without class folders", _flat_splits, DataError,
          ("train", "no class folders")),
+    Case("dangling link in place of a class", _folder(lambda f: (f / "emu").symlink_to(f / "gone")),
+         DataError, ("emu", "link to nothing", "mend or remove")),
+    Case("two folders for one split", _layout("train/cat", "Train/cat", "test/cat"), DataError,
+         ("'Train' and 'train'", "remove or rename one")),
+    Case("two names for one split", _layout("train/cat", "training/cat", "test/cat"), DataError,
+         ("train and training", "same split")),
+    Case("two data sets in one folder",
+         _layout("cifar_train/a", "cifar_test/a", "mnist_train/b", "mnist_test/b"), DataError,
+         ("two folders for one split", "cifar_test", "mnist_test")),
+    Case("two data sets below one folder",
+         _layout("cifar/train/a", "cifar/test/a", "mnist/train/b", "mnist/test/b"), DataError,
+         ("/cifar, ", "/mnist", "pass one")),
+    Case("splits below the classes", _layout("cat/train", "cat/test", "dog/train", "dog/test"),
+         DataError, ("/cat, ", "/dog", "put the splits above", "train/cat")),
+    Case("split folders of more words without classes", _layout("train_images", "test_images"),
+         DataError, ("train_images", "no class folders")),
+    Case("class folders that look equal", _layout("caf\u00e9", "cafe\u0301"), DataError,
+         ("'caf\\xe9'", "'cafe\\u0301'", "look equal", "rename one")),
+    Case("image that is a Git LFS pointer", _pointer("cat/1.png"), DataError,
+         ("cat/1.png", "Git LFS pointer", "git lfs pull")),
+    Case("parquet that is a Git LFS pointer", _pointer("train.parquet"), DataError,
+         ("train.parquet", "Git LFS pointer", "git lfs pull")),
+    Case("npz that is a Git LFS pointer", _pointer("set.npz"), DataError,
+         ("set.npz", "Git LFS pointer", "git lfs pull")),
+    Case("several configurations of parquet files",
+         _configurations("partition_1/train-0.parquet", "partition_2/train-0.parquet"), DataError,
+         ("train files in 2 folders", "partition_1, partition_2", "pass one of the folders")),
+    Case("several configurations without splits", _configurations("a/0.parquet", "b/0.parquet"),
+         DataError, ("files in 2 folders", "(a, b)", "pass one of the folders")),
+    Case("parquet files of Train and train",
+         _configurations("Train/0.parquet", "train/0.parquet"), DataError, ("(Train, train)",)),
+    Case("parquet files of train and training",
+         _configurations("train.parquet", "training.parquet"), DataError, ("train and training",)),
+    Case("parquet with two image columns", _columns("img", "image", "label"), DataError,
+         ("train.parquet", "2 image columns", "img and image", "remove or rename")),
+    Case("parquet with two label columns", _columns("img", "label", "fine_label"), DataError,
+         ("train.parquet", "2 label columns", "label and fine_label", "remove or rename")),
+    Case("parquet with one label column twice", _columns("img", "label", "label"), DataError,
+         ("train.parquet", "2 label columns", "label and label")),
     Case("parquet with labels that are no class indices", _parquet(_PNGS, [0, 10**9, 5]),
          DataError, ("largest label is 1000000000 in 3 rows", "class indices", "class names")),
     Case("parquet without an image column",
@@ -202,6 +281,15 @@ CASES = [
          ("set.npz", "1 or 3 channels", "(3, 8, 8, 5)")),
     Case("npz that needs pickle", _npz(images=pixels(3), labels=np.array([{}, {}, {}])),
          DataError, ("set.npz", "cannot be read", "allow_pickle")),
+    Case("npz with class names as objects",
+         _npz(images=pixels(3), labels=_LABELS, class_names=np.array(["a", "b"], object)),
+         DataError, ("set.npz", "'class_names'", "dtype other than object", "str")),
+    Case("npz with class names that look equal",
+         _npz(images=pixels(3), labels=_LABELS, class_names=np.array(["\u00e9", "e\u0301"])),
+         DataError, ("set.npz", "class names", "look equal")),
+    Case("npz with two arrays for one split",
+         _npz(train_images=pixels(3), train_labels=_LABELS, x_train=pixels(3), y_train=_LABELS),
+         DataError, ("set.npz", "train_images and x_train", "remove or rename")),
     Case("npz with labels that are no class indices",
          _npz(images=pixels(3), labels=_LABELS * 10**9), DataError,
          ("set.npz", "largest label is 1000000000 in 3 rows", "class indices", "class names")),
