@@ -172,7 +172,7 @@ def test_large_text_beside_the_pixels_of_a_png() -> None:
     np.testing.assert_array_equal(upright(data), np.asarray(PICTURE))
 
 
-XMP, GPS_FOLDER = 700, 0x8825
+MAKE, XMP, GPS_FOLDER = 271, 700, 0x8825
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,7 @@ XMP, GPS_FOLDER = 700, 0x8825
         (GPS_FOLDER, 4, 1, b"\xff\xff\xff\xff"),
         (GPS_FOLDER, 2, 4, b"abc\0"),
         (X_RESOLUTION, 1, 1, b"\x48\0\0\0"),
+        (MAKE, 2, 100, b"\xff\xff\0\0"),
     ],
 )
 def test_odd_tags_leave_a_tiff_file_readable(odd: tuple[int, int, int, bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -32,8 +33,13 @@ DAMAGE = (
 )
 # Without this list Pillow tries dozens of readers in turn: half the time of a small image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-_ORIENTATION = 0x0112  # EXIF tags
-_FOLDERS_OF_TAGS = (0x8769, 0x8825, 0xA005)
+_ORIENTATION = 0x0112  # EXIF tag
+_TIFF_ORDER = {b"II*\0": "<", b"MM\0*": ">"}
+# Baseline: sizes, bits, compression, colours, orientation, strips. Then: planes, fax options,
+# predictor, colour map, tiles, extra samples, sample format, JPEG tables, YCbCr.
+_PIXEL_TAGS = frozenset((*range(254, 260), 262, 266, 273, _ORIENTATION, 277, 278, 279)) | {
+    *(284, 292, 293, 317, 320, 322, 323, 324, 325, 332, 338, 339, 347, 529, 530, 531, 532)
+}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,11 +63,13 @@ def read(encoded: bytes | memoryview) -> Image.Image:
     """
     try:
         return _read(encoded)
-    except DAMAGE:
+    except DAMAGE as error:
+        refused = error  # says more than that of the second try
+    with contextlib.suppress(*DAMAGE):
         bare, exif = _without_metadata(bytes(encoded))
-        if bare is None:
-            raise
-        return _read(bare, exif)
+        if bare is not None:
+            return _read(bare, exif)
+    raise refused
 
 
 def ignore_warnings(_: object = None) -> None:
@@ -75,8 +83,6 @@ def _read(encoded: bytes | memoryview, exif: bytes | None = None) -> Image.Image
             raise DeepPixels(image.mode)
         if exif is not None:
             image.info["exif"] = exif
-        if image.format == "TIFF":
-            _drop_odd_tags(image)
         image.load()
         # Metadata may lie behind the pixels, so look after load(); TIFF files are turned by it.
         turn = None if image.format == "TIFF" else _turn(image)
@@ -93,18 +99,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _drop_odd_tags(image: Image.Image) -> None:
-    """Remove what Pillow reads without checks when it has loaded the pixels of a TIFF file."""
-    if not isinstance(image.info.get("xmp", b""), bytes):
-        del image.info["xmp"]
-    exif = image.getexif()
-    for tag in _FOLDERS_OF_TAGS:
-        if tag in exif:
-            del exif[tag]
-
-
 def _without_metadata(encoded: bytes) -> tuple[bytes | None, bytes | None]:
-    """A JPEG or PNG file less all that its pixels do not need, and its EXIF; None for others."""
+    """A JPEG, PNG or TIFF file less all that its pixels do not need, and the EXIF that was taken
+    out; None for other formats."""
     if encoded.startswith(b"\xff\xd8"):
         parts, rest = _jpeg_parts(encoded)
         # APP0 and APP14 say how colours are stored.
@@ -118,6 +115,8 @@ def _without_metadata(encoded: bytes) -> tuple[bytes | None, bytes | None]:
         # A capital letter marks the chunks that every reader needs.
         kept = [chunk for chunk in chunks if chunk[4:5].isupper() or chunk[4:8] == b"tRNS"]
         return b"".join((encoded[:8], *kept)), next(iter(found), None)
+    if encoded[:4] in _TIFF_ORDER:
+        return _tiff_of_pixels(encoded, _TIFF_ORDER[encoded[:4]]), None
     return None, None
 
 
@@ -138,3 +137,13 @@ def _png_chunks(encoded: bytes) -> list[bytes]:
         chunks.append(encoded[at:end])
         at = end
     return chunks
+
+
+def _tiff_of_pixels(encoded: bytes, order: str) -> bytes:
+    """The file with a new directory at its end: the entries that say how pixels are stored."""
+    (start,) = struct.unpack_from(f"{order}I", encoded, 4)
+    (count,) = struct.unpack_from(f"{order}H", encoded, start)
+    entries = [encoded[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
+    kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in _PIXEL_TAGS]
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+    return encoded[:4] + struct.pack(f"{order}I", len(encoded)) + encoded[8:] + directory
