@@ -68,11 +68,8 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
     try:
         image = photo.read(encoded)
         pixels = np.asarray(image if image_size is None else fit(image, image_size))
-    except photo.DeepPixels as error:
-        raise DataError(
-            f"{source.where(position)}: pixels of mode {str(error)!r} do not fit 8 bits; "
-            "convert the image to 8 bits per channel"
-        ) from None
+    except DataError as error:
+        raise DataError(f"{source.where(position)}: {error}") from None
     except photo.DAMAGE as error:
         if is_lfs_pointer(bytes(encoded[:64])):
             reason = LFS_POINTER

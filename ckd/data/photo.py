@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from ckd.data.dataset import DataError
+
 # What Pillow's readers raise on damaged files. They index, unpack and divide unchecked values, so
 # nearly every error of Python's occurs.
 DAMAGE = (
@@ -51,18 +53,16 @@ _TURNS = {
 }
 
 
-class DeepPixels(Exception):
-    """The pixels have more than 8 bits per channel; the message is Pillow's name of the mode."""
-
-
 def read(encoded: bytes | memoryview) -> Image.Image:
     """The pixels as RGB, turned as ImageOps.exif_transpose turns them.
 
     Metadata that Pillow cannot read are passed over: the orientation alone is used. Raises one of
-    DAMAGE for pixels that cannot be read, and DeepPixels.
+    DAMAGE for pixels that cannot be read, DataError for more than 8 bits per channel.
     """
     try:
         return _read(encoded)
+    except DataError:
+        raise
     except DAMAGE as error:
         refused = error  # says more than that of the second try
     with contextlib.suppress(*DAMAGE):
@@ -80,7 +80,10 @@ def ignore_warnings(_: object = None) -> None:
 def _read(encoded: bytes | memoryview, exif: bytes | None = None) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
         if image.mode.startswith(("I", "F")):
-            raise DeepPixels(image.mode)
+            raise DataError(
+                f"pixels of mode {image.mode!r} do not fit 8 bits; convert the image to 8 bits per "
+                "channel"
+            )
         if exif is not None:
             image.info["exif"] = exif
         image.load()
