@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
+# Errors of file systems that cannot open or sync a folder (vboxsf, some SMB and FUSE mounts).
+_NO_FOLDER_SYNC = {
+    *(errno.EINVAL, errno.EBADF, errno.EACCES, errno.EISDIR),
+    *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
+}
 _LFS_START = b"version https://git-lfs"
 LFS_POINTER = "it is a Git LFS pointer, not the file itself: fetch the file with git lfs pull"
 
@@ -24,6 +31,34 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether a file that begins with these bytes is a pointer of Git LFS; see LFS_POINTER."""
     return start.startswith(_LFS_START)
+
+
+def read_lines(path: str | os.PathLike[str], error: type[Exception]) -> list[str]:
+    """The lines of a UTF-8 text file of names, without a byte order mark.
+
+    Lines end with LF, CR LF or CR alone: a name may hold U+2028 or a form feed. Raises `error`,
+    naming the file, for a blank line, an empty file, another encoding and a Git LFS pointer, and
+    the system's OSError.
+    """
+    path = user_path(path)
+    data = path.read_bytes()
+    if is_lfs_pointer(data):
+        raise error(f"{path}: {LFS_POINTER}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text: {reason}; save it as UTF-8") from reason
+    if "\0" in text:  # UTF-16 without a byte order mark
+        raise error(f"{path} is not UTF-8 text: it holds zero bytes; save it as UTF-8")
+    if not text:
+        raise error(f"{path} is empty; it must hold one name per line")
+    lines = re.split("\r\n|\r|\n", text)
+    if not lines[-1]:  # after the end of the last line
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise error(f"{path}, line {number} is blank; each line must hold a name")
+    return lines
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
@@ -74,9 +109,17 @@ def durable_write(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def fsync_folder(path: str | os.PathLike[str]) -> None:
-    """Make renames and deletions inside the folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make renames and deletions inside the folder durable, where the file system can.
+
+    Elsewhere a crash of the machine may undo the last of them. Raises the system's OSError for a
+    sync that failed (disk full, I/O error).
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise

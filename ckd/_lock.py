@@ -1,40 +1,144 @@
-"""An exclusive flock on a folder: there is no lock file that a killed process could leave."""
+"""An exclusive lock of a folder: flock, or a lock file on file systems without flock."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import functools
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Forked data workers share the lock and outlive a killed parent by up to 5 s (the interval at which
 # they check it), so a process waits longer than that before it reports the lock as taken.
 LOCK_PATIENCE_S = 6.0
 
+LOCK_FILE = ".ckd-lock"
+# Errors of file systems without flock (Lustre and NFS by their mount options, some SMB and FUSE).
+_NO_FLOCK = {
+    *(errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP),
+    *(errno.ENOLCK, errno.EINVAL, errno.EBADF),
+}
+
 
 @contextlib.contextmanager
 def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of an existing folder; the system also releases it when the process dies.
+    """Hold the lock of an existing folder.
 
-    Raises BlockingIOError if another process holds it for LOCK_PATIENCE_S, or the system's OSError.
+    flock leaves nothing behind: the system releases it when the process dies. On a file system
+    without flock, the lock is the file LOCK_FILE, which names its process; that of a process of
+    this machine that has died is taken over.
+
+    Raises BlockingIOError, whose `strerror` is the remedy, if another process holds the lock for
+    LOCK_PATIENCE_S, or the system's OSError.
     """
     owner = os.getpid()
-    descriptor = os.open(path, os.O_RDONLY)
+    folder = Path(path).absolute()
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.1)
-        yield
+        release = _acquire(folder, descriptor)
+        try:
+            yield
+        finally:
+            # Forked children share the open file, so close() alone would not release flock. A child
+            # that leaves this block itself must not release its parent's lock.
+            if os.getpid() == owner:
+                release()
     finally:
-        # Forked children share the open file, so close() alone would not release the lock. A child
-        # that leaves this block itself must not release its parent's lock.
-        if os.getpid() == owner:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _acquire(folder: Path, descriptor: int) -> Callable[[], None]:
+    """Take the lock of `folder`, open as `descriptor`; returns the function that releases it."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            return _try_once(folder, descriptor)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _try_once(folder: Path, descriptor: int) -> Callable[[], None]:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "wait for it to end", str(folder)) from None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+    else:
+        return functools.partial(fcntl.flock, descriptor, fcntl.LOCK_UN)
+    file = folder / LOCK_FILE
+    if not _create(file) and not (_remove_stale(file) and _create(file)):
+        raise BlockingIOError(
+            errno.EWOULDBLOCK,
+            f"wait for it to end (its lock is {file}, of {_owner(file)}; "
+            "if that process is dead, delete the file)",
+            str(folder),
+        )
+    return functools.partial(file.unlink, missing_ok=True)
+
+
+def _create(file: Path) -> bool:
+    """Create the lock file, with this process as its owner; False if it exists."""
+    try:
+        with open(file, "x") as created:
+            created.write(f"process {os.getpid()} on {_machine()}")
+    except FileExistsError:
+        return False
+    except OSError:  # disk full: a file without an owner would never be stale
+        file.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _owner(file: Path) -> str:
+    try:
+        owner = file.read_text(errors="replace")
+    except FileNotFoundError:
+        return "a process that has just ended"
+    return owner or "a process that has not written its name yet"
+
+
+def _machine() -> str:
+    """Where this process's id holds: the host, and in Linux the namespace (container)."""
+    namespace = ""
+    with contextlib.suppress(OSError):
+        namespace = f", {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname() + namespace
+
+
+def _remove_stale(file: Path) -> bool:
+    """Delete the lock file of a process of this machine that has died; False if there is none.
+
+    Only the holder of a second file does so, after it has looked again: otherwise two processes
+    might find the same dead owner, and the slower one would delete the new lock of the faster one.
+    """
+    guard = file.with_name(f"{LOCK_FILE}.stale")
+    if not (_owner_died(file) and _create(guard)):
+        return False
+    try:
+        died = _owner_died(file)
+        if died:
+            file.unlink()
+        return died
+    finally:
+        guard.unlink()
+
+
+def _owner_died(file: Path) -> bool:
+    process, _, machine = _owner(file).removeprefix("process ").partition(" on ")
+    if machine != _machine() or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # a process of another user
+        return False
+    return False

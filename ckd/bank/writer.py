@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckd._files import TEMPORARY_PREFIX, atomic_write, fsync_folder
+from ckd._files import TEMPORARY_PREFIX, atomic_write, fsync_folder, user_path
 from ckd._lock import locked_folder
 from ckd.bank import arrays
 from ckd.bank.manifest import (
@@ -47,7 +47,8 @@ class BankWriter:
     stored already, and skips them.
 
     path: a folder that does not exist, is empty, or holds an incomplete bank with these settings
-        (with any settings, if it has no rows yet).
+        (with any settings, if it has no rows yet). A leading `~` is the home folder, and the
+        attribute `path` is absolute, so that the working directory may change.
     dim: D, the width of the embeddings.
     teacher: its name, or a mapping that describes it; `preprocessing`, `fingerprint`, `dataset`
         describe its input. All are stored in the manifest and must be the same on a resume.
@@ -57,9 +58,10 @@ class BankWriter:
         and the bank stays incomplete and can be resumed. None: the end of the block completes the
         bank, except that a resumed bank without a call of `write` is a BankError.
 
-    One writer at a time holds a bank (flock on the folder). Raises BankError for settings that are
-    invalid or differ from those of the bank at `path`, a complete bank, a folder of other files, or
-    a damaged shard; the system's OSError (disk full, permission denied).
+    One writer at a time holds a bank (flock on the folder, or a lock file on file systems without
+    flock). Raises BankError for settings that are invalid or differ from those of the bank at
+    `path`, a complete bank, a folder of other files, or a damaged shard; the system's OSError (disk
+    full, permission denied).
     """
 
     rows_done: int
@@ -79,7 +81,9 @@ class BankWriter:
         rows_per_shard: int = 8192,
         rows: int | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = user_path(path).absolute()
+        if os.fsencode(self.path) != str(self.path).encode(errors="replace"):
+            raise BankError(f"{str(self.path)!a} is not UTF-8, which safetensors needs; rename it")
         self._rows = None if rows is None else positive("rows", rows)
         self.rows_done = 0
         self._manifest = new_manifest(
@@ -149,8 +153,9 @@ class BankWriter:
         sample_ids: integers [n], unique in the bank. embeddings: floating point [n, D], any device;
         stored as float16. labels: integers [n], -1 for no class (the default). Tensors or arrays.
         Raises BankError, and takes no row of the batch, for wrong shapes or dtypes, repeated ids,
-        labels that are no class, rows that float16 cannot hold (NaN, inf, beyond 65504), and rows
-        that differ from their stored embedding or label. The message names the row or sample id.
+        labels that are no class, rows that float16 cannot hold (NaN, inf, beyond 65504, or so small
+        that their direction is lost), and rows that differ from their stored embedding or label.
+        The message names the row or sample id.
         After an OSError the writer is closed; open it again to resume.
         """
         if self._lock is None:
@@ -184,8 +189,9 @@ class BankWriter:
 
     def _begin(self) -> None:
         """Start a new bank: its manifest comes first, so that a resume finds the settings."""
-        # macOS puts .DS_Store into every folder that its user has looked at.
-        foreign = set(os.listdir(self.path)) - {TEMPORARY_PREFIX + MANIFEST_NAME, ".DS_Store"}
+        # Hidden files are those of a killed writer, of the lock, or of the system: macOS puts
+        # .DS_Store into every folder that its user has looked at.
+        foreign = [name for name in os.listdir(self.path) if not name.startswith(".")]
         if foreign:
             raise BankError(
                 f"{self.path} is not a bank and not empty (it holds {brief(sorted(foreign)[0])}); "
@@ -193,7 +199,7 @@ class BankWriter:
             )
         self._remove_leftovers()
         _write(self.path / MANIFEST_NAME, encode(self._manifest))
-        fsync_folder(self.path.absolute().parent)
+        fsync_folder(self.path.parent)
 
     def _resume(self, found: Manifest) -> None:
         """Continue an incomplete bank: check its settings and shards, and read its sample ids."""
@@ -334,8 +340,8 @@ def _lock(path: Path) -> ExitStack:
     lock = ExitStack()
     try:
         lock.enter_context(locked_folder(path))
-    except BlockingIOError:
-        raise BankError(f"{path} is being written by another process; wait for it to end") from None
+    except BlockingIOError as error:
+        raise BankError(f"{path} is being written by another process; {error.strerror}") from None
     return lock
 
 

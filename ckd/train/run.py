@@ -99,7 +99,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             stack.enter_context(locked_folder(folder))
         except BlockingIOError as error:
             raise TrainError(
-                f"another process is training in {folder}; wait for it to end"
+                f"another process is training in {folder}; {error.strerror}"
             ) from error
         # A run without a checkpoint (it failed early, say) may be overwritten.
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
