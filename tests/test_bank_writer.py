@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckd import _lock
-from ckd.bank import BankError, BankWriter, EmbeddingBank
+from ckd.bank import BankError, BankWriter, EmbeddingBank, arrays
 from tests.bank_tools import CLASSES, DIM, files_of, sample, write_bank
 
 
@@ -129,6 +129,78 @@ def test_the_largest_values_that_round_into_float16_are_kept(tmp_path):
     with BankWriter(tmp_path / "bank", 4) as writer:
         writer.write([7], rows)
     assert torch.equal(EmbeddingBank.open(tmp_path / "bank").rows([7]), rows.half())
+
+
+# Rows of this size, and whether float16 keeps their direction (a relative error of 2^-8 at most).
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("scale", "kept"),
+    [
+        *((1.0, True), (1e-3, True), (1e-5, True), (1e-6, False), (1e-7, False)),
+        *((3e-8, False), (1e-9, False), (1e-30, False)),
+    ],
+)
+def test_a_stored_row_keeps_its_direction_or_is_refused(dtype, scale, kept):
+    ids, embeddings, _ = sample(64, dim=128)
+    embeddings = embeddings.to(dtype) * scale
+    exact = embeddings.double()
+    lengths = exact.norm(dim=1, keepdim=True)
+    if kept:
+        half = arrays.to_float16(embeddings, ids, normalize=False).double()
+        assert ((half - exact).norm(dim=1) <= 2**-8 * lengths.squeeze(1)).all()
+    else:
+        says = rf"row 0 .*sample_id {int(ids[0])}\b.*too small for float16.*normalize=True"
+        with pytest.raises(BankError, match=says):
+            arrays.to_float16(embeddings, ids, normalize=False)
+    unit = arrays.to_float16(embeddings, ids, normalize=True).double()
+    assert ((unit - exact / lengths).norm(dim=1) <= 2**-11 + 2**-25 * 128**0.5).all()
+
+
+def test_small_elements_zeros_and_float16_itself_are_not_too_small(tmp_path):
+    rows = torch.full((4, 1000), 1e-9)
+    rows[0, 3] = 1e-3  # 2^-8 of the length is more than all others
+    rows[1] = 0.0
+    rows[2:] = 1e-6
+    with BankWriter(tmp_path / "bank", 1000) as writer:
+        writer.write([0, 1], rows[:2])
+        writer.write([2, 3], rows[2:].half())
+    assert torch.equal(EmbeddingBank.open(tmp_path / "bank").embeddings(), rows.half())
+
+
+def test_one_row_that_is_too_small_is_named_among_others(tmp_path):
+    ids, embeddings, _ = sample(10)
+    embeddings[4] *= 1e-8
+    embeddings[7] *= 1e-320  # zero in float32
+    with pytest.raises(BankError, match=rf"row 4 .*sample_id {int(ids[4])}\b"):
+        arrays.to_float16(embeddings, ids, normalize=False)
+    embeddings = sample(10)[1].double()
+    embeddings[7] *= 1e-320  # whose square is zero in float64
+    with pytest.raises(BankError, match=rf"row 7 .*sample_id {int(ids[7])}\b"):
+        arrays.to_float16(embeddings, ids, normalize=False)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e200, 1e305])
+def test_float64_rows_are_normalized_where_their_squares_leave_the_range(scale):
+    rows = sample(10)[1].double() * scale
+    unit = arrays.to_float16(rows, torch.arange(10), normalize=True).double()
+    exact = torch.nn.functional.normalize(rows / rows.abs().amax(), dim=1)
+    assert ((unit - exact).norm(dim=1) <= 2**-8).all()  # 1e-320 itself has three digits
+
+
+def test_a_relative_path_and_a_tilde_are_fixed_when_the_writer_is_made(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    ids, embeddings, _ = sample()
+    for path in ("bank", "~/other"):
+        with BankWriter(path, DIM, rows_per_shard=16) as writer:
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            writer.write(ids, embeddings)
+        assert writer.path == tmp_path / path.removeprefix("~/")
+        assert len(EmbeddingBank.open(writer.path)) == 50
+        monkeypatch.chdir(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["bank", "elsewhere", "other"]
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_duplicate_ids_are_refused_within_a_batch_and_across_batches(tmp_path):

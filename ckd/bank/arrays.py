@@ -16,6 +16,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
+# The largest error of a stored row, relative to its length: that of rounding to bfloat16, in which
+# teachers run. Rounding to float16 has 2^-11, unless most of the row's length is in elements below
+# 2^-14 (subnormal), which are rounded by up to 2^-25 each, whatever their size.
+_ROUNDING = 2**-8
+
 
 def integers(name: str, values: Any) -> Tensor:
     """`values` as int64 [n] on the CPU. BankError for another rank or dtype, or beyond int64."""
@@ -49,7 +54,8 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
     """Rows [n, D] as float16; `normalize` scales them to length 1 first.
 
     Raises RowError, naming the row and its sample id, for a row that is not finite, exceeds
-    float16's range, or has length 0 and should be normalised.
+    float16's range, is so small that float16 loses its direction (a row of zeros has none), or has
+    length 0 and should be normalised.
     """
 
     def refuse(bad: Tensor, what: str) -> None:
@@ -58,19 +64,40 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
             sample_id = int(sample_ids[row])
             raise RowError("embeddings", row, f"{{where}} (sample_id {sample_id}) {what}")
 
-    refuse(~rows.isfinite().all(dim=1), "holds NaN or inf")
+    largest = rows.abs().amax(dim=1)  # NaN if the row holds NaN
+    refuse(~largest.isfinite(), "holds NaN or inf")
     if normalize:
-        # In float64 the square of a large float32 does not overflow.
-        lengths = rows.double().norm(dim=1, keepdim=True)
-        refuse(lengths.squeeze(1) == 0, "is all zeros and cannot be normalised")
-        rows = rows.double() / lengths
+        refuse(largest == 0, "is all zeros and cannot be normalised")
+        rows = _scaled(rows, largest)
+        # Of length 1, a row of less than 2^33 elements is neither too large nor too small.
+        return (rows / rows.norm(dim=1, keepdim=True)).to(torch.float16)
     half = rows.to(torch.float16)
     refuse(
-        ~half.isfinite().all(dim=1),
+        ~largest.to(torch.float16).isfinite(),
         f"holds a value beyond float16's largest, {FLOAT16_MAX:.0f}; "
         "scale the embeddings down, or store them with normalize=True",
     )
+    # With a larger element, 2^-25 for each of the D elements is too little to matter.
+    small = (largest > 0) & (largest < 2**-16 * rows.shape[1] ** 0.5)
+    lost = small.clone()
+    lost[small] = _loses_direction(rows[small], half[small], largest[small])
+    refuse(
+        lost,
+        "is too small for float16, which would round its direction away; "
+        "scale the embeddings up, or store them with normalize=True",
+    )
     return half
+
+
+def _scaled(rows: Tensor, largest: Tensor) -> Tensor:
+    """The rows in float64, divided by their largest elements, so that squares stay in range."""
+    return rows.double() / largest.double()[:, None]
+
+
+def _loses_direction(rows: Tensor, half: Tensor, largest: Tensor) -> Tensor:
+    """Mask [n] of the rows that float16 changes by more than _ROUNDING of their length."""
+    exact = _scaled(rows, largest)
+    return (_scaled(half, largest) - exact).norm(dim=1) > _ROUNDING * exact.norm(dim=1)
 
 
 def same_rows(offered: Tensor, stored: Tensor) -> Tensor:
