@@ -266,6 +266,22 @@ def test_rows_that_an_import_refuses_are_counted_in_the_file(tmp_path, monkeypat
         import_npy(tmp_path / "e.npy", tmp_path / "bank")
 
 
+def test_an_import_reads_paths_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ids, embeddings, labels = (t.numpy() for t in sample())
+    for name, values in (("e", embeddings), ("l", labels), ("i", ids)):
+        np.save(tmp_path / f"{name}.npy", values)
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfant\r\nbee\r\ncat\r\n")
+    arguments = ["--from-npy", "~/e.npy", "--labels", "~/l.npy", "--ids", "~/i.npy"]
+    assert main(["build", *arguments, "--class-names", "~/names.txt", "--out", "~/bank"]) == 0
+    bank = EmbeddingBank.open(tmp_path / "bank")
+    assert bank.class_names == ("ant", "bee", "cat")
+    assert np.array_equal(bank.sample_ids.numpy(), ids)
+    assert main(["info", "~/bank", "--plot", "~/bank.png"]) == 0
+    assert (tmp_path / "bank.png").exists()
+    assert main(["verify", "~/bank"]) == 0
+
+
 def test_the_command_line_imports(tmp_path, capsys):
     np.save(tmp_path / "e.npy", sample()[1].numpy())
     arguments = ["--from-npy", str(tmp_path / "e.npy"), "--out", str(tmp_path / "bank")]

@@ -50,6 +50,39 @@ def test_a_bank_is_pickled_and_copied_by_its_path(tmp_path, monkeypatch):
     assert torch.equal(copy.deepcopy(bank).sample_ids, bank.sample_ids)
 
 
+def test_a_bank_opened_by_a_relative_path_stays_itself_after_chdir(tmp_path, monkeypatch):
+    for folder, rows in (("a", 30), ("b", 40)):
+        write_bank(tmp_path / folder / "bank", rows)
+    monkeypatch.chdir(tmp_path / "a")
+    bank = EmbeddingBank.open("bank")
+    assert bank.path == tmp_path / "a" / "bank"
+    monkeypatch.chdir(tmp_path / "b")
+    for again in (pickle.loads(pickle.dumps(bank)), copy.copy(bank), copy.deepcopy(bank)):
+        assert len(again) == 30
+        assert again.path == bank.path
+
+
+def test_a_bank_that_was_replaced_is_not_taken_for_the_pickled_one(tmp_path):
+    bank = write_bank(tmp_path / "one")
+    write_bank(tmp_path / "two", teacher="another")
+    (tmp_path / "latest").symlink_to("one")
+    data = pickle.dumps(EmbeddingBank.open(tmp_path / "latest"))
+    assert torch.equal(pickle.loads(data).embeddings(), bank.embeddings())
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to("two")
+    with pytest.raises(BankError, match=r"latest holds another bank"):
+        pickle.loads(data)
+    (tmp_path / "latest").unlink()
+    write_bank(tmp_path / "latest")  # built again from the same rows
+    assert torch.equal(pickle.loads(data).embeddings(), bank.embeddings())
+
+
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_bank(tmp_path / "bank")
+    assert EmbeddingBank.open("~/bank").path == tmp_path / "bank"
+
+
 def test_positions_do_not_share_memory_with_the_ids_that_were_asked_for(tmp_path):
     with BankWriter(tmp_path / "bank", DIM) as writer:
         writer.write(torch.arange(50), sample()[1])
@@ -173,6 +206,30 @@ def test_check_names_both_values_and_a_remedy(tmp_path, expected, says):
     with pytest.raises(BankError) as caught:
         bank.check(**expected)
     assert all(part in str(caught.value) for part in says)
+
+
+def test_check_takes_composed_and_decomposed_names_as_equal_and_shows_other_differences(tmp_path):
+    names = ("caf\xe9", "bee", "cat")
+    bank = write_bank(tmp_path / "bank", class_names=names)
+    bank.check(class_names=("cafe\u0301", "bee", "cat"))
+    assert len(write_bank(tmp_path / "bank2", class_names=names)) == 50
+    same = {"class_names": ("cafe\u0301", "bee", "cat"), "teacher": "t", "fingerprint": "f00d"}
+    assert BankWriter(tmp_path / "bank2", DIM, rows_per_shard=16, **same).is_complete()
+    for other, shown in (
+        ("\u0441af\xe9", r"'\u0441af\xe9'"),  # a Cyrillic letter
+        ("caf\xe9 ", r"'caf\xe9 '"),
+        ("caf\xe9\u200b", r"'caf\xe9\u200b'"),
+        ("cafe", "'cafe'"),
+    ):
+        for attempt in (
+            lambda given: bank.check(class_names=given),
+            lambda given: BankWriter(
+                tmp_path / "bank2", DIM, rows_per_shard=16, **(same | {"class_names": given})
+            ).is_complete(),
+        ):
+            with pytest.raises(BankError) as caught:
+                attempt((other, "bee", "cat"))
+            assert all(text in str(caught.value) for text in ("class 0", r"'caf\xe9'", shown))
 
 
 def test_check_refuses_labels_beyond_the_class_names(tmp_path):

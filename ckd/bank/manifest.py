@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import string
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import xxhash
 
 from ckd._errors import CkdError
+from ckd._files import LFS_POINTER, is_lfs_pointer
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -106,6 +109,11 @@ def encode(manifest: Manifest) -> bytes:
     return _canonical(manifest.as_dict())
 
 
+def checksum(manifest: Manifest) -> str:
+    """The manifest's own hash, which covers those of the shards: it identifies a bank's content."""
+    return xxhash.xxh3_64_hexdigest(encode(manifest))
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest: version, checksum, types, ranges, and that rows add up.
 
@@ -126,6 +134,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def decode(data: bytes, path: Path) -> Manifest:
     """Parse and check the content of the file `path`. Raises BankError as `read_manifest` does."""
+    if is_lfs_pointer(data):
+        raise BankError(f"{path} cannot be read: {LFS_POINTER}")
     try:
         values = json.loads(data)
     # RecursionError: deeply nested garbage; ValueError covers bad JSON, bad UTF-8 and huge numbers.
@@ -155,11 +165,33 @@ def decode(data: bytes, path: Path) -> Manifest:
 
 def settings_that_differ(old: Manifest, new: Manifest) -> list[str]:
     """`field: old value, now new value` for each setting in which two manifests differ."""
-    return [
-        f"{name}: {brief(getattr(old, name))}, now {brief(getattr(new, name))}"
-        for name in SETTINGS
-        if getattr(old, name) != getattr(new, name)
-    ]
+    differ = []
+    for name in SETTINGS:
+        values = getattr(old, name), getattr(new, name)
+        if name == "class_names" and all(values) and len(values[0]) == len(values[1]):
+            label = first_other_name(*values)
+            if label is not None:
+                first, second = (quoted(names[label]) for names in values)
+                differ.append(f"class_names: class {label} is {first}, now {second}")
+        elif values[0] != values[1]:
+            differ.append(f"{name}: {brief(values[0])}, now {brief(values[1])}")
+    return differ
+
+
+def first_other_name(old: Sequence[str], new: Sequence[str]) -> int | None:
+    """The first label whose class has another name in `new`; None if all are the same.
+
+    Names are compared as composed characters (NFC): some file systems decompose them.
+    """
+    for label, names in enumerate(zip(old, new)):
+        if len({unicodedata.normalize("NFC", name) for name in names}) > 1:
+            return label
+    return None
+
+
+def quoted(name: str) -> str:
+    """`repr(name)`, with its characters' codes if it may look like another name."""
+    return repr(name) if name.isascii() else f"{name!r} ({name!a})"
 
 
 def brief(value: Any, limit: int = 120) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import tokenize
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from ckd._files import LFS_POINTER, is_lfs_pointer, read_lines, user_path
 from ckd.bank import arrays
 from ckd.bank.manifest import BankError, RowError
 from ckd.bank.reader import EmbeddingBank
@@ -31,10 +32,10 @@ def import_npy(
     """Make the bank `path` from the file `embeddings`, floating point [N, D].
 
     labels, ids: .npy files of integers [N]; default: no class, and row numbers as sample ids.
-    class_names: a UTF-8 text file, one name per line. teacher: its name, for the manifest. The
-    embeddings are memory-mapped, and nothing is unpickled. Safe to kill: the same call resumes.
-    A complete bank is opened unchanged. Raises BankError that names the invalid file (and row), and
-    OSError if a file cannot be read.
+    class_names: a UTF-8 text file, one name per line. teacher: its name, for the manifest. In a
+    path, a leading `~` is the home folder. The embeddings are memory-mapped, and nothing is
+    unpickled. Safe to kill: the same call resumes. A complete bank is opened unchanged. Raises
+    BankError that names the invalid file (and row), and OSError if a file cannot be read.
     """
     rows = _map(embeddings)
     if rows.ndim != 2 or rows.size == 0 or rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
@@ -51,7 +52,7 @@ def import_npy(
                 f"got {list(values.shape)}"
             )
     source = {
-        "imported_from": Path(embeddings).name,
+        "imported_from": os.path.basename(embeddings),
         # Hashes in the settings, so that a resume from changed files is refused.
         "xxh3": [_xxh3(values) for values in (rows, row_labels, row_ids)],
     }
@@ -60,13 +61,13 @@ def import_npy(
         rows.shape[1],
         teacher=teacher,
         preprocessing=source,
-        class_names=None if class_names is None else _lines(class_names),
+        class_names=None if class_names is None else read_lines(class_names, BankError),
         normalize=normalize,
         rows_per_shard=rows_per_shard,
         rows=len(rows),
     )
     if writer.is_complete():
-        return EmbeddingBank.open(path)
+        return EmbeddingBank.open(writer.path)
     files = {"sample_ids": ids, "embeddings": embeddings, "labels": labels}
     with writer:
         for start in range(0, len(rows), _CHUNK_ROWS):
@@ -76,14 +77,21 @@ def import_npy(
             except RowError as error:
                 where = f"row {start + error.row} of {files[error.argument]}"
                 raise error.found_at(where) from error
-    return EmbeddingBank.open(path)
+    return EmbeddingBank.open(writer.path)
 
 
 def _map(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
+    path = user_path(path)
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        raise BankError(f"{path} is not a usable .npy file: {error}") from error
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # a header is a Python literal
+        reason = str(error)
+        if "Python objects" in reason:
+            reason = "it holds Python objects, which are not unpickled; save an array of numbers"
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(64)):
+                reason = LFS_POINTER
+        raise BankError(f"{path} is not a usable .npy file: {reason}") from error
 
 
 def _integers(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
@@ -95,14 +103,3 @@ def _xxh3(values: np.ndarray[Any, Any]) -> str:
     for start in range(0, len(values), _CHUNK_ROWS):
         digest.update(np.ascontiguousarray(values[start : start + _CHUNK_ROWS]).data)
     return digest.hexdigest()
-
-
-def _lines(path: str | os.PathLike[str]) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BankError(f"{path} is not UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise BankError(f"{path}, line {number} is blank; each line must hold a class name")
-    return lines

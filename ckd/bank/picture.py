@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ckd._files import atomic_write
+from ckd._files import atomic_write, user_path
 from ckd._hints import require, unknown
 from ckd.bank.manifest import BankError
 from ckd.bank.reader import EmbeddingBank
@@ -48,7 +47,8 @@ def draw_bank(
         raise BankError(f"a picture needs 3 rows of width 2 at least, {bank.path} has fewer")
     figures = require("matplotlib.figure", extra="plots", purpose="drawing a bank")
     figure = figures.Figure(figsize=(9.5, 7), dpi=150, layout="constrained")
-    suffix = Path(path).suffix.lstrip(".").lower()
+    path = user_path(path)
+    suffix = path.suffix.lstrip(".").lower()
     formats = figure.canvas.get_supported_filetypes()
     if suffix not in formats:
         raise BankError(unknown("image format", suffix, formats))

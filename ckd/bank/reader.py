@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckd._files import user_path
 from ckd._hints import unknown
 from ckd.bank import arrays
-from ckd.bank.manifest import BankError, Manifest, brief, read_manifest
+from ckd.bank.manifest import (
+    BankError,
+    Manifest,
+    brief,
+    checksum,
+    first_other_name,
+    quoted,
+    read_manifest,
+)
 from ckd.bank.shards import Shard, map_shard
 
 VERIFY_MODES = ("fast", "full", "off")
@@ -25,12 +34,13 @@ class EmbeddingBank:
     labels: int64 [N], -1 for a row without a class. sample_ids: int64 [N], unique.
     class_names: the names of labels 0, 1, ...; empty if the bank stores none.
     meta: the manifest, read-only: teacher, preprocessing, dataset, fingerprint, normalized, ...
-    path: its folder; nbytes: the size of its shards on disk; dim: D.
+    path: its folder, absolute; nbytes: the size of its shards on disk; dim: D.
 
     Embeddings are memory-mapped: pages are read on first access. Replacing or deleting files of an
     open bank is harmless; truncating one in place is not (a read beyond the end of a mapped file
-    kills the process). A pickle stores the path alone and opens the folder again with
-    verify="off", so data workers can use a bank.
+    kills the process). A pickle or copy stores the path and the manifest's hash alone, and opens
+    the folder again with verify="off", so data workers can use a bank; another bank that has
+    replaced it there is a BankError.
     """
 
     def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Shard]) -> None:
@@ -41,6 +51,7 @@ class EmbeddingBank:
         self.nbytes = sum(shard.record.bytes for shard in shards)
         self.labels = torch.cat([shard.label for shard in shards])
         self.sample_ids = torch.cat([shard.sample_id for shard in shards])
+        self._checksum = checksum(manifest)
         self._shards = tuple(shards)
         self._rows_per_shard = manifest.rows_per_shard
         self._check_labels()
@@ -51,7 +62,7 @@ class EmbeddingBank:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: str = "fast") -> EmbeddingBank:
-        """Open the bank in the folder `path`.
+        """Open the bank in the folder `path`; a leading `~` is the home folder.
 
         verify: every mode checks the manifest, file sizes, headers, ids and labels; "fast" also the
         xxh3 of each shard, "full" its xxh3 and sha256, "off" nothing else.
@@ -59,7 +70,7 @@ class EmbeddingBank:
         """
         if verify not in VERIFY_MODES:
             raise BankError(unknown("verify mode", verify, VERIFY_MODES))
-        path = Path(path)
+        path = user_path(path).absolute()
         manifest = read_manifest(path)
         if not manifest.complete:
             raise BankError(
@@ -71,7 +82,17 @@ class EmbeddingBank:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).open, (self.path.absolute(), "off")
+        return type(self)._open_again, (str(self.path), self._checksum)
+
+    @classmethod
+    def _open_again(cls, path: str, expected: str) -> EmbeddingBank:
+        bank = cls.open(path, verify="off")
+        if bank._checksum != expected:
+            raise BankError(
+                f"{path} holds another bank than when this one was pickled or copied: its manifest "
+                "has changed; put the old one back, or open and pickle the new one"
+            )
+        return bank
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -201,12 +222,12 @@ class EmbeddingBank:
                 f"the bank {self.path} has {len(mine)} class names ({brief(list(mine))}), "
                 f"the data has {len(names)} ({brief(list(names))}); {remedy}"
             )
-        for label, (ours, theirs) in enumerate(zip(mine, names)):
-            if ours != theirs:
-                raise BankError(
-                    f"class {label} is {ours!r} in the bank {self.path} "
-                    f"and {theirs!r} in the data; {remedy}"
-                )
+        label = first_other_name(mine, names)
+        if label is not None:
+            raise BankError(
+                f"class {label} is {quoted(mine[label])} in the bank {self.path} "
+                f"and {quoted(names[label])} in the data; {remedy}"
+            )
 
     def _first_of_each_class(self, per_class: int, seed: int | None) -> Tensor:
         """Mask [N] of the first `per_class` rows of each label, in bank order or a seeded one."""

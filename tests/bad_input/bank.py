@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import pickle
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from ckd import _lock
 from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import draw_bank
@@ -20,6 +24,7 @@ from tests.bad_input import Case
 from tests.bank_tools import CLASSES, DIM, change_manifest, flip_bit, sample, write_bank
 
 IDS, ROWS, LABELS = sample()
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 def offered(*batch: Any, **settings: Any) -> Callable[[Path], Any]:
@@ -151,6 +156,40 @@ def onto_a_complete_bank(tmp_path: Path) -> None:
     offered(IDS, ROWS)(tmp_path)
 
 
+def pointer_for(name: str) -> Callable[[Path], Any]:
+    """Replace a file of the folder by a Git LFS pointer."""
+    return lambda folder: (folder / name).write_bytes(POINTER)
+
+
+def import_of(data: bytes) -> Callable[[Path], Any]:
+    """Import an .npy file with these bytes."""
+
+    def call(tmp_path: Path) -> None:
+        (tmp_path / "e.npy").write_bytes(data)
+        import_npy(tmp_path / "e.npy", tmp_path / "bank")
+
+    return call
+
+
+def unpickled_after_it_was_replaced(tmp_path: Path) -> None:
+    data = pickle.dumps(write_bank(tmp_path / "bank"))
+    shutil.rmtree(tmp_path / "bank")
+    write_bank(tmp_path / "bank", rows=40)
+    pickle.loads(data)
+
+
+def locked_by_a_file(tmp_path: Path) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / _lock.LOCK_FILE).write_text("process 12 on another host")
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(fcntl, "flock", flock)
+        patches.setattr(_lock, "LOCK_PATIENCE_S", 0.0)
+        offered(IDS, ROWS)(tmp_path)
+
+
 SHARD_1 = ("shard-00001.safetensors", "rows 16 to 31")
 
 CASES = [
@@ -198,6 +237,12 @@ CASES = [
         ("row 3", f"sample_id {int(IDS[3])}", "NaN"),
     ),
     Case("inf", offered(IDS, poisoned(float("inf"))), BankError, ("row 3", "inf")),
+    Case(
+        "underflow",
+        offered(IDS, ROWS * torch.where(torch.arange(50) == 3, 1e-8, 1.0)[:, None]),
+        BankError,
+        ("row 3", f"sample_id {int(IDS[3])}", "too small for float16", "normalize=True"),
+    ),
     Case("overflow", offered(IDS, poisoned(1e5)), BankError, ("row 3", "65504")),
     Case(
         "zero row normalized",
@@ -215,6 +260,18 @@ CASES = [
     # Path, resume, file system
     Case("path is a file", into_a_file, BankError, ("is a file",)),
     Case("foreign folder", into_a_foreign_folder, BankError, ("not a bank", "thesis.tex")),
+    Case(
+        "path that is not UTF-8",
+        lambda p: BankWriter(os.fsdecode(bytes(p) + b"/\xff"), 8),
+        BankError,
+        (r"\udcff", "not UTF-8"),
+    ),
+    Case(
+        "locked where flock is missing",
+        locked_by_a_file,
+        BankError,
+        ("being written", ".ckd-lock, of process 12 on another host", "delete the file"),
+    ),
     Case("complete already", onto_a_complete_bank, BankError, ("complete bank of 50 rows",)),
     Case(
         "resumed otherwise",
@@ -292,6 +349,24 @@ CASES = [
         BankError,
         ("manifest.json", "../../x"),
     ),
+    Case(
+        "shard LFS pointer",
+        damaged(pointer_for(SHARD_1[0])),
+        BankError,
+        (*SHARD_1, "Git LFS pointer", "git lfs pull"),
+    ),
+    Case(
+        "manifest LFS pointer",
+        damaged(pointer_for("manifest.json")),
+        BankError,
+        ("manifest.json", "Git LFS pointer", "git lfs pull"),
+    ),
+    Case(
+        "replaced after pickling",
+        unpickled_after_it_was_replaced,
+        BankError,
+        ("bank holds another bank", "pickled"),
+    ),
     # Queries
     Case(
         "unknown id",
@@ -317,6 +392,12 @@ CASES = [
         asked(lambda bank: bank.check(class_names=("ant", "bee", "dog"))),
         BankError,
         ("class 2", "'cat'", "'dog'"),
+    ),
+    Case(
+        "class names that look equal",
+        asked(lambda bank: bank.check(class_names=("ant", "bee", "\u0441at"))),
+        BankError,
+        ("class 2", "'cat'", r"'\u0441at'"),
     ),
     Case(
         "other data",
@@ -347,8 +428,15 @@ CASES = [
         "npy pickled",
         imported(np.array([[{}]], dtype=object)),
         BankError,
+        ("e.npy", "not a usable .npy file", "Python objects", "array of numbers"),
+    ),
+    Case(
+        "npy damaged header",
+        import_of(b"\x93NUMPY\x01\x00\x10\x00{'descr': ('<f4'" + b"\n"),
+        BankError,
         ("e.npy", "not a usable .npy file"),
     ),
+    Case("npy LFS pointer", import_of(POINTER), BankError, ("e.npy", "Git LFS pointer")),
     Case("npy empty", imported(np.zeros((0, 3))), BankError, ("e.npy", "[N, D]", "[0, 3]")),
     Case("npy dtype", imported(np.zeros((3, 2), int)), BankError, ("e.npy", "int64")),
     Case(
@@ -374,6 +462,12 @@ CASES = [
         imported(np.zeros((2, 2)), labels=[0, 1], names="ant\n\nbee\n"),
         BankError,
         ("names.txt", "line 2"),
+    ),
+    Case(
+        "npy class names in UTF-16",
+        imported(np.zeros((2, 2)), labels=[0, 1], names="a\0n\0t\0\n\0"),
+        BankError,
+        ("names.txt", "UTF-8"),
     ),
     Case("npy rank", imported(np.zeros(3)), BankError, ("e.npy", "[N, D]", "[3]")),
     Case(
