@@ -25,7 +25,12 @@ def store(network, folder: Path, preprocessor: bool = True) -> str:
     """The network as a local folder in the hub's format; returns its model name."""
     network.save_pretrained(folder)
     if preprocessor:
-        settings = {"image_mean": MEAN, "image_std": STD, "size": {"height": 16, "width": 16}}
+        settings = {
+            "image_processor_type": "ViTImageProcessor",
+            "image_mean": MEAN,
+            "image_std": STD,
+            "size": {"height": 16, "width": 16},
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return f"hf:{folder}"
 

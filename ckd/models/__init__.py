@@ -1,16 +1,21 @@
 """Students and teachers: networks that give an embedding and logits, and their files."""
 
-from ckd.models.base import Model, ModelOutput
+from ckd.models.base import Model, ModelOutput, check_teacher
 from ckd.models.catalog import create, known
 from ckd.models.files import class_names, load, save
 from ckd.models.measure import flops_per_image, parameter_count, weights_hash
 from ckd.models.prepare import prepare
-from ckd.models.spec import ModelError
+from ckd.models.preprocessing import Resize
+from ckd.models.spec import POOLS, ModelError, Pool
 
 __all__ = [
+    "POOLS",
     "Model",
     "ModelError",
     "ModelOutput",
+    "Pool",
+    "Resize",
+    "check_teacher",
     "class_names",
     "create",
     "flops_per_image",

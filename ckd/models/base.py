@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ckd.models.preprocessing import SQUASHED, Resize
 from ckd.models.spec import ModelError, Spec
+
+# Errors of a network that gets images of another shape than it was made for.
+_FORWARD_ERRORS = (
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+)
 
 
 class ModelOutput(NamedTuple):
@@ -21,12 +33,16 @@ class ModelOutput(NamedTuple):
 class Model(nn.Module):
     """A network that gives ModelOutput for normalised images [B, in_channels, size, size].
 
-    `spec` is its name for `create`; `mean` and `std` (one value per channel, for pixels in 0..1)
-    are the normalisation it expects, which `prepare` applies.
+    `spec` is its name for `create`; `resize`, `flip_channels`, `mean` and `std` (one value per
+    channel, for pixels in 0..1) are the preprocessing it expects, which `prepare` applies.
+    `class_names` are the names of the logits, () where they are not known. `pool` says how the
+    embedding is made of the network's output, where there is a choice.
     """
 
     channel_mean: Tensor
     channel_std: Tensor
+    class_names: tuple[str, ...] = ()
+    pool: str | None = None
 
     def __init__(
         self,
@@ -38,13 +54,22 @@ class Model(nn.Module):
         in_channels: int,
         mean: Sequence[float],
         std: Sequence[float],
+        resize: Resize = SQUASHED,
+        flip_channels: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self.embedding_dim, self.num_classes = spec, embedding_dim, num_classes
         self.image_size, self.in_channels = image_size, in_channels
+        self.preprocess_with(mean, std, resize, flip_channels)
+
+    def preprocess_with(
+        self, mean: Sequence[float], std: Sequence[float], resize: Resize, flip_channels: bool
+    ) -> None:
+        """Set what `prepare` does for this model."""
         self.mean, self.std = tuple(mean), tuple(std)
+        self.resize, self.flip_channels = resize, flip_channels
         # The same numbers on the model's device, so that `prepare` needs no copy to the device.
-        shape = (1, in_channels, 1, 1)
+        shape = (1, self.in_channels, 1, 1)
         self.register_buffer("channel_mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("channel_std", torch.tensor(std).view(shape), persistent=False)
 
@@ -59,25 +84,63 @@ class Model(nn.Module):
             )
 
 
-def probe(spec: Spec, embed: nn.Module, image_size: int, in_channels: int) -> int:
-    """Width of the embeddings that `embed` gives, found by running it on one black image."""
-    embed.eval()
+def check_teacher(model: Model) -> None:
+    """Raise ModelError if an image's embedding is random, or depends on the rest of the batch.
+
+    Stored once, such an embedding would not be the image's. Runs the model in evaluation mode on
+    three images, again on the same, and on two of them in reversed order.
+    """
+    mean = model.channel_mean
+    shape = (3, model.in_channels, model.image_size, model.image_size)
+    images = _random_images(shape).to(mean.device, mean.dtype)
+    was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
-            embedding = embed(torch.zeros(1, in_channels, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
+            first, again = model(images).embedding, model(images).embedding
+            others = model(images[[2, 0]]).embedding
+    finally:
+        model.train(was_training)
+    # GPUs round float32 convolutions to 10 bits (TF32); half precision has 8 to 11 bits.
+    for same, what in (
+        (agree(again, first, 0.02), "differs from one forward to the next: it has a random part"),
+        (
+            agree(others, first[[2, 0]], 0.02),
+            "of an image depends on the other images of its batch",
+        ),
+    ):
+        if not same:
+            raise ModelError(
+                f"{model.spec!r} cannot be a teacher: its embedding {what}; switch that off in the "
+                "model's configuration, or choose another teacher"
+            )
+
+
+def probe(spec: Spec, run: Callable[[Tensor], Any], image_size: int, in_channels: int) -> Any:
+    """What `run`, a network or a function that calls one, gives for two random images.
+
+    Raises ModelError if it does not take images of that shape.
+    """
+    images = _random_images((2, in_channels, image_size, image_size))
+    try:
+        with torch.no_grad():
+            return run(images)
+    except _FORWARD_ERRORS as error:
         raise ModelError(
             f"{spec.text!r} does not take images of {image_size} x {image_size} pixels with "
             f"{in_channels} channels: {first_line(error)}"
         ) from error
-    finally:
-        embed.train()
-    if embedding.dim() != 2:
-        raise ModelError(
-            f"{spec.text!r} gives embeddings of shape {list(embedding.shape)}, not one vector per "
-            "image; choose a model that pools its features"
-        )
-    return embedding.shape[1]
+
+
+def one_vector_each(spec: Spec, embedding: Any) -> Tensor:
+    """`embedding`, if it is a tensor [2, E], as the two images of `probe` should give."""
+    if isinstance(embedding, Tensor) and embedding.dim() == 2 and len(embedding) == 2:
+        return embedding
+    came = f"shape {list(embedding.shape)}" if isinstance(embedding, Tensor) else type(embedding)
+    raise ModelError(
+        f"{spec.text!r} gives embeddings of {came} for two images, not one vector per image; "
+        "choose a model that pools its features"
+    )
 
 
 def per_channel(values: Sequence[float], channels: int) -> list[float]:
@@ -90,3 +153,13 @@ def per_channel(values: Sequence[float], channels: int) -> list[float]:
 def first_line(error: Exception) -> str:
     """The first line of a library's error; the rest is often advice on using that library."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Whether two results [B, E] of one computation are equal, relative to the length of a row."""
+    ours, theirs = ours.double().nan_to_num(), theirs.double().nan_to_num()
+    return bool(((ours - theirs).norm(dim=1) <= tolerance * theirs.norm(dim=1) + 1e-12).all())
+
+
+def _random_images(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))

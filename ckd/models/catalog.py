@@ -12,8 +12,9 @@ from ckd._hints import unknown
 from ckd.models import hf_models, timm_models
 from ckd.models.base import Model
 from ckd.models.resnet import ResNet
-from ckd.models.spec import ModelError, parse
+from ckd.models.spec import POOLS, ModelError, Pool, parse
 from ckd.models.vit import ViT
+from ckd.models.weights import Weights
 
 
 class Family(NamedTuple):
@@ -49,6 +50,8 @@ def create(
     image_size: int | None,
     in_channels: int | None = 3,
     pretrained: bool = False,
+    weights: Weights | None = None,
+    pool: Pool | None = None,
 ) -> Model:
     """A new model, in training mode, initialised from torch's default generator.
 
@@ -58,9 +61,21 @@ def create(
         resnet20, resnet56, any 6n + 2           width=16
         timm:NAME, hf:NAME                       `pretrained` loads their weights; `image_size`
                                                  and `in_channels` may be None: the model's own
+        timm:local-dir:FOLDER, hf:FOLDER         models on disk: a folder as
+                                                 timm.models.save_for_hf writes it, or as
+                                                 save_pretrained of transformers does
 
     `num_classes` None leaves out the classifier (logits are None), except that a pretrained
-    model keeps its own. Raises ModelError for an unknown name or option and for sizes that do not
+    model keeps its own. `weights`, for timm: and hf:, replace the pretrained ones.
+
+    `pool`, for hf:, says how tokens become the embedding: "cls", the class token; "mean", the mean
+    of the patch tokens; "pooler", the output of the model's own pooling layer. With it, an image
+    classifier is loaded without its classifier. None: the input of the classifier; without one,
+    the projected image embedding, the pooled output, the class token or the mean of all tokens,
+    the first of these that the model has (its `pool` says which), but the class token rather than
+    a pooled output with a dense layer, whose published weights are often untrained.
+
+    Raises ModelError for an unknown name or option and for sizes that do not
     fit, ImportError if a needed extra is missing.
     """
     parsed = parse(spec)
@@ -71,6 +86,8 @@ def create(
     ):
         if value is not None and value < 1:
             raise ModelError(f"{name} must be at least 1, got {value}")
+    if pool is not None and pool not in POOLS:
+        raise ModelError(unknown("pool", pool, POOLS))
     if parsed.family in LIBRARIES:
         return LIBRARIES[parsed.family].create(
             parsed,
@@ -78,6 +95,8 @@ def create(
             image_size=image_size,
             in_channels=in_channels,
             pretrained=pretrained,
+            weights=weights,
+            pool=pool,
         )
     network = _built_in(parsed.family)
     if network is None:
@@ -86,6 +105,8 @@ def create(
         raise ModelError(
             f"{spec!r} has no weights to download; use load({spec!r}, weights=FILE) instead"
         )
+    if pool is not None:
+        raise ModelError(f"{spec!r} has one embedding only; pool={pool!r} is for hf: models")
     if image_size is None or in_channels is None:
         raise ModelError(f"{spec!r} has no image_size or in_channels of its own: pass both")
     return network(parsed, num_classes=num_classes, image_size=image_size, in_channels=in_channels)

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import json
-import pickle
-import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
-from torch import Tensor, nn
 
-from ckd._files import LFS_POINTER, atomic_write, is_lfs_pointer
+from ckd._files import atomic_write, user_path
 from ckd._hints import unknown
 from ckd._version import __version__
 from ckd.models import catalog
-from ckd.models.base import Model, first_line
-from ckd.models.spec import ModelError
+from ckd.models.base import Model, check_teacher, first_line
+from ckd.models.preprocessing import Resize
+from ckd.models.spec import POOLS, ModelError, Pool
+from ckd.models.weights import fill, likely_cause, read_weights
 
 STUDENT_FILE = "student.safetensors"  # in a run folder
 # One entry: safetensors writes several in no fixed order, but equal models must give equal files.
 _HEADER = "ckd_model"
-# Errors of safetensors and torch.load on damaged or foreign files.
-_DAMAGE = (
-    safetensors.SafetensorError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    pickle.UnpicklingError,
-)
 
 
 def _is_size(value: object) -> bool:
@@ -76,11 +59,20 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
         "image_size": model.image_size,
         "in_channels": model.in_channels,
         "class_names": list(class_names),
+        # The pooling to ask for; others (projection, classifier) come with the spec.
+        "pool": model.pool if model.pool in POOLS else None,
+        "preprocessing": {
+            "mean": model.mean,
+            "std": model.std,
+            "resize": asdict(model.resize),
+            "flip_channels": model.flip_channels,
+        },
         "ckd_version": __version__,
     }
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
+    path = user_path(path)
     header = {_HEADER: json.dumps(description, sort_keys=True)}
     atomic_write(path, safetensors.torch.save(tensors, metadata=header))
 
@@ -92,24 +84,33 @@ def load(
     num_classes: int | None = None,
     image_size: int | None = None,
     in_channels: int | None = None,
+    pool: Pool | None = None,
 ) -> Model:
     """A trained model in eval mode, on the CPU, whose parameters do not require gradients.
 
     `source` is a file written by `save`, a run folder that holds student.safetensors, or a name as
-    for `create`. A name needs `weights` (safetensors, or a state dict that torch.load reads with
-    weights_only=True); timm: and hf: have pretrained weights as default. The sizes are read from
-    the source; a size that is passed must agree. Raises ModelError that names the file and the
-    missing, unexpected or misshapen entries.
+    for `create`. A name needs `weights`; timm: and hf: have pretrained weights as default. The
+    sizes are read from the source; a size that is passed must agree. `pool` is that of `create`.
+
+    `weights` is a state dict as .safetensors, or a file that torch.load reads with
+    weights_only=True (besides tensors it may hold argparse.Namespace, numpy scalars and paths),
+    alone or in a checkpoint under state_dict_ema, state_dict, model or net (the first of these).
+    The names are those of the network itself: those that timm or transformers give it, or the
+    built-in model's; prefixes `module.` and `_orig_mod.` are removed. The number of classes is
+    that of the stored classifier.
+
+    Raises ModelError that names the file and the missing, unexpected or misshapen entries, or says
+    why the model cannot be a teacher (see `check_teacher`).
     """
     asked = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
     text = str(source)
     if isinstance(source, Path) or not catalog.is_spec(text):
-        if weights is not None:
-            raise ModelError(f"{text} is not a model's name, so it cannot take weights={weights}")
-        path = _file_of(source)
-        model = _from_file(path, asked)
+        for name, value in (("weights", weights), ("pool", pool)):
+            if value is not None:
+                raise ModelError(f"{text} is not a model's name, so it cannot take {name}={value}")
+        model = _from_file(_file_of(source), asked)
     elif weights is not None:
-        model = _from_weights(text, Path(weights), asked)
+        model = _from_weights(text, user_path(weights), asked, pool)
     elif catalog.is_library(text):
         model = catalog.create(
             text,
@@ -117,21 +118,22 @@ def load(
             image_size=image_size,
             in_channels=in_channels,
             pretrained=True,
+            pool=pool,
         )
         _agree(text, asked, {"num_classes": model.num_classes})
     else:
         raise ModelError(f"{text!r} alone has no weights; pass weights=FILE (--teacher-weights)")
+    check_teacher(model)
     return model.eval().requires_grad_(False)
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The class names stored in a file written by `save`, or in a run folder's student."""
-    file = _file_of(path)
-    return tuple(_describe(file)["class_names"])
+    return tuple(_describe(_file_of(path))["class_names"])
 
 
 def _file_of(source: str | Path) -> Path:
-    path = Path(source)
+    path = user_path(source)
     if path.is_dir():
         if (path / STUDENT_FILE).is_file():
             return path / STUDENT_FILE
@@ -144,33 +146,42 @@ def _file_of(source: str | Path) -> Path:
 
 def _from_file(path: Path, asked: Mapping[str, int | None]) -> Model:
     description = _describe(path)
-    shape = {name: description[name] for name in asked}
+    shape: dict[str, Any] = {name: description[name] for name in asked}
     _agree(path, asked, shape)
-    model = catalog.create(description["spec"], **shape)
-    _fill(model, _checked(_read_safetensors(path), path), path)
+    model = catalog.create(description["spec"], **shape, pool=description.get("pool"))
+    if stored := description.get("preprocessing"):  # files of earlier versions have none
+        model.preprocess_with(**{**stored, "resize": Resize(**stored["resize"])})
+    model.class_names = tuple(description["class_names"])
+    fill(model, read_weights(path, as_safetensors=True), model.spec)
     return model
 
 
-def _from_weights(spec: str, path: Path, asked: Mapping[str, int | None]) -> Model:
-    read = _read_safetensors if path.suffix == ".safetensors" else _torch_load
-    tensors = _checked(read(path), path)
-    shape: dict[str, Any] = dict(asked)
-    if not catalog.is_library(spec):
-        try:
-            stored = catalog.shape_from_weights(spec, tensors)
-        except KeyError as error:
-            raise ModelError(
-                f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
-                f"it has {', '.join(list(tensors)[:5])}, ..."
-            ) from error
-        except IndexError as error:
-            raise ModelError(
-                f"{path} has an entry of too few dimensions, so it does not hold the weights of "
-                f"{spec!r}"
-            ) from error
-        shape = {name: stored[name] if asked[name] is None else asked[name] for name in asked}
-    model = catalog.create(spec, **shape)
-    _fill(model, tensors, path)
+def _from_weights(
+    spec: str, path: Path, asked: Mapping[str, int | None], pool: Pool | None
+) -> Model:
+    weights = read_weights(path)
+    if catalog.is_library(spec):
+        sizes: dict[str, Any] = dict(asked)
+        model = catalog.create(spec, **sizes, weights=weights, pool=pool)
+        _agree(path, asked, {"num_classes": model.num_classes})
+        return model
+    try:
+        stored = catalog.shape_from_weights(spec, weights.tensors)
+    except KeyError as error:
+        raise ModelError(
+            f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
+            f"it has {', '.join(list(weights.tensors)[:5])}, ..."
+        ) from error
+    except IndexError as error:
+        raise ModelError(
+            f"{path} has an entry of too few dimensions, so it does not hold the weights of "
+            f"{spec!r}"
+        ) from error
+    shape: dict[str, Any] = {
+        name: stored[name] if asked[name] is None else asked[name] for name in asked
+    }
+    model = catalog.create(spec, **shape, pool=pool)
+    fill(model, weights, spec)
     return model
 
 
@@ -189,7 +200,7 @@ def _describe(path: Path) -> dict[str, Any]:
             header = (file.metadata() or {}).get(_HEADER)
     except (safetensors.SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} cannot be read as safetensors ({first_line(error)}){_likely_cause(path)}"
+            f"{path} cannot be read as safetensors ({first_line(error)}){likely_cause(path)}"
         ) from error
     if header is None:
         raise ModelError(
@@ -204,92 +215,3 @@ def _describe(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: its header's {_HEADER} is damaged ({error!r})") from error
     return description
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except _DAMAGE as error:
-        raise ModelError(
-            f"{path} cannot be read as safetensors ({first_line(error)}){_likely_cause(path)}"
-        ) from error
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
-    except _DAMAGE as error:
-        # Without torch's own message: for most foreign files it advises weights_only=False, which
-        # lets the file run any code.
-        raise ModelError(
-            f"{path} cannot be read by torch.load with weights_only=True"
-            + (_likely_cause(path) or "; it is damaged, or no state dict: save model.state_dict()")
-        ) from error
-
-
-def _likely_cause(path: Path) -> str:
-    """The end of a message: a guess at the real format of an unreadable file, or ""."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError:
-        return ""
-    if is_lfs_pointer(start):
-        return f"; {LFS_POINTER}"
-    if path.suffix != ".safetensors" and start[8:9] == b"{":
-        return "; it seems to hold safetensors: rename it to end in .safetensors"
-    if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):
-        return "; it seems to be written by torch.save: rename it to end in .pt"
-    return ""
-
-
-def _checked(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict of a file's content, checked, without wrappers and prefixes of names."""
-    for key in ("state_dict", "model"):  # usual ways of wrapping it in a training checkpoint
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
-        raise ModelError(f"{path} does not hold a state dict (names to tensors)")
-    for name, tensor in content.items():
-        strided = tensor.layout == torch.strided and not tensor.is_nested
-        if not strided or tensor.is_complex() or tensor.is_quantized:
-            raise ModelError(
-                f"{path}: {name} must be a dense tensor of real numbers, "
-                f"got {tensor.dtype} in layout {tensor.layout}"
-            )
-        if tensor.is_meta:
-            raise ModelError(f"{path}: {name} has a shape but no values (device meta)")
-    for prefix in ("_orig_mod.", "module."):  # torch.compile, DataParallel
-        if content and all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-    return content
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    own = model.state_dict()
-    # Only batch norms with momentum=None use this counter; many published weights lack it.
-    missing = [
-        name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")
-    ]
-    misshapen = [
-        f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
-        for name in sorted(own.keys() & tensors.keys())
-        if tensors[name].shape != own[name].shape
-    ]
-    problems = {
-        "missing": sorted(missing),
-        "unexpected": sorted(tensors.keys() - own.keys()),
-        "of another shape": misshapen,
-    }
-    told = [
-        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        for what, names in problems.items()
-        if names
-    ]
-    if told:
-        raise ModelError(f"{path} does not fit {model.spec!r}: {'; '.join(told)}")
-    model.load_state_dict(tensors, strict=False)

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_type_hints
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ckd._hints import require
-from ckd.models.base import Model, ModelError, ModelOutput, first_line, per_channel, probe
-from ckd.models.spec import Spec
+from ckd.models.base import (
+    Model,
+    ModelError,
+    ModelOutput,
+    agree,
+    first_line,
+    one_vector_each,
+    per_channel,
+    probe,
+)
+from ckd.models.preprocessing import Preprocessing, Unsupported, measure
+from ckd.models.spec import Pool, Spec
+from ckd.models.weights import Weights, classes_in, named_as, refuse_misfits
 
 # Errors of transformers and the hub for wrong names, files and settings.
-_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError)
+_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 _CLASSIFIER = "ForImageClassification"
+# Classes that are loaded as they were saved; others by transformers' AutoModel.
+_AS_SAVED = ("VisionModelWithProjection", "Backbone")
+# Settings of pixels that some image processors read and others ignore.
+_PER_CLASS = ("do_flip_channel_order", "rescale_offset", "crop_pct")
+_TOWERS = ("vision_model", "image_model", "vision_tower")
+_CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
 
 
 class HFModel(Model):
-    """A vision model of transformers.
+    """A vision model of transformers; see `catalog.create` for its embedding.
 
-    The `embedding` of an image classifier is the input of its last layer (ViT: the class token
-    after the last norm). Other models have no logits: CLIP gives the projected image embedding,
-    or without a projection the pooled class token; the rest give their pooled output.
+    Of a model of images and texts, only the part for images is kept.
     """
 
     def __init__(
@@ -30,29 +50,37 @@ class HFModel(Model):
         spec: Spec,
         network: Any,
         *,
+        pool: Pool | None,
         image_size: int,
         in_channels: int,
-        mean: list[float],
-        std: list[float],
+        preprocessing: Preprocessing,
     ) -> None:
+        embed = _Embed(network, image_size).eval()
+        output = probe(spec, embed.run, image_size, in_channels)
         head = None
         if type(network).__name__.endswith(_CLASSIFIER):
-            head = getattr(network, "classifier", None)
-            if not isinstance(head, nn.Linear | nn.Sequential):
-                raise ModelError(f"{spec.text!r}: {type(network).__name__} has no one classifier")
-            # The network's `logits` are now the classifier's input.
-            network.classifier = nn.Identity()
-        embed = _Embed(network, image_size)
+            head = _take_head(spec, embed, output, image_size, in_channels)
+        else:
+            embed.kind = _kind(spec, embed, output, pool)
+        embedding = one_vector_each(spec, probe(spec, embed, image_size, in_channels))
+        if head is not None and not agree(head(embedding), output.logits, 1e-4):
+            raise ModelError(
+                f"{spec.text!r}: the logits of {type(network).__name__} are not those of its last "
+                "layer alone; pass pool= (--pool) for its embedding without logits"
+            )
         super().__init__(
             spec=spec.text,
-            embedding_dim=probe(spec, embed, image_size, in_channels),
+            embedding_dim=embedding.shape[1],
             num_classes=None if head is None else network.config.num_labels,
             image_size=image_size,
             in_channels=in_channels,
-            mean=mean,
-            std=std,
+            mean=per_channel(preprocessing.mean, in_channels),
+            std=per_channel(preprocessing.std, in_channels),
+            resize=preprocessing.resize,
+            flip_channels=preprocessing.flip_channels,
         )
-        self.embed, self.head = embed, head
+        self.embed, self.head, self.pool = embed.train(), head, embed.kind
+        self.class_names = () if head is None else _class_names(network.config)
 
     def forward(self, images: Tensor) -> ModelOutput:
         self.check_images(images)
@@ -61,30 +89,69 @@ class HFModel(Model):
 
 
 class _Embed(nn.Module):
-    """One vector per image from a transformers network."""
+    """One vector per image from a transformers network.
+
+    `kind` names the part of its output that is used: a Pool; "projection", the image's point in
+    the space shared with texts; or "classifier", the input of the last layer.
+    """
 
     def __init__(self, network: Any, image_size: int) -> None:
         super().__init__()
-        self.network = network
-        accepted = inspect.signature(network.forward).parameters
-        resized = _side(getattr(network.config, "image_size", image_size)) != image_size
-        self.options = (
-            {"interpolate_pos_encoding": True}
-            if resized and "interpolate_pos_encoding" in accepted
-            else {}
+        self.network, self.kind = network, ""
+        config = getattr(network.config, "vision_config", network.config)
+        accepted = inspect.signature(self._function.forward).parameters
+        self.options: dict[str, Any] = {}
+        if (
+            _side(getattr(config, "image_size", image_size)) != image_size
+            and "interpolate_pos_encoding" in accepted
+        ):
+            self.options["interpolate_pos_encoding"] = True
+        patch = _side(getattr(config, "patch_size", None))
+        self.patches = (image_size // patch) ** 2 if isinstance(patch, int) else None
+        # Masked autoencoders keep the patches with the least noise, in the order of the noise.
+        self.masks = "noise" in accepted and hasattr(config, "mask_ratio")
+        names = {name.rpartition(".")[2] for name, _ in self._function.named_parameters()}
+        self.has_class_token = bool(names & _CLASS_TOKENS)
+        self.extra_tokens = (
+            self.has_class_token
+            + ("distillation_token" in names)
+            + (getattr(config, "num_register_tokens", None) or 0)
         )
-        # A pooler with a dense layer (ViT, DeiT) is often untrained in published weights.
-        self.class_token = hasattr(getattr(network, "pooler", None), "dense")
+
+    @property
+    def _function(self) -> Any:
+        """The module that takes the images: the network, or its image tower."""
+        if hasattr(self.network, "get_image_features"):
+            for name in _TOWERS:
+                if hasattr(self.network, name):
+                    return getattr(self.network, name)
+        return self.network
+
+    def run(self, images: Tensor) -> Any:
+        """The output of the network, or of its image tower."""
+        options = dict(self.options)
+        if self.masks:
+            assert self.patches is not None
+            order = torch.arange(float(self.patches), device=images.device)
+            options["noise"] = order.expand(len(images), -1)
+        return self._function(pixel_values=images, **options)
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.network(pixel_values=images, **self.options)
-        for name in ("logits", "image_embeds"):
-            if (embedding := getattr(output, name, None)) is not None:
-                return embedding.flatten(1)
-        pooled = getattr(output, "pooler_output", None)
-        if self.class_token or pooled is None:
-            return output.last_hidden_state[:, 0]
-        return pooled.flatten(1)
+        if self.kind == "projection" and hasattr(self.network, "get_image_features"):
+            output = self.network.get_image_features(pixel_values=images, **self.options)
+            return output if isinstance(output, Tensor) else output.pooler_output
+        output = self.run(images)
+        if self.kind == "classifier":  # an Identity is in the classifier's place
+            return output.logits.flatten(1)
+        if self.kind == "projection":
+            return output.image_embeds
+        if self.kind == "pooler":
+            return output.pooler_output.flatten(1)
+        values = _values(output)
+        assert values is not None  # `_kind` saw them
+        if values.dim() == 4:
+            return values.mean(dim=(2, 3))
+        return values[:, 0] if self.kind == "cls" else values[:, self.extra_tokens :].mean(dim=1)
 
 
 def create(
@@ -94,6 +161,8 @@ def create(
     image_size: int | None,
     in_channels: int | None,
     pretrained: bool,
+    weights: Weights | None,
+    pool: Pool | None,
 ) -> HFModel:
     """The model by name, with its own classifier, or a new one if `num_classes` is given.
 
@@ -101,58 +170,83 @@ def create(
     model are interpolated to another image size.
     """
     transformers = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
+    trained = pretrained or weights is not None
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name)
-        mean, std = _normalisation(spec, pretrained)
         vision = getattr(config, "vision_config", config)
         native_size = _side(getattr(vision, "image_size", None)) or 224
         native_channels = getattr(vision, "num_channels", 3)
-        size, channels = image_size or native_size, in_channels or native_channels
-        if not pretrained:
-            vision.image_size, vision.num_channels = size, channels
-        elif channels != native_channels:
+        channels = in_channels or native_channels
+        if trained and channels != native_channels:
             raise ModelError(
                 f"{spec.text!r} takes {native_channels} channels, {channels} were asked for; "
                 "leave in_channels out, prepare() repeats gray images"
             )
-        family = _class_for(transformers, config, num_classes)
-        network = _build(spec, family, config, num_classes, pretrained)
+        if hasattr(vision, "mask_ratio"):
+            vision.mask_ratio = 0.0  # the embedding of the whole image
+        if trained:
+            own = _measured(spec, native_size, channels)
+        else:
+            own = _stored_normalisation(spec, native_size)
+            vision.image_size, vision.num_channels = image_size or native_size, channels
+        family = _class_for(spec, transformers, config, num_classes, pool)
+        missing: list[str] = []
+        if weights is not None:
+            network = _from_weights(spec, family, config, num_classes, weights)
+        else:
+            network, missing = _build(spec, family, config, num_classes, pretrained)
+        # Models with position embeddings of one size are run at that size, others at the one that
+        # their images are prepared for.
+        fixed = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+        size = image_size or (native_size if fixed else own.image_size)
     except ModelError:
         raise
     except _ERRORS as error:
         raise ModelError(
             f"{spec.text!r}: transformers could not make the model: {first_line(error)}"
         ) from error
-    return HFModel(
+    model = HFModel(
         spec,
         network.float(),
+        pool=pool,
         image_size=size,
         in_channels=channels,
-        mean=per_channel(mean, channels),
-        std=per_channel(std, channels),
+        preprocessing=own.at(size),
     )
+    if model.pool != "pooler":
+        missing = [key for key in missing if ".pooler." not in f".{key}"]
+    if missing:
+        raise ModelError(
+            f"{spec.text!r}: the stored weights lack {len(missing)} of the model's: "
+            f"{', '.join(sorted(missing)[:5])}"
+        )
+    return model
 
 
-def _class_for(transformers: Any, config: Any, num_classes: int | None) -> Any:
+def _class_for(
+    spec: Spec, transformers: Any, config: Any, num_classes: int | None, pool: Pool | None
+) -> Any:
+    if config.model_type in ("timm_wrapper", "timm_backbone"):
+        raise ModelError(
+            f"{spec.text!r} is a model of timm; load it as timm:hf-hub:{spec.name}, or from a "
+            "folder as timm:local-dir:FOLDER"
+        )
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if num_classes is not None or architecture.endswith(_CLASSIFIER):
+    if num_classes is not None or (architecture.endswith(_CLASSIFIER) and pool is None):
         return transformers.AutoModelForImageClassification
-    if config.model_type in ("clip", "clip_vision_model"):
-        if architecture in ("CLIPModel", "CLIPVisionModelWithProjection"):
-            return transformers.CLIPVisionModelWithProjection
-        return transformers.CLIPVisionModel
+    if architecture.endswith(_AS_SAVED):
+        return getattr(transformers, architecture)
     return transformers.AutoModel
 
 
-def _build(spec: Spec, family: Any, config: Any, num_classes: int | None, pretrained: bool) -> Any:
+def _build(
+    spec: Spec, family: Any, config: Any, num_classes: int | None, pretrained: bool
+) -> tuple[Any, list[str]]:
+    """The network, and the names of its weights that the stored ones lack."""
     if num_classes is not None:
         config.num_labels = num_classes
     if not pretrained:
-        if hasattr(family, "from_config"):
-            return family.from_config(config)
-        return family(getattr(config, "vision_config", config))
-    if family.__name__.startswith("CLIPVision"):
-        config = getattr(config, "vision_config", config)
+        return _untrained(family, config), []
     network, report = family.from_pretrained(
         spec.name,
         config=config,
@@ -163,33 +257,210 @@ def _build(spec: Spec, family: Any, config: Any, num_classes: int | None, pretra
         key
         for key in report["missing_keys"]
         if not (num_classes is not None and key.startswith("classifier."))
-        if ".pooler." not in f".{key}"  # unused, see _Embed
     ]
-    if missing:
-        raise ModelError(
-            f"{spec.text!r}: the stored weights lack {len(missing)} of the model's: "
-            f"{', '.join(sorted(missing)[:5])}"
-        )
+    return network, missing
+
+
+def _from_weights(
+    spec: Spec, family: Any, config: Any, num_classes: int | None, weights: Weights
+) -> Any:
+    """The network with these weights; their number of classes, if none is asked for."""
+    network = _untrained(family, config)
+    own = network.state_dict()
+    weights = named_as(own, weights)
+    if classes := num_classes or classes_in(own, weights):
+        config.num_labels = classes
+        network = _untrained(family, config)
+    # Not load_state_dict: transformers renames entries of its earlier versions.
+    network, report = type(network).from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(weights.tensors),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    refuse_misfits(
+        weights.path,
+        spec.text,
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        misshapen=[name for name, *_ in report["mismatched_keys"]],
+    )
     return network
 
 
-def _normalisation(spec: Spec, pretrained: bool) -> tuple[list[float], list[float]]:
-    """Mean and std from the model's preprocessor_config.json; 0.5 where it has none."""
+def _untrained(family: Any, config: Any) -> Any:
+    return family.from_config(config) if hasattr(family, "from_config") else family(config)
+
+
+def _kind(spec: Spec, embed: _Embed, output: Any, pool: Pool | None) -> str:
+    """The part of the network's output that is the embedding; see `catalog.create`."""
+    pooled, tokens = getattr(output, "pooler_output", None), _values(output)
+    if pool is None:
+        if hasattr(embed.network, "get_image_features"):
+            return "projection"
+        if getattr(output, "image_embeds", None) is not None:
+            return "projection"
+        dense = hasattr(getattr(embed.network, "pooler", None), "dense")
+        if pooled is not None and not dense:
+            return "pooler"
+        if tokens is None:
+            raise ModelError(f"{spec.text!r} gives neither a pooled output nor tokens")
+        return "cls" if tokens.dim() == 3 and embed.has_class_token else "mean"
+    if pool == "pooler" and pooled is None:
+        raise ModelError(f"{spec.text!r} has no pooling layer; use pool='mean' or 'cls'")
+    if pool == "cls" and not (tokens is not None and tokens.dim() == 3 and embed.has_class_token):
+        raise ModelError(f"{spec.text!r} has no class token; use pool='mean' or 'pooler'")
+    if pool == "mean":
+        if tokens is None:
+            raise ModelError(f"{spec.text!r} gives no tokens; use pool='pooler'")
+        count, extra = tokens.shape[1], embed.extra_tokens
+        if tokens.dim() == 3 and extra and embed.patches not in (None, count - extra):
+            raise ModelError(
+                f"{spec.text!r} gives {count} tokens for {embed.patches} patches, and it is not "
+                "known which belong to patches; use pool='cls' or 'pooler'"
+            )
+    return pool
+
+
+def _values(output: Any) -> Tensor | None:
+    """The tokens [B, L, E] or the last feature map [B, E, H, W] of a network's output, if any."""
+    maps = getattr(output, "feature_maps", None)
+    return maps[-1] if maps else getattr(output, "last_hidden_state", None)
+
+
+def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_channels: int) -> Any:
+    """Put an Identity in the place of the network's last layer, which is returned.
+
+    It is the child module that returns the logits.
+    """
+    network = embed.network
+    calls: list[tuple[str, Any, Any]] = []
+    with contextlib.ExitStack() as hooks:
+        for name, child in network.named_children():
+
+            def record(_: Any, args: Any, out: Any, name: str = name) -> None:
+                calls.append((name, args[0] if args else None, out))
+
+            hooks.callback(child.register_forward_hook(record).remove)
+        probe(spec, embed.run, image_size, in_channels)
+    logits = output.logits
+    heads = [
+        (name, value)
+        for name, value, out in calls
+        if isinstance(out, Tensor) and out.shape == logits.shape and torch.equal(out, logits)
+    ]
+    name, value = heads[-1] if heads else ("", None)
+    if not isinstance(value, Tensor) or value.flatten(1).shape != value.shape[:2]:
+        raise ModelError(
+            f"{spec.text!r}: {type(network).__name__} has no single classifier whose input is one "
+            "vector per image; pass pool= (--pool) for an embedding without logits"
+        )
+    head = getattr(network, name)
+    setattr(network, name, nn.Identity())
+    embed.kind = "classifier"
+    return head
+
+
+def _class_names(config: Any) -> tuple[str, ...]:
+    """The names of the logits; () for the placeholders LABEL_0, LABEL_1, ..."""
+    names = tuple(str(config.id2label[label]) for label in sorted(config.id2label))
+    return () if names[:1] == ("LABEL_0",) else names
+
+
+def _measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
+    """The preprocessing of the model's own image processor; if it has none, mean and std 0.5."""
+    settings = _settings(spec)
+    if settings is None:
+        warnings.warn(
+            f"{spec.text!r} comes without a preprocessor_config.json: its images are resized to "
+            "the model's size and normalised with mean 0.5 and std 0.5",
+            stacklevel=5,
+        )
+        return Preprocessing(native_size, (0.5,), (0.5,))
+    auto = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
+    try:
+        with _quiet(auto):
+            processor = auto.AutoImageProcessor.from_pretrained(spec.name)
+    except ValueError as error:
+        raise ModelError(
+            f"{spec.text!r}: transformers cannot tell the image processor of its "
+            f"preprocessor_config.json, whose image_processor_type is "
+            f"{settings.get('image_processor_type')!r}: {first_line(error)[:100]}"
+        ) from error
+    known = {*inspect.signature(type(processor).__init__).parameters}
+    known |= set(get_type_hints(getattr(processor, "valid_kwargs", object)))
+    for name in _PER_CLASS:
+        if settings.get(name) and name not in known:
+            raise ModelError(
+                f"{spec.text!r}: its preprocessor_config.json sets {name}, which "
+                f"{type(processor).__name__} does not read; name the right image_processor_type "
+                f"there, or delete {name}"
+            )
+
+    def process(image: np.ndarray) -> np.ndarray:
+        # As a photo, which is what processors are made for; Pillow's gray has no third dimension.
+        photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        pixels = np.asarray(processor(images=photo, return_tensors="pt")["pixel_values"][0])
+        if pixels.ndim != 3:
+            raise Unsupported(f"it gives an array of shape {pixels.shape} for an image")
+        return pixels
+
+    try:
+        own = measure(process, channels, _edges(processor))
+    except Unsupported as error:
+        raise ModelError(
+            f"{spec.text!r}: the preprocessing of {type(processor).__name__} cannot be repeated: "
+            f"{error}"
+        ) from error
+    stores_size = "size" in settings or "crop_size" in settings
+    return own if stores_size else own.at(native_size)
+
+
+def _edges(processor: Any) -> set[int]:
+    """The lengths to which this image processor may resize images, by its settings."""
+    size = getattr(processor, "size", None) or {}
+    sides = [size] if isinstance(size, int) else [value for value in dict(size).values() if value]
+    crop = getattr(processor, "crop_pct", None) or 1
+    # LeViT resizes the shorter side to 256/224 of its setting, ConvNeXt and PoolFormer to 1 / crop.
+    return {edge for side in sides for edge in (side, int(side / crop), int(256 / 224 * side))}
+
+
+def _stored_normalisation(spec: Spec, native_size: int) -> Preprocessing:
+    """Mean and std as stored, for a student: its training decides on the rest."""
+    settings = _settings(spec) or {}
+    mean, std = (
+        tuple(value) if isinstance(value, list) else (value or 0.5,)
+        for value in (settings.get("image_mean"), settings.get("image_std"))
+    )
+    return Preprocessing(native_size, mean, std)
+
+
+def _settings(spec: Spec) -> dict[str, Any] | None:
+    """The content of preprocessor_config.json, or None if there is no such file."""
     module = require(
         "transformers.image_processing_base", extra="hf", purpose=f"the model {spec.text!r}"
     )
     try:
-        stored, _ = module.ImageProcessingMixin.get_image_processor_dict(spec.name)
-        return stored["image_mean"], stored["image_std"]
-    except (OSError, KeyError):
-        if pretrained:
-            warnings.warn(
-                f"{spec.text!r} comes without a preprocessor_config.json that gives image_mean "
-                "and image_std: its images are normalised with mean 0.5 and std 0.5",
-                stacklevel=4,
-            )
-        return [0.5], [0.5]
+        settings, _ = module.ImageProcessingMixin.get_image_processor_dict(spec.name)
+    except OSError as error:
+        if isinstance(error.__context__, ValueError):  # the file is there, but not JSON
+            raise
+        return None
+    return settings
 
 
-def _side(size: Any) -> int | None:
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without the hint that images are processed faster with torchvision."""
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _side(size: Any) -> Any:
     return size[-1] if isinstance(size, list | tuple) else size

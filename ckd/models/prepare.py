@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ckd.models.base import Model, ModelError
 
@@ -13,27 +12,26 @@ def prepare(model: Model, images: Tensor) -> Tensor:
     """Resize images, match the model's channels, and normalise: float32 for `model.forward`.
 
     `images` are uint8 [B, C, H, W] on the model's device; the result is
-    [B, in_channels, image_size, image_size]. Resizing is bicubic with antialiasing and does not
-    keep the aspect ratio; gray images are repeated over the model's channels. Raises ModelError
-    for other differences in channels.
+    [B, in_channels, image_size, image_size]. Resize, crop, order of channels, mean and std are
+    those of the model's own library; models of this package resize bicubically, antialiased, and
+    do not keep the aspect ratio. Gray images are repeated over the model's channels. Raises
+    ModelError for other differences in channels.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ModelError(
             f"images must be uint8 of shape [B, C, H, W], "
             f"got {images.dtype} of shape {list(images.shape)}"
         )
-    size, channels = (model.image_size, model.image_size), images.shape[1]
+    channels = images.shape[1]
     if channels not in (1, model.in_channels):
         raise ModelError(
             f"{model.spec} takes {model.in_channels} channels, the images have {channels}; "
             "make the model with the data's in_channels, or convert the data"
         )
-    x = images.float()
-    if images.shape[2:] != size:
-        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False)
-        x = x.clamp_(0, 255)  # bicubic overshoots at edges
-    x = x.div_(255)
+    x = model.resize(images, model.image_size)
+    if model.flip_channels:
+        x = x.flip(1)
     if channels == model.in_channels and model.channel_mean.dtype == x.dtype:
-        return x.sub_(model.channel_mean).div_(model.channel_std)
+        return x.div_(255).sub_(model.channel_mean).div_(model.channel_std)
     # Not in place: broadcasts gray over the channels, and mean and std may have another dtype.
-    return x.sub(model.channel_mean).div_(model.channel_std)
+    return x.div(255).sub(model.channel_mean).div_(model.channel_std)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ckd._errors import CkdError
 from ckd._hints import unknown
+
+#: How a transformer's tokens become one embedding: its class token, the mean of its patch tokens,
+#: or the output of its own pooling layer.
+Pool = Literal["cls", "mean", "pooler"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
 
 
 class ModelError(CkdError, ValueError):

@@ -8,8 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ckd._hints import require, unknown
-from ckd.models.base import Model, ModelError, ModelOutput, first_line, per_channel, probe
-from ckd.models.spec import Spec
+from ckd.models.base import (
+    Model,
+    ModelError,
+    ModelOutput,
+    first_line,
+    one_vector_each,
+    per_channel,
+    probe,
+)
+from ckd.models.spec import Pool, Spec
+from ckd.models.weights import Weights
 
 _ERRORS = (RuntimeError, OSError, ValueError, TypeError, AssertionError)
 
@@ -28,7 +37,9 @@ class TimmModel(Model):
         embed = _Embed(network)
         super().__init__(
             spec=spec.text,
-            embedding_dim=probe(spec, embed, image_size, in_channels),
+            embedding_dim=one_vector_each(spec, probe(spec, embed, image_size, in_channels)).shape[
+                1
+            ],
             num_classes=classes or None,
             image_size=image_size,
             in_channels=in_channels,
@@ -62,6 +73,8 @@ def create(
     image_size: int | None,
     in_channels: int | None,
     pretrained: bool,
+    weights: Weights | None,
+    pool: Pool | None,
 ) -> TimmModel:
     """The network by name; a pretrained one keeps its classifier if `num_classes` is None.
 

@@ -1,0 +1,205 @@
+"""Reads a state dict, and fits it to a network, whatever training code wrapped around it."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pathlib
+import pickle
+import struct
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd.models.base import first_line
+from ckd.models.spec import ModelError
+
+# Under one of these a training checkpoint has its state dict. The average of the weights comes
+# first, as in timm: it is what its author evaluates.
+_WRAPPERS = ("state_dict_ema", "state_dict", "model", "net")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, torch.compile
+_numpy_scalar = np.float64(0).__reduce__()[0]
+# What training code stores beside tensors, and runs no code when it is read.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    collections.defaultdict,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    (np.dtype, "numpy.dtype"),
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"),
+    # The function that numpy's scalars are pickled with, by its name of numpy 2 and of numpy 1.
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+]
+# Errors of safetensors and torch.load on damaged or foreign files.
+_DAMAGE = (
+    safetensors.SafetensorError,
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+
+
+class Weights(NamedTuple):
+    """A state dict and the file it was read from."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+
+
+def read_weights(path: Path, *, as_safetensors: bool | None = None) -> Weights:
+    """The state dict in a file, without wrappers around it and prefixes of names.
+
+    as_safetensors: how to read the file; None: by its suffix. Raises ModelError for a file that
+    cannot be read or holds anything else.
+    """
+    if as_safetensors is None:
+        as_safetensors = path.suffix == ".safetensors"
+    read = _read_safetensors if as_safetensors else _torch_load
+    return Weights(path, _checked(read(path), path))
+
+
+def fill(module: nn.Module, weights: Weights, spec: str) -> None:
+    """Copy the weights into `module`; ModelError names missing, unexpected and misshapen ones."""
+    own, (path, tensors) = module.state_dict(), weights
+    # Only batch norms with momentum=None use this counter; many published weights lack it.
+    missing = [
+        name for name in own.keys() - tensors.keys() if not name.endswith("num_batches_tracked")
+    ]
+    misshapen = [
+        f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if tensors[name].shape != own[name].shape
+    ]
+    refuse_misfits(
+        path, spec, missing=missing, unexpected=tensors.keys() - own.keys(), misshapen=misshapen
+    )
+    module.load_state_dict(tensors, strict=False)
+
+
+def refuse_misfits(
+    path: Path,
+    spec: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    misshapen: Iterable[str],
+) -> None:
+    """Raise ModelError that lists the entries of a file which do not fit a model, if any."""
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    told = [
+        f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for what, names in ((what, sorted(names)) for what, names in problems.items())
+        if names
+    ]
+    if told:
+        raise ModelError(f"{path} does not fit {spec!r}: {'; '.join(told)}")
+
+
+def named_as(own: Iterable[str], weights: Weights) -> Weights:
+    """`weights` without a first component that all their names share, if only then they fit.
+
+    Training code often saves a module that holds the network: `model.conv1.weight`.
+    """
+    path, tensors = weights
+    own = set(own)
+    heads = {name.partition(".")[0] for name in tensors}
+    if len(heads) != 1 or own & tensors.keys():
+        return weights
+    short = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    return Weights(path, short) if own & short.keys() else weights
+
+
+def classes_in(own: Mapping[str, Tensor], weights: Weights) -> int | None:
+    """The number of classes of `weights`, if they differ from a network's own state dict in it
+    alone: then its classifier's entries differ in their first dimension, all by the same number."""
+    tensors = weights.tensors
+    shapes = [
+        (own[name].shape, tensors[name].shape)
+        for name in own.keys() & tensors.keys()
+        if own[name].shape != tensors[name].shape
+    ]
+    counts = {new[0] if new and new[1:] == old[1:] else None for old, new in shapes}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except _DAMAGE as error:
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({first_line(error)}){likely_cause(path)}"
+        ) from error
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
+    except _DAMAGE as error:
+        # Without torch's own message: for most foreign files it advises weights_only=False, which
+        # lets the file run any code.
+        raise ModelError(
+            f"{path} cannot be read by torch.load with weights_only=True"
+            + (likely_cause(path) or "; it is damaged, or no state dict: save model.state_dict()")
+        ) from error
+
+
+def likely_cause(path: Path) -> str:
+    """The end of a message: a guess at the real format of an unreadable file, or ""."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError:
+        return ""
+    if is_lfs_pointer(start):
+        return f"; {LFS_POINTER}"
+    if path.suffix != ".safetensors" and start[8:9] == b"{":
+        return "; it seems to hold safetensors: rename it to end in .safetensors"
+    if path.suffix == ".safetensors" and start.startswith((b"PK", b"\x80")):
+        return "; it seems to be written by torch.save: rename it to end in .pt"
+    return ""
+
+
+def _checked(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict of a file's content, checked, without wrappers and prefixes of names."""
+    while isinstance(content, dict):
+        inner = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+        if (wrapped := next(inner, None)) is None:
+            break
+        content = wrapped
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    ):
+        raise ModelError(f"{path} does not hold a state dict (names to tensors)")
+    for name, tensor in content.items():
+        strided = tensor.layout == torch.strided and not tensor.is_nested
+        if not strided or tensor.is_complex() or tensor.is_quantized:
+            raise ModelError(
+                f"{path}: {name} must be a dense tensor of real numbers, "
+                f"got {tensor.dtype} in layout {tensor.layout}"
+            )
+        if tensor.is_meta:
+            raise ModelError(f"{path}: {name} has a shape but no values (device meta)")
+    while content and all(name.startswith(_PREFIXES) for name in content):
+        content = {name.partition(".")[2]: tensor for name, tensor in content.items()}
+    return content
