@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -389,7 +389,7 @@ def _measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
             f"{settings.get('image_processor_type')!r}: {first_line(error)[:100]}"
         ) from error
     known = {*inspect.signature(type(processor).__init__).parameters}
-    known |= set(get_type_hints(getattr(processor, "valid_kwargs", object)))
+    known |= {*getattr(getattr(processor, "valid_kwargs", None), "__annotations__", ())}
     for name in _PER_CLASS:
         if settings.get(name) and name not in known:
             raise ModelError(
