@@ -24,8 +24,8 @@ from ckd.cli.command import parse, run
 DESCRIPTION = "Build, describe or verify a bank of teacher embeddings."
 
 _TEACHER_FLAGS = {
-    *("teacher", "teacher_weights", "teacher_image_size", "data", "split", "image_size"),
-    *("batch_size", "device", "workers"),
+    *("teacher", "teacher_weights", "teacher_image_size", "pool", "data", "split"),
+    *("image_size", "batch_size", "device", "workers"),
 }
 _IMPORT_FLAGS = {"labels", "ids", "class_names", "teacher_name"}
 
@@ -45,6 +45,9 @@ class Build:
     """The weights of a --teacher that is a spec; timm: and hf: default to the published ones."""
     teacher_image_size: int | None = None
     """Resize the images to this input size of the teacher; default: the one it was made for."""
+    pool: models.Pool | None = None
+    """How the tokens of an hf: teacher become its embedding: its class token, the mean of its patch
+    tokens, or its own pooling layer; default: as ckd.models.create says."""
     data: str | None = None
     """The data set: digits, an image folder, parquet file(s) or .npz."""
     split: Literal["train", "test"] = "train"
@@ -105,7 +108,10 @@ class Build:
         return build_bank(
             dataset,
             models.load(
-                self.teacher, weights=self.teacher_weights, image_size=self.teacher_image_size
+                self.teacher,
+                weights=self.teacher_weights,
+                image_size=self.teacher_image_size,
+                pool=self.pool,
             ),
             self.out,
             batch_size=self.batch_size,

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -48,10 +49,12 @@ def build_bank(
 
     Safe to kill: the same call resumes after the last stored shard. No batch crosses a shard
     boundary, so the resumed bank has the same bytes as an uninterrupted one. A complete bank is
-    opened unchanged. Raises BankError as `BankWriter` does, and OSError before it starts if the
-    disk has too little space for the bank.
+    opened unchanged. Raises ModelError for a model whose embedding of an image is random or depends
+    on the other images of a batch; BankError as `BankWriter` does; and OSError before it starts if
+    the disk has too little space for the bank.
     """
     say = print if progress else _silent
+    models.check_teacher(model)
     writer = BankWriter(
         path,
         model.embedding_dim,
@@ -83,14 +86,15 @@ def build_bank(
         if done:
             say(f"resuming: {done:,} rows are stored already", flush=True)
         _check_space(writer.path, (len(dataset) - done) * bytes_per_row)
+        order = _class_order(model, dataset)
         correct = counted = 0
         bar = tqdm(total=len(dataset), initial=done, unit=" images", disable=not progress)
         with bar:
             for batch in _batches(images, done, rows_per_shard, batch_size, device, workers):
                 embedding, logits = _forward(model, prepare(model, batch.images))
                 writer.write(batch.sample_ids, embedding, batch.labels)
-                if logits is not None and logits.shape[1] == len(dataset.class_names):
-                    correct += int((logits.argmax(1) == batch.labels).sum())
+                if logits is not None and order is not None:
+                    correct += int((logits[:, order].argmax(1) == batch.labels).sum())
                     counted += len(batch.labels)
                 bar.update(len(batch.labels))
     if counted:
@@ -100,9 +104,11 @@ def build_bank(
 
 
 def describe_teacher(model: models.Model) -> dict[str, Any]:
-    """The manifest's record of a teacher: name, weights (sha256, bytes), parameters, FLOPs."""
+    """The manifest's record of a teacher: name, pooling, weights (sha256, bytes), parameters,
+    FLOPs."""
     return {
         "name": model.spec,
+        **({} if model.pool is None else {"pool": model.pool}),
         "weights_sha256": models.weights_hash(model),
         "weights_bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
         "parameters": models.parameter_count(model),
@@ -120,8 +126,18 @@ def describe_preprocessing(
         "model_image_size": model.image_size,
         "mean": list(model.mean),
         "std": list(model.std),
+        "flip_channels": model.flip_channels,
+        "resize": asdict(model.resize),
         "prepare": getattr(prepare, "__qualname__", type(prepare).__qualname__),
     }
+
+
+def _class_order(model: models.Model, dataset: Dataset) -> list[int] | None:
+    """The logit of each class of the data; None if the model has other classes."""
+    theirs, ours = model.class_names, dataset.class_names
+    if models.are_named(theirs) and models.are_named(ours):
+        return models.class_order((theirs, *model.other_class_names), ours)
+    return list(range(len(ours))) if model.num_classes == len(ours) else None
 
 
 def _batches(

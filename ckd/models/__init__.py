@@ -2,6 +2,7 @@
 
 from ckd.models.base import Model, ModelOutput, check_teacher
 from ckd.models.catalog import create, known
+from ckd.models.classes import are_named, class_order
 from ckd.models.files import class_names, load, save
 from ckd.models.measure import flops_per_image, parameter_count, weights_hash
 from ckd.models.prepare import prepare
@@ -15,8 +16,10 @@ __all__ = [
     "ModelOutput",
     "Pool",
     "Resize",
+    "are_named",
     "check_teacher",
     "class_names",
+    "class_order",
     "create",
     "flops_per_image",
     "known",

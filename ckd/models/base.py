@@ -35,13 +35,15 @@ class Model(nn.Module):
 
     `spec` is its name for `create`; `resize`, `flip_channels`, `mean` and `std` (one value per
     channel, for pixels in 0..1) are the preprocessing it expects, which `prepare` applies.
-    `class_names` are the names of the logits, () where they are not known. `pool` says how the
+    `class_names` are the names of the logits, () where they are not known, and
+    `other_class_names` the same classes in other words, such as WordNet ids. `pool` says how the
     embedding is made of the network's output, where there is a choice.
     """
 
     channel_mean: Tensor
     channel_std: Tensor
     class_names: tuple[str, ...] = ()
+    other_class_names: tuple[tuple[str, ...], ...] = ()
     pool: str | None = None
 
     def __init__(

@@ -192,7 +192,7 @@ def create(
         family = _class_for(spec, transformers, config, num_classes, pool)
         missing: list[str] = []
         if weights is not None:
-            network = _from_weights(spec, family, config, num_classes, weights)
+            network = _from_weights(spec, family, config, weights)
         else:
             network, missing = _build(spec, family, config, num_classes, pretrained)
         # Models with position embeddings of one size are run at that size, others at the one that
@@ -261,14 +261,12 @@ def _build(
     return network, missing
 
 
-def _from_weights(
-    spec: Spec, family: Any, config: Any, num_classes: int | None, weights: Weights
-) -> Any:
-    """The network with these weights; their number of classes, if none is asked for."""
+def _from_weights(spec: Spec, family: Any, config: Any, weights: Weights) -> Any:
+    """The network with these weights, and as many classes as they have."""
     network = _untrained(family, config)
     own = network.state_dict()
     weights = named_as(own, weights)
-    if classes := num_classes or classes_in(own, weights):
+    if classes := classes_in(own, weights):
         config.num_labels = classes
         network = _untrained(family, config)
     # Not load_state_dict: transformers renames entries of its earlier versions.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Filter = Literal["bicubic", "bilinear", "nearest"]
+Filter = Literal["bicubic", "bilinear"]
 
 # Height and width of the images on which preprocessing is measured: smaller and larger than usual
 # inputs, square and not.
@@ -34,7 +34,7 @@ class Resize:
 
     edge: the pixels of both sides, or of the shorter one with `keep_aspect`; None: the model's
         image size. A side that exceeds the image size is cropped.
-    filter: bicubic and bilinear are antialiased, as in Pillow.
+    filter: of the resize, antialiased as in Pillow.
     half_even: whether a crop of an odd number of pixels begins at round(margin / 2) instead of
         margin // 2.
     """
@@ -53,11 +53,8 @@ class Resize:
             short = min(height, width)
             target = (edge * height // short, edge * width // short)
         if (height, width) != target:
-            if self.filter == "nearest":
-                x = F.interpolate(x, target, mode="nearest-exact")
-            else:
-                x = F.interpolate(x, target, mode=self.filter, antialias=True, align_corners=False)
-                x = x.round_().clamp_(0, 255)  # bicubic overshoots at edges
+            x = F.interpolate(x, target, mode=self.filter, antialias=True, align_corners=False)
+            x = x.round_().clamp_(0, 255)  # bicubic overshoots at edges
         top, left = (self._margin(side - image_size) for side in target)
         return x[:, :, top : top + image_size, left : left + image_size]
 
@@ -111,7 +108,7 @@ def measure(
     if black.shape != (channels,):
         raise Unsupported(f"it gives {len(black)} channels for images of {channels}")
     gains = np.stack(colours, axis=1) - black[:, None]  # [output channel, input channel]
-    flip = channels > 1 and not gains.diagonal().any()
+    flip = channels > 1 and not gains[0, 0]
     scale = (gains[:, ::-1] if flip else gains).diagonal().astype(float)
     if not scale.all() or np.count_nonzero(gains) != channels:
         raise Unsupported("it mixes the channels")
@@ -136,7 +133,7 @@ def measure(
     worst = max(error(best, number) for number in range(len(images)))
     if worst > _TOLERANCE_LEVELS:
         raise Unsupported(
-            "no bicubic, bilinear or nearest resize with a centre crop gives the same pixels "
+            "no bicubic or bilinear resize with a centre crop gives the same pixels "
             f"(the nearest differs by {worst:.0f} of 255 levels)"
         )
     return Preprocessing(image_size, _rounded(mean), _rounded(std), best, bool(flip))

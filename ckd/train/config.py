@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from ckd._files import atomic_write
 from ckd._hints import check_choices, flag
+from ckd.models import Pool
 from ckd.train.errors import ConfigError
 
 MethodName = Literal["plain", "logit-kd", "teacher-kd", "embed-kd"]
@@ -58,6 +59,11 @@ class Config:
     """logit-kd and teacher-kd: a model spec, a run folder or a .safetensors file."""
     teacher_weights: str | None = None
     """The weights of a --teacher or --eval that is a model spec."""
+    pool: Pool | None = None
+    """teacher-kd: how an hf: teacher's tokens become its embedding, as in `ckd bank build`."""
+    teacher_classes: str | None = None
+    """logit-kd, --eval: a text file with the names of the teacher's classes, one per line in the
+    order of its logits; default: the names that the model stores."""
     out: str | None = None
     """The run folder; default: runs/DATA-METHOD-seedSEED."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ckd import data, models
 from ckd._device import pick_device
+from ckd._files import read_lines
 from ckd.data import Dataset
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
@@ -33,8 +36,12 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     workers: int = 0,
+    order: Tensor | None = None,
 ) -> Scores:
-    """Score the model in evaluation mode and float32; its training mode is restored."""
+    """Score the model in evaluation mode and float32; its training mode is restored.
+
+    order: which logit belongs to each class of the data (`teacher_classes`); None: the same.
+    """
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -42,6 +49,8 @@ def evaluate(
     try:
         for batch in dataset.batches(torch.arange(len(dataset)), batch_size, device, workers):
             logits = model(models.prepare(model, batch.images)).logits.float()
+            if order is not None:
+                logits = logits[:, order]
             correct += (logits.argmax(dim=1) == batch.labels).sum()
             loss += F.cross_entropy(logits, batch.labels, reduction="sum")
     finally:
@@ -55,17 +64,22 @@ def evaluate_source(config: Config, source: str) -> str:
     split; returns a line of text. Raises ConfigError, DataError or ModelError."""
     device = pick_device(config.device)
     dataset = data.load(config.data, "test", image_size=config.image_size).to(device)
-    model = models.load(source, weights=config.teacher_weights).to(device)
-    names = stored_class_names(source)
-    if model.num_classes != len(dataset.class_names) or (names and names != dataset.class_names):
+    model = models.load(source, weights=config.teacher_weights, pool=config.pool).to(device)
+    if model.num_classes != len(dataset.class_names):
         raise ConfigError(
             f"{source} tells {model.num_classes} classes apart, {dataset.name} has "
-            f"{len(dataset.class_names)}{' of other names' if names else ''}; "
+            f"{len(dataset.class_names)}{' of other names' if model.class_names else ''}; "
             "name the data set that it was trained on with --data"
         )
+    order = teacher_classes(config, source, model, dataset, device)
     began = time.perf_counter()
     scores = evaluate(
-        model, dataset, batch_size=config.batch_size, device=device, workers=config.workers
+        model,
+        dataset,
+        batch_size=config.batch_size,
+        device=device,
+        workers=config.workers,
+        order=order,
     )
     seconds = time.perf_counter() - began
     return (
@@ -75,6 +89,43 @@ def evaluate_source(config: Config, source: str) -> str:
     )
 
 
-def stored_class_names(source: str | None) -> tuple[str, ...]:
-    """The class names that a run folder or .safetensors file stores; none for a spec."""
-    return models.class_names(source) if source and Path(source).exists() else ()
+def teacher_classes(
+    config: Config, source: str, model: Any, dataset: Dataset, device: torch.device
+) -> Tensor | None:
+    """int64 [C]: the logit of `model`, loaded from `source`, for each class of the data.
+
+    None if the order is the same, or is not known on one side: then with a warning, since a wrong
+    order makes every logit wrong. Raises ConfigError if both have names that do not match.
+    """
+    theirs, ours = model.class_names, dataset.class_names
+    others = model.other_class_names
+    if config.teacher_classes is not None:
+        theirs, others = tuple(read_lines(config.teacher_classes, ConfigError)), ()
+        if len(theirs) != model.num_classes:
+            raise ConfigError(
+                f"--teacher-classes {config.teacher_classes} has {len(theirs)} names, {source} "
+                f"tells {model.num_classes} classes apart"
+            )
+    remedy = "give their names in the words of the data with --teacher-classes FILE"
+    if theirs == ours:
+        return None
+    if not (models.are_named(theirs) and models.are_named(ours)):
+        unnamed = source if models.are_named(ours) else dataset.name
+        warnings.warn(
+            f"{unnamed} does not name its classes: those of {source} are taken to be in the order "
+            f"of {dataset.name}, {few(ours)}; if they are not, {remedy}",
+            stacklevel=2,
+        )
+        return None
+    order = models.class_order((theirs, *others), ours)
+    if order is None:
+        raise ConfigError(
+            f"the classes of {source} ({few(theirs)}) are not those of {dataset.name} "
+            f"({few(ours)}); if only the names differ, {remedy}"
+        )
+    return torch.tensor(order, device=device)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

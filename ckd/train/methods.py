@@ -23,7 +23,7 @@ from ckd.losses import EmbeddingDistillationLoss
 from ckd.models import ModelOutput
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
-from ckd.train.evaluation import stored_class_names
+from ckd.train.evaluation import few, teacher_classes
 
 # Augmented uint8 images -> the frozen teacher's output.
 Teacher = Callable[[Tensor], ModelOutput]
@@ -87,26 +87,30 @@ class LogitKD(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config)
         self.teacher = teacher
+        self.class_order: Tensor | None = None  # which of the teacher's logits each class has
         self.temperature = config.temperature
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
         model = _load_teacher(config, device)
         classes = len(dataset.class_names)
-        names = stored_class_names(config.teacher)
-        if model.num_classes != classes or (names and names != dataset.class_names):
+        if model.num_classes != classes:
             raise ConfigError(
                 f"--method logit-kd needs a teacher with the classes of {dataset.name}: the data "
-                f"has {classes} ({_few(dataset.class_names)}), the teacher {config.teacher} has "
-                f"{model.num_classes} ({_few(names) if names else 'unnamed'}); fine-tune it on "
+                f"has {classes} ({few(dataset.class_names)}), the teacher {config.teacher} has "
+                f"{model.num_classes} ({few(model.class_names) or 'unnamed'}); fine-tune it on "
                 "this data, or use teacher-kd or embed-kd, which need its embeddings only"
             )
+        assert config.teacher is not None
         method = cls(config, _frozen(model, config))
+        method.class_order = teacher_classes(config, config.teacher, model, dataset, device)
         method.inputs["teacher"] = models.weights_hash(model)
         return method
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
         teacher_logits, student_logits = _logits(self.teacher(images)), _logits(output)
+        if self.class_order is not None:
+            teacher_logits = teacher_logits[:, self.class_order]
         if self.softmax_twice:
             probabilities = student_logits.softmax(dim=1)
             return {"kl": F.cross_entropy(probabilities, teacher_logits.softmax(dim=1))}
@@ -252,7 +256,7 @@ def method_class(config: Config) -> type[Method]:
 
 def _load_teacher(config: Config, device: torch.device) -> Any:
     assert config.teacher is not None  # checked by `method_class`
-    model: Any = models.load(config.teacher, weights=config.teacher_weights)
+    model: Any = models.load(config.teacher, weights=config.teacher_weights, pool=config.pool)
     return model.to(device, memory_format=torch.channels_last)  # like the student
 
 
@@ -271,7 +275,3 @@ def _logits(output: ModelOutput) -> Tensor:
     """The logits in float32, whatever dtype autocast gave them: a softmax needs its precision."""
     assert output.logits is not None  # students have a class head, teachers were checked for one
     return output.logits.float()
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
