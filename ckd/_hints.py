@@ -39,11 +39,19 @@ def check_choices(settings: Any) -> None:
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or raise ImportError that names the extra to install."""
+    """Import an optional dependency, or raise ImportError that says what to install."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        remedy = f"install it with: pip install 'ckd[{extra}]'"
+        # Compiled for another torch, torchvision fails when it registers its operators
+        # (RuntimeError), loads its library (OSError) or, tried again, misses a part of itself.
+        if not isinstance(error, ImportError):
+            remedy = (
+                "it, or a package that it imports, does not fit the installed torch; install "
+                "torch and torchvision of releases that belong together"
+            )
         raise ImportError(
             f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({error}); "
-            f"install it with: pip install 'ckd[{extra}]'"
+            f"{remedy}"
         ) from error

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from ckd.models import ModelError, create, load, prepare, save, weights_hash
+from ckd.models.spec import parse
+from ckd.models.timm_models import TimmModel
 
 timm = pytest.importorskip("timm", exc_type=ImportError)
 
@@ -17,6 +21,11 @@ timm = pytest.importorskip("timm", exc_type=ImportError)
         ("mobilenetv3_small_050", 32, 3),  # has a hidden layer between pooling and classifier
         ("vit_tiny_patch16_224", 32, 3),  # position embeddings fix its image size
         ("convnext_atto", None, None),
+        ("dla46x_c", 32, 3),  # its classifier is a convolution
+        ("efficientvit_m0", 32, 3),  # normalises between embedding and classifier
+        ("volo_d1_224", 32, 3),  # adds the logits of a second classifier, for patches
+        ("swiftformer_xs", 32, 3),  # two classifiers of one embedding
+        ("efficientvim_m1", 32, 3),  # one classifier per stage: the embedding is all their inputs
     ],
 )
 def test_logits_are_timms_own(name: str, image_size: int | None, in_channels: int | None) -> None:
@@ -51,3 +60,102 @@ def test_unknown_name_lists_the_nearest() -> None:
 def test_several_classifiers_are_refused() -> None:
     with pytest.raises(ModelError, match="several classifiers"):
         create("timm:deit_tiny_distilled_patch16_224", num_classes=5, image_size=224)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small_035", "efficientvit_m0", "dla46x_c"])
+def test_creation_and_a_training_step_count_batches_as_timm_does(name: str) -> None:
+    """Not so if the check at creation ran in training mode, or the head ran twice a step."""
+    model = create(f"timm:{name}", num_classes=5, image_size=64)
+    assert all(module.training for module in model.modules())
+    counts = [b for n, b in model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counts
+    assert not any(counts)
+    network = copy.deepcopy(model.embed.network)
+    images = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(model(images).logits, network(images))
+    for mine, own in zip(model.embed.network.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(mine, own)
+
+
+def test_dropout_takes_one_mask() -> None:
+    model = create("timm:resnet10t", num_classes=5, image_size=32)
+    model.embed.network.drop_rate = 0.5
+    embedding, logits = model(torch.randn(4, 3, 32, 32))
+    assert (embedding == 0).float().mean() > 0.2
+    torch.testing.assert_close(logits, model.embed.network.fc(embedding))
+
+
+def test_compiled_student_has_both_outputs() -> None:
+    model = create("timm:resnet10t", num_classes=5, image_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
+
+
+class OtherForward(torch.nn.Module):
+    """A network whose forward does more than its forward_head."""
+
+    num_classes = 5
+    pretrained_cfg: ClassVar[dict[str, object]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 5)
+        torch.nn.init.zeros_(self.fc.weight)
+
+    def get_classifier(self) -> torch.nn.Module:
+        return self.fc
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x)) + x.amax((1, 2, 3))[:, None]
+
+
+def test_logits_other_than_the_models_own_are_refused() -> None:
+    with pytest.raises(ModelError, match="other logits than the model's forward"):
+        TimmModel(parse("timm:other"), OtherForward(), image_size=8, in_channels=3)
+
+
+def test_a_folder_of_weights_is_a_name(tmp_path: Path) -> None:
+    own = timm.create_model("resnet10t", num_classes=3, in_chans=1)
+    timm.models.save_for_hf(own, tmp_path, safe_serialization=True)
+    model = create(
+        f"timm:local-dir:{tmp_path}",
+        num_classes=None,
+        image_size=None,
+        in_channels=None,
+        pretrained=True,
+    ).eval()
+    assert (model.num_classes, model.in_channels, model.image_size) == (3, 1, 176)
+    images = torch.randn(2, 1, 176, 176)
+    torch.testing.assert_close(model(images).logits, own.eval()(images))
+
+
+@pytest.mark.parametrize("damage", ["folder", "config", "architecture", "weights"])
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "m"
+    timm.models.save_for_hf(timm.create_model("test_resnet"), folder, safe_serialization=True)
+    if damage == "folder":
+        folder = tmp_path / "other"
+    elif damage == "weights":
+        (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    else:
+        (folder / "config.json").write_text({"config": "{", "architecture": "{}"}[damage])
+    with pytest.raises(ModelError, match="timm could not make the model"):
+        create(f"timm:local-dir:{folder}", num_classes=None, image_size=None, pretrained=True)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    for name, size in (("nest_tiny", 50), ("gmlp_ti16_224", 7), ("halonet_h1", 32)):
+        with pytest.raises(ModelError, match=r"could not make the model|does not take images"):
+            create(f"timm:{name}", num_classes=5, image_size=size)
+
+
+def test_encoders_without_a_head_are_refused() -> None:
+    with pytest.raises(ModelError, match="not one vector per image"):
+        TimmModel(parse("timm:encoder"), torch.nn.Identity(), image_size=8, in_channels=3)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
+import pickle
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ckd._hints import require, unknown
@@ -12,48 +18,71 @@ from ckd.models.base import (
     Model,
     ModelError,
     ModelOutput,
+    agree,
     first_line,
     one_vector_each,
     per_channel,
     probe,
 )
+from ckd.models.preprocessing import Preprocessing, Unsupported, measure
 from ckd.models.spec import Pool, Spec
-from ckd.models.weights import Weights
+from ckd.models.weights import Weights, classes_in, fill, named_as
 
-_ERRORS = (RuntimeError, OSError, ValueError, TypeError, AssertionError)
+# What timm raises for sizes, files and configurations that do not fit; it has no error of its own.
+_ERRORS = (
+    *(RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(ArithmeticError, pickle.PickleError, SafetensorError),
+)
+_TOLERANCE = 1e-4  # of logits, relative to the length of their row, for rounding
 
 
 class TimmModel(Model):
-    """A timm network; `embedding` [B, E] is its classifier's input, the pooled features."""
+    """A timm network; `embedding` [B, E] is its classifier's input, the pooled features, as timm's
+    `forward_head(features, pre_logits=True)` gives them. `logits` are the network's own.
+    """
 
-    def __init__(self, spec: Spec, network: Any, *, image_size: int, in_channels: int) -> None:
-        classes = network.num_classes
-        if classes and not isinstance(network.get_classifier(), nn.Module):
+    def __init__(
+        self,
+        spec: Spec,
+        network: Any,
+        *,
+        image_size: int,
+        in_channels: int,
+        preprocessing: Preprocessing,
+    ) -> None:
+        if not hasattr(network, "get_classifier"):
             raise ModelError(
-                f"{spec.text!r} has several classifiers, so no single embedding; "
-                "choose a variant without a distillation head"
+                f"{spec.text!r} is an encoder that gives tokens, not one vector per image; "
+                "choose a model that pools its features"
             )
-        config = network.pretrained_cfg or {}
-        embed = _Embed(network)
+        embed = _Embed(network).eval()
+        embedding = one_vector_each(spec, probe(spec, embed, image_size, in_channels))
         super().__init__(
             spec=spec.text,
-            embedding_dim=one_vector_each(spec, probe(spec, embed, image_size, in_channels)).shape[
-                1
-            ],
-            num_classes=classes or None,
+            embedding_dim=embedding.shape[1],
+            num_classes=network.num_classes or None,
             image_size=image_size,
             in_channels=in_channels,
-            mean=per_channel(config.get("mean", (0.5,)), in_channels),
-            std=per_channel(config.get("std", (0.5,)), in_channels),
+            mean=per_channel(preprocessing.mean, in_channels),
+            std=per_channel(preprocessing.std, in_channels),
+            resize=preprocessing.resize,
+            flip_channels=preprocessing.flip_channels,
         )
-        self.embed = embed
+        self.embed = embed.train()
+        self._direct = False
+        if self.num_classes is not None:
+            self._direct = _is_direct(spec, self)
 
     def forward(self, images: Tensor) -> ModelOutput:
         self.check_images(images)
-        embedding = self.embed(images)
+        network = self.embed.network
+        features = network.forward_features(images)
+        embedding = self.embed.pool(features)
         if self.num_classes is None:
             return ModelOutput(embedding, None)
-        return ModelOutput(embedding, self.embed.network.get_classifier()(embedding))
+        if self._direct:
+            return ModelOutput(embedding, network.get_classifier()(embedding))
+        return ModelOutput(embedding, network.forward_head(features))
 
 
 class _Embed(nn.Module):
@@ -62,8 +91,66 @@ class _Embed(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.network.forward_features(images)
-        return self.network.forward_head(features, pre_logits=True)
+        return self.pool(self.network.forward_features(images))
+
+    def pool(self, features: Any) -> Tensor:
+        embedding = self.network.forward_head(features, pre_logits=True)
+        return embedding.flatten(1) if embedding.shape[2:] == (1, 1) else embedding
+
+
+@torch.no_grad()
+def _is_direct(spec: Spec, model: TimmModel) -> bool:
+    """Whether the classifier takes the embedding as it is and returns the logits.
+
+    Then one pass through the head gives both. `forward_head(features)` would be a second one, in
+    which dropout draws another mask and BatchNorm counts the batch again; but only it is right for
+    a head that reshapes or normalises the embedding, or has several classifiers.
+
+    Raises ModelError if the logits for two seeded images are not the network's own, or if several
+    classifiers take other inputs than the embedding or its parts.
+    """
+    network = model.embed.network
+    classifiers = _layers(network.get_classifier())
+    calls: list[tuple[Tensor, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: calls.append((inputs[0], output)))
+        for layer in classifiers
+    ]
+    shape = (2, model.in_channels, model.image_size, model.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    images = images.to(next(network.parameters()))
+    training = model.training
+    model.eval()
+    try:
+        expected = network(images)
+        for hook in hooks:
+            hook.remove()
+        embedding, logits = model(images)
+    finally:
+        model.train(training)
+    inputs = [taken for taken, _ in calls]
+    if len(classifiers) > 1:
+        # A classifier for images and one for distillation may share their input.
+        distinct = [x for i, x in enumerate(inputs) if all(x is not y for y in inputs[:i])]
+        if not agree(torch.cat(distinct or [images.flatten(1)], dim=1), embedding, _TOLERANCE):
+            raise ModelError(
+                f"{spec.text!r} has several classifiers with inputs of their own, so no single "
+                "embedding; choose a variant without a distillation head"
+            )
+    if not agree(logits, expected, _TOLERANCE):
+        raise ModelError(
+            f"{spec.text!r}: timm's forward_head gives other logits than the model's forward, so "
+            "its embedding may not be what it classifies; choose another model"
+        )
+    if len(calls) != 1:
+        return False
+    return torch.equal(inputs[0], embedding) and torch.equal(calls[0][1], expected)
+
+
+def _layers(classifier: Any) -> list[nn.Module]:
+    if isinstance(classifier, (tuple, list, nn.ModuleList)):
+        return [layer for part in classifier for layer in _layers(part)]
+    return [classifier]
 
 
 def create(
@@ -78,27 +165,94 @@ def create(
 ) -> TimmModel:
     """The network by name; a pretrained one keeps its classifier if `num_classes` is None.
 
-    `image_size` and `in_channels` default to those it was trained with.
+    `image_size` and `in_channels` default to those it was trained with. timm's own addresses are
+    names too: `local-dir:FOLDER` (config.json and weights, as `timm.models.save_for_hf` writes
+    them) and `hf-hub:OWNER/NAME`.
     """
     timm = require("timm", extra="timm", purpose=f"the model {spec.text!r}")
+    if pool is not None:
+        raise ModelError(f"{spec.text!r} pools as timm says; pool={pool!r} is for hf: models")
     # Names with a colon or slash are addresses on the hub, which only timm itself can look up.
     if not {":", "/"} & set(spec.name) and not timm.is_model(spec.name):
         near = difflib.get_close_matches(spec.name, timm.list_models(), n=8, cutoff=0.3)
         raise ModelError(unknown("timm model", spec.name, near))
     options: dict[str, Any] = {"pretrained": pretrained}
-    if num_classes is not None or not pretrained:
+    if num_classes is not None or not (pretrained or weights):
         options["num_classes"] = num_classes or 0
     if in_channels is not None:
         options["in_chans"] = in_channels
     try:
         network = timm.create_model(spec.name, **options)
         config = network.pretrained_cfg or {}
-        native = config.get("input_size", (3, 224, 224))
-        size = image_size or native[-1]
-        if size != native[-1] and config.get("fixed_input_size"):
-            network = timm.create_model(spec.name, img_size=size, **options)
+        channels, height, width = config.get("input_size", (3, 224, 224))
+        size = image_size or width
+        if (size, size) != (height, width) and config.get("fixed_input_size"):
+            options["img_size"] = size
+            network = timm.create_model(spec.name, **options)
+        if weights is not None:
+            weights = named_as(network.state_dict(), weights)
+            if classes := classes_in(network.state_dict(), weights):
+                network = timm.create_model(spec.name, **{**options, "num_classes": classes})
+            fill(network, weights, spec.text)
+    except ModelError:
+        raise
     except _ERRORS as error:
         raise ModelError(
             f"{spec.text!r}: timm could not make the model: {first_line(error)}"
         ) from error
-    return TimmModel(spec, network, image_size=size, in_channels=in_channels or native[0])
+    if image_size is None and height != width:
+        raise ModelError(
+            f"{spec.text!r} takes images of {height} x {width} pixels, and ckd makes square "
+            "ones; choose an image_size"
+        )
+    if num_classes is not None and weights is None and network.num_classes != num_classes:
+        raise ModelError(
+            f"{spec.text!r} has no classifier, so it cannot have {num_classes} classes"
+        )
+    if pretrained or weights:
+        own = _measured(spec, network, channels).at(size)
+    else:  # a student: its training decides on the rest
+        mean, std = (tuple(config.get(name, (0.5,))) for name in ("mean", "std"))
+        own = Preprocessing(size, mean, std)
+    model = TimmModel(
+        spec, network, image_size=size, in_channels=in_channels or channels, preprocessing=own
+    )
+    if pretrained and num_classes is None and model.num_classes:
+        model.class_names, *others = _class_names(network) or ((),)
+        model.other_class_names = tuple(others)
+    return model
+
+
+def _measured(spec: Spec, network: Any, channels: int) -> Preprocessing:
+    """The preprocessing of timm's own transform for evaluation."""
+    data = require("timm.data", extra="timm", purpose=f"the model {spec.text!r}")
+    config = data.resolve_data_config({}, model=network)
+    transform = data.create_transform(**config, is_training=False)
+
+    def process(image: np.ndarray) -> np.ndarray:
+        photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        return transform(photo).numpy()
+
+    edge = math.floor(config["input_size"][-1] / config["crop_pct"])
+    try:
+        return measure(process, channels, [edge])
+    except Unsupported as error:
+        raise ModelError(
+            f"{spec.text!r}: timm's preprocessing of this model cannot be repeated: {error}"
+        ) from error
+
+
+def _class_names(network: Any) -> list[tuple[str, ...]]:
+    """The names of a pretrained network's classes: descriptions, then labels (WordNet ids)."""
+    config, classes = network.pretrained_cfg or {}, network.num_classes
+    labels = config.get("label_names") or ()
+    described = config.get("label_descriptions") or {}
+    found = [tuple(described.get(label, label) for label in labels), tuple(labels)]
+    data = require("timm.data", extra="timm", purpose="the names of ImageNet's classes")
+    if not labels and (subset := data.infer_imagenet_subset(network)):
+        info = data.ImageNetInfo(subset)
+        found = [
+            tuple(info.index_to_description(label) for label in range(info.num_classes())),
+            tuple(info.label_names()),
+        ]
+    return [names for names in found if len(names) == classes]
