@@ -6,12 +6,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from PIL import Image
 
 from ckd.models import ModelError, create, load, prepare, save, weights_hash
+from ckd.models.preprocessing import Preprocessing
 from ckd.models.spec import parse
 from ckd.models.timm_models import TimmModel
 
 timm = pytest.importorskip("timm", exc_type=ImportError)
+PLAIN = Preprocessing(8, (0.5,), (0.5,))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,9 @@ class OtherForward(torch.nn.Module):
 
 def test_logits_other_than_the_models_own_are_refused() -> None:
     with pytest.raises(ModelError, match="other logits than the model's forward"):
-        TimmModel(parse("timm:other"), OtherForward(), image_size=8, in_channels=3)
+        TimmModel(
+            parse("timm:other"), OtherForward(), image_size=8, in_channels=3, preprocessing=PLAIN
+        )
 
 
 def test_a_folder_of_weights_is_a_name(tmp_path: Path) -> None:
@@ -158,4 +163,90 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 
 def test_encoders_without_a_head_are_refused() -> None:
     with pytest.raises(ModelError, match="not one vector per image"):
-        TimmModel(parse("timm:encoder"), torch.nn.Identity(), image_size=8, in_channels=3)
+        TimmModel(
+            parse("timm:encoder"),
+            torch.nn.Identity(),
+            image_size=8,
+            in_channels=3,
+            preprocessing=PLAIN,
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A model on disk as timm writes it, whose preprocessing resizes to 36 pixels and crops 32."""
+    path = tmp_path_factory.mktemp("resnet")
+    network = timm.create_model("resnet10t", num_classes=3)
+    network.pretrained_cfg.update(
+        input_size=(3, 32, 32),
+        crop_pct=0.875,
+        interpolation="bilinear",
+    )
+    names = {
+        "label_names": ["n03", "n01", "n02"],
+        "label_descriptions": {"n01": "tench, Tinca tinca", "n02": "goldfish", "n03": "hen"},
+    }
+    timm.models.save_for_hf(network, str(path), model_config=names)
+    return f"timm:local-dir:{path}"
+
+
+def test_preprocessing_is_timms_own_transform(folder: str) -> None:
+    model = load(folder)
+    assert model.image_size == 32
+    assert (model.resize.edge, model.resize.filter) == (36, "bilinear")
+    config = timm.data.resolve_data_config({}, model=model.embed.network)
+    transform = timm.data.create_transform(**config, is_training=False)
+    for size in ((32, 32), (70, 51), (200, 301)):
+        pixels = smooth_images(size)
+        expected = torch.stack(
+            [transform(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pixels]
+        )
+        error = (prepare(model, pixels) - expected) * model.channel_std * 255
+        assert error.abs().max() <= 2
+
+
+def smooth_images(size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [2, 3, *size] with structure at every scale, as photos have."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((2, 3, *size), 128.0)
+    for cells in (2, 5, 13, 40):
+        coarse = torch.randn(2, 3, cells, cells, generator=generator) * 60 / cells**0.5
+        images += torch.nn.functional.interpolate(coarse, size, mode="bicubic")
+    return images.clamp(0, 255).to(torch.uint8)
+
+
+def test_class_names_are_those_of_the_configuration(folder: str) -> None:
+    model = load(folder)
+    assert model.class_names == ("hen", "tench, Tinca tinca", "goldfish")
+    assert model.other_class_names == (("n03", "n01", "n02"),)
+    assert load(folder, weights=weights_of(folder, classes=5)).class_names == ()
+
+
+def weights_of(folder: str, classes: int) -> Path:
+    path = Path(folder.removeprefix("timm:local-dir:")) / "mine.pt"
+    network = timm.create_model("resnet10t", num_classes=classes)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
+    return path
+
+
+@pytest.mark.parametrize("classes", [5, 1000])
+def test_own_weights_fit_by_timms_own_names(folder: str, classes: int) -> None:
+    path = weights_of(folder, classes)
+    model = load("timm:resnet10t", weights=path, image_size=32)
+    assert model.num_classes == classes
+    network = timm.create_model("resnet10t", num_classes=classes).eval()
+    network.load_state_dict(
+        {k.removeprefix("module."): v for k, v in torch.load(path)["state_dict"].items()}
+    )
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x).logits, network(x))
+
+
+def test_weights_of_another_model_are_refused(folder: str) -> None:
+    with pytest.raises(ModelError, match=r"mine.pt does not fit 'timm:resnet18'"):
+        load("timm:resnet18", weights=weights_of(folder, 5))
+
+
+def test_pool_is_for_transformers_models() -> None:
+    with pytest.raises(ModelError, match="pool='mean' is for hf: models"):
+        create("timm:resnet10t", num_classes=5, image_size=32, pool="mean")
