@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckd import data, models
-from ckd.bank import EmbeddingBank
+from ckd.bank import BankWriter, EmbeddingBank
 from ckd.data import Batch
 from ckd.models import ModelOutput
 from ckd.train import Config
@@ -92,6 +92,20 @@ def test_embed_kd_contrasts_with_the_class_centroids(tmp_path):
     _, terms = setting.loss()
     expected = setting.contrastive(centroids, setting.batch.labels, 14.2857)
     assert terms["contrastive"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_centroids_too_small_for_float16_keep_their_direction(tmp_path):
+    tiny_config(tmp_path)
+    # float16 holds rows like these, but not their means, which are six times smaller.
+    rows = 1e-5 * torch.randn(90, 12, generator=torch.Generator().manual_seed(0))
+    with BankWriter(tmp_path / "small", 12) as writer:
+        writer.write(torch.arange(90), rows, torch.arange(90) % 3)
+    setting = Setting(
+        tmp_path, method="embed-kd", targets="centroids", bank=str(tmp_path / "small")
+    )
+    centroids = EmbeddingBank.open(tmp_path / "small").centroids()
+    assert F.cosine_similarity(centroids.half().double(), centroids.double()).min() < 0.9999
+    assert torch.equal(setting.method.bank, centroids)
 
 
 def test_embed_kd_contrasts_with_each_samples_own_row(tmp_path):

@@ -89,6 +89,14 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
     return half
 
 
+def half_if_exact(rows: Tensor) -> Tensor:
+    """Finite rows [n, D] as float16, or unchanged if that would lose the direction of one."""
+    half, largest = rows.to(torch.float16), rows.abs().amax(dim=1)
+    some = largest > 0
+    lost = ~half.isfinite().all() | _loses_direction(rows[some], half[some], largest[some]).any()
+    return rows if lost else half
+
+
 def _scaled(rows: Tensor, largest: Tensor) -> Tensor:
     """The rows in float64, divided by their largest elements, so that squares stay in range."""
     return rows.double() / largest.double()[:, None]

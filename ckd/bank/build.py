@@ -69,7 +69,7 @@ def build_bank(
     )
     if writer.is_complete():
         say(f"{writer.path} is complete already, with the same settings: nothing to do", flush=True)
-        return EmbeddingBank.open(path)
+        return EmbeddingBank.open(writer.path)
     bytes_per_row = 2 * model.embedding_dim + _BYTES_BESIDE_A_ROW
     say(
         f"{writer.path}: {len(dataset):,} rows x {model.embedding_dim} float16 of {dataset.name} "
@@ -100,7 +100,7 @@ def build_bank(
     if counted:
         share = 100 * correct / counted
         say(f"the teacher's own accuracy on the {counted:,} rows of this run: {share:.2f} %")
-    return EmbeddingBank.open(path)
+    return EmbeddingBank.open(writer.path)
 
 
 def describe_teacher(model: models.Model) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def _teacher_line(teacher: dict[str, Any] | None) -> str:
     if not teacher:
         return "not recorded"
     text = str(teacher.get("name", "unnamed"))
+    if "pool" in teacher:
+        text += f" ({teacher['pool']})"
     if isinstance(teacher.get("parameters"), int):
         text += f", {teacher['parameters']:,} parameters"
     if "weights_sha256" in teacher:

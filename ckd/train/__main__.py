@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from ckd._files import user_path
 from ckd._hints import check_choices
 from ckd.cli.command import parse as parse_flags
 from ckd.cli.command import run
@@ -92,11 +93,11 @@ def _parse(argv: Sequence[str], prog: str, defaults: Config) -> Command:
 def stored_run(command: Command) -> Path | None:
     """The folder whose config.json gives the defaults of this command, if there is one."""
     if command.eval is not None:
-        folder = Path(command.eval)
+        folder = user_path(command.eval)
         return folder if (folder / CONFIG).exists() else None
     if command.resume is None:
         return None
-    folder = Path(command.resume) if command.resume else command.config.folder
+    folder = user_path(command.resume) if command.resume else command.config.folder
     if (folder / CONFIG).exists():
         return folder
     if command.resume:

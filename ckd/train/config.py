@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ckd._files import atomic_write
+from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
@@ -139,7 +139,7 @@ class Config:
     def folder(self) -> Path:
         """The run folder."""
         if self.out is not None:
-            return Path(self.out)
+            return user_path(self.out)
         return Path("runs") / f"{Path(self.data).stem}-{self.method}-seed{self.seed}"
 
     def check(self) -> None:

@@ -97,7 +97,9 @@ def _run_demo(folder: Path) -> None:
     print("\n2. its embeddings of the training images, stored once")
     train_set = data.load(TEACHER.data, "train")
     bank = build_bank(train_set, models.load(folder / "teacher"), folder / "bank", progress=False)
-    print(f"   {len(bank):,} x {bank.dim} float16, {bank.nbytes / 1024:.0f} KiB in {bank.path}")
+    print(
+        f"   {len(bank):,} x {bank.dim} float16, {bank.nbytes / 1024:.0f} KiB in {folder / 'bank'}"
+    )
 
     print(f"\n3. the same student, with and without them, from {len(SEEDS)} seeds")
     students: dict[MethodName, list[dict[str, Any]]] = {"plain": [], "embed-kd": []}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ckd import models
 from ckd.bank import BankError, EmbeddingBank
+from ckd.bank.arrays import half_if_exact
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss
 from ckd.models import ModelOutput
@@ -198,7 +199,7 @@ class EmbedKD(ContrastiveMethod):
                     f"the bank {config.bank} has rows of {len(centroids)} classes, "
                     f"{dataset.name} has {len(dataset.class_names)}; build a bank of this data"
                 )
-            method = cls(config, centroids.half(), student.embedding_dim)
+            method = cls(config, half_if_exact(centroids), student.embedding_dim)
         shards = json.dumps(bank.meta["shards"], sort_keys=True)  # with their hashes
         method.inputs["bank"] = xxhash.xxh3_64_hexdigest(shards.encode())
         return method
