@@ -104,7 +104,7 @@ def test_centroids_too_small_for_float16_keep_their_direction(tmp_path):
         tmp_path, method="embed-kd", targets="centroids", bank=str(tmp_path / "small")
     )
     centroids = EmbeddingBank.open(tmp_path / "small").centroids()
-    assert F.cosine_similarity(centroids.half().double(), centroids.double()).min() < 0.9999
+    assert F.cosine_similarity(centroids.half().double(), centroids.double()).min() < 0.99995
     assert torch.equal(setting.method.bank, centroids)
 
 
