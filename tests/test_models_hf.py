@@ -106,6 +106,7 @@ def test_clip_gives_image_embeddings_without_logits(kind: str, tmp_path: Path) -
         expected = network.visual_projection(vision_model(x).pooler_output)
     assert model.embedding_dim == expected.shape[1]
     torch.testing.assert_close(embedding, expected)
+    assert not [name for name in model.state_dict() if "text" in name]
 
 
 def test_position_embeddings_are_interpolated_to_another_size(classifier, tmp_path: Path) -> None:

@@ -59,9 +59,12 @@ class HFModel(Model):
         output = probe(spec, embed.run, image_size, in_channels)
         head = None
         if type(network).__name__.endswith(_CLASSIFIER):
-            head = _take_head(spec, embed, output, image_size, in_channels)
+            head = _take_head(spec, embed, output.logits, image_size, in_channels)
+            embed.kind = "classifier"
         else:
             embed.kind = _kind(spec, embed, output, pool)
+            if hasattr(network, "get_image_features"):
+                _drop_text(spec, embed, image_size, in_channels)
         embedding = one_vector_each(spec, probe(spec, embed, image_size, in_channels))
         if head is not None and not agree(head(embedding), output.logits, 1e-4):
             raise ModelError(
@@ -327,37 +330,49 @@ def _values(output: Any) -> Tensor | None:
     return maps[-1] if maps else getattr(output, "last_hidden_state", None)
 
 
-def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_channels: int) -> Any:
+def _calls(
+    spec: Spec, embed: _Embed, run: Any, image_size: int, in_channels: int
+) -> list[tuple[str, Any, Any]]:
+    """The (name, first argument, result) of each call of a child of the network by `run`."""
+    calls: list[tuple[str, Any, Any]] = []
+
+    def recorder(name: str) -> Any:
+        return lambda _, given, result: calls.append((name, given[0] if given else None, result))
+
+    with contextlib.ExitStack() as hooks:
+        for name, child in embed.network.named_children():
+            hooks.callback(child.register_forward_hook(recorder(name)).remove)
+        probe(spec, run, image_size, in_channels)
+    return calls
+
+
+def _take_head(spec: Spec, embed: _Embed, logits: Tensor, image_size: int, in_channels: int) -> Any:
     """Put an Identity in the place of the network's last layer, which is returned.
 
-    It is the child module that returns the logits.
+    It is the child of the network that gives `logits`.
     """
     network = embed.network
-    calls: list[tuple[str, Any, Any]] = []
-    with contextlib.ExitStack() as hooks:
-        for name, child in network.named_children():
-
-            def record(_: Any, args: Any, out: Any, name: str = name) -> None:
-                calls.append((name, args[0] if args else None, out))
-
-            hooks.callback(child.register_forward_hook(record).remove)
-        probe(spec, embed.run, image_size, in_channels)
-    logits = output.logits
     heads = [
-        (name, value)
-        for name, value, out in calls
-        if isinstance(out, Tensor) and out.shape == logits.shape and torch.equal(out, logits)
+        (name, given)
+        for name, given, result in _calls(spec, embed, embed.run, image_size, in_channels)
+        if isinstance(result, Tensor) and torch.equal(result, logits)
     ]
-    name, value = heads[-1] if heads else ("", None)
-    if not isinstance(value, Tensor) or value.flatten(1).shape != value.shape[:2]:
+    name, given = heads[-1] if heads else ("", None)
+    if not isinstance(given, Tensor) or given.flatten(1).shape != given.shape[:2]:
         raise ModelError(
             f"{spec.text!r}: {type(network).__name__} has no single classifier whose input is one "
             "vector per image; pass pool= (--pool) for an embedding without logits"
         )
     head = getattr(network, name)
     setattr(network, name, nn.Identity())
-    embed.kind = "classifier"
     return head
+
+
+def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> None:
+    """Delete the children of a network of images and texts that images do not run through."""
+    used = {name for name, *_ in _calls(spec, embed, embed, image_size, in_channels)}
+    for name in [name for name, _ in embed.network.named_children() if name not in used]:
+        delattr(embed.network, name)
 
 
 def _class_names(config: Any) -> tuple[str, ...]:
