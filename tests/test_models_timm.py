@@ -161,6 +161,14 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
             create(f"timm:{name}", num_classes=5, image_size=size)
 
 
+def test_images_that_are_not_square_need_a_size(tmp_path: Path) -> None:
+    own = timm.create_model("test_vit", pretrained_cfg_overlay={"input_size": (3, 64, 32)})
+    timm.models.save_for_hf(own, tmp_path)
+    with pytest.raises(ModelError, match=r"64 x 32 pixels.*choose an image_size"):
+        create(f"timm:local-dir:{tmp_path}", num_classes=5, image_size=None)
+    assert create(f"timm:local-dir:{tmp_path}", num_classes=5, image_size=32).image_size == 32
+
+
 def test_encoders_without_a_head_are_refused() -> None:
     with pytest.raises(ModelError, match="not one vector per image"):
         TimmModel(

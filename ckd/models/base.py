@@ -19,7 +19,7 @@ _FORWARD_ERRORS = (
     TypeError,
     LookupError,
     AttributeError,
-    NotImplementedError,
+    ArithmeticError,
 )
 
 

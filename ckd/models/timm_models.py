@@ -205,10 +205,6 @@ def create(
             f"{spec.text!r} takes images of {height} x {width} pixels, and ckd makes square "
             "ones; choose an image_size"
         )
-    if num_classes is not None and weights is None and network.num_classes != num_classes:
-        raise ModelError(
-            f"{spec.text!r} has no classifier, so it cannot have {num_classes} classes"
-        )
     if pretrained or weights:
         own = _measured(spec, network, channels).at(size)
     else:  # a student: its training decides on the rest
@@ -217,6 +213,8 @@ def create(
     model = TimmModel(
         spec, network, image_size=size, in_channels=in_channels or channels, preprocessing=own
     )
+    if weights is None and num_classes not in (None, model.num_classes):
+        raise ModelError(f"{spec.text!r} has {model.num_classes} classes whatever num_classes is")
     if pretrained and num_classes is None and model.num_classes:
         model.class_names, *others = _class_names(network) or ((),)
         model.other_class_names = tuple(others)
