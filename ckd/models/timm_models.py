@@ -131,8 +131,8 @@ def _is_direct(spec: Spec, model: TimmModel) -> bool:
     inputs = [taken for taken, _ in calls]
     if len(classifiers) > 1:
         # A classifier for images and one for distillation may share their input.
-        distinct = [x for i, x in enumerate(inputs) if all(x is not y for y in inputs[:i])]
-        if not agree(torch.cat(distinct or [images.flatten(1)], dim=1), embedding, _TOLERANCE):
+        parts = [x.flatten(1) for i, x in enumerate(inputs) if all(x is not y for y in inputs[:i])]
+        if not parts or not agree(torch.cat(parts, dim=1), embedding, _TOLERANCE):
             raise ModelError(
                 f"{spec.text!r} has several classifiers with inputs of their own, so no single "
                 "embedding; choose a variant without a distillation head"
