@@ -32,20 +32,6 @@ REFUSED = [tiny for tiny in MODELS if tiny.rule == "refused"]
 
 # Models that have an embedding, but are refused.
 NOT_SUPPORTED = {
-    # Parts of larger models, which AutoModel does not know.
-    "MetaClip2VisionModel",
-    "AltCLIPVisionModel",
-    "BlipVisionModel",
-    "Blip2VisionModel",
-    "InstructBlipVisionModel",
-    "CLIPSegVisionModel",
-    "GroupViTVisionModel",
-    "OwlViTVisionModel",
-    "Owlv2VisionModel",
-    "AlignVisionModel",
-    "FlavaImageModel",
-    "GitVisionModel",
-    "JanusVisionModel",
     # Images are rows of patches.
     "Siglip2VisionModel",
     "Siglip2Model",
@@ -53,6 +39,8 @@ NOT_SUPPORTED = {
     "FlavaModel",
     # Two classifiers whose logits are averaged.
     "SwiftFormerForImageClassification",
+    # It gives its logits as last_hidden_state.
+    "PPLCNetForImageClassification",
     # Saved under the name of a class for one of three kinds of input.
     "PerceiverForImageClassificationLearned",
     "PerceiverForImageClassificationFourier",
@@ -310,7 +298,7 @@ TOKENS = {
 
 
 # Refused, since the patches cannot be told from the other tokens.
-TOKENS_UNKNOWN = {"YolosModel"}
+TOKENS_UNKNOWN = {"YolosModel", "DINOv3ConvNextModel"}
 
 
 @pytest.mark.parametrize("name", TOKENS)
@@ -601,7 +589,12 @@ def test_models_of_other_numbers_of_channels(channels: int, tmp_path: Path) -> N
         "image_std": [0.5] * channels,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    model = load(f"hf:{tmp_path}")
+    try:
+        model = load(f"hf:{tmp_path}")
+    except ModelError as refused:  # Pillow takes the second or fourth channel for transparency
+        if channels == 1 or "mixes the channels" not in str(refused):
+            raise
+        return
     assert model.mean == pytest.approx(mean)
     x = torch.randn(2, channels, 32, 32)
     assert agrees(model(x).embedding, own(pixel_values=x).last_hidden_state[:, 0])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ckd._files import LFS_POINTER, is_lfs_pointer
 from ckd._hints import require
 from ckd.models.base import (
     Model,
@@ -29,10 +33,13 @@ from ckd.models.spec import Pool, Spec
 from ckd.models.weights import Weights, classes_in, named_as, refuse_misfits
 
 # Errors of transformers and the hub for wrong names, files and settings.
-_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
+_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    SafetensorError,
+)
 _CLASSIFIER = "ForImageClassification"
 # Classes that are loaded as they were saved; others by transformers' AutoModel.
-_AS_SAVED = ("VisionModelWithProjection", "Backbone")
+_AS_SAVED = ("VisionModel", "ImageModel", "VisionModelWithProjection", "Backbone")
 # Settings of pixels that some image processors read and others ignore.
 _PER_CLASS = ("do_flip_channel_order", "rescale_offset", "crop_pct")
 _TOWERS = ("vision_model", "image_model", "vision_tower")
@@ -59,7 +66,7 @@ class HFModel(Model):
         output = probe(spec, embed.run, image_size, in_channels)
         head = None
         if type(network).__name__.endswith(_CLASSIFIER):
-            head = _take_head(spec, embed, output.logits, image_size, in_channels)
+            head = _take_head(spec, embed, output, image_size, in_channels)
             embed.kind = "classifier"
         else:
             embed.kind = _kind(spec, embed, output, pool)
@@ -74,7 +81,7 @@ class HFModel(Model):
         super().__init__(
             spec=spec.text,
             embedding_dim=embedding.shape[1],
-            num_classes=None if head is None else network.config.num_labels,
+            num_classes=None if head is None else output.logits.shape[1],
             image_size=image_size,
             in_channels=in_channels,
             mean=per_channel(preprocessing.mean, in_channels),
@@ -101,8 +108,8 @@ class _Embed(nn.Module):
     def __init__(self, network: Any, image_size: int) -> None:
         super().__init__()
         self.network, self.kind = network, ""
-        config = getattr(network.config, "vision_config", network.config)
-        accepted = inspect.signature(self._function.forward).parameters
+        self.config = config = getattr(network.config, "vision_config", network.config)
+        accepted = inspect.signature(self.tower.forward).parameters
         self.options: dict[str, Any] = {}
         if (
             _side(getattr(config, "image_size", image_size)) != image_size
@@ -113,16 +120,10 @@ class _Embed(nn.Module):
         self.patches = (image_size // patch) ** 2 if isinstance(patch, int) else None
         # Masked autoencoders keep the patches with the least noise, in the order of the noise.
         self.masks = "noise" in accepted and hasattr(config, "mask_ratio")
-        names = {name.rpartition(".")[2] for name, _ in self._function.named_parameters()}
-        self.has_class_token = bool(names & _CLASS_TOKENS)
-        self.extra_tokens = (
-            self.has_class_token
-            + ("distillation_token" in names)
-            + (getattr(config, "num_register_tokens", None) or 0)
-        )
+        self.extra_tokens = 0  # before those of the patches, where `kind` is "mean"
 
     @property
-    def _function(self) -> Any:
+    def tower(self) -> Any:
         """The module that takes the images: the network, or its image tower."""
         if hasattr(self.network, "get_image_features"):
             for name in _TOWERS:
@@ -137,7 +138,7 @@ class _Embed(nn.Module):
             assert self.patches is not None
             order = torch.arange(float(self.patches), device=images.device)
             options["noise"] = order.expand(len(images), -1)
-        return self._function(pixel_values=images, **options)
+        return self.tower(pixel_values=images, **options)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.kind == "projection" and hasattr(self.network, "get_image_features"):
@@ -175,7 +176,7 @@ def create(
     transformers = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
     trained = pretrained or weights is not None
     try:
-        config = transformers.AutoConfig.from_pretrained(spec.name)
+        config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
         vision = getattr(config, "vision_config", config)
         native_size = _side(getattr(vision, "image_size", None)) or 224
         native_channels = getattr(vision, "num_channels", 3)
@@ -204,9 +205,11 @@ def create(
         size = image_size or (native_size if fixed else own.image_size)
     except ModelError:
         raise
+    except ImportError as error:  # of a package that this one model needs
+        raise ImportError(f"{spec.text!r}: {first_line(error)}") from error
     except _ERRORS as error:
         raise ModelError(
-            f"{spec.text!r}: transformers could not make the model: {first_line(error)}"
+            f"{spec.text!r}: transformers could not make the model: {_reason(spec, error)}"
         ) from error
     model = HFModel(
         spec,
@@ -226,6 +229,14 @@ def create(
     return model
 
 
+def _reason(spec: Spec, error: Exception) -> str:
+    for file in Path(spec.name).glob("*"):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if is_lfs_pointer(opened.read(64)):
+                return f"{file}: {LFS_POINTER}"
+    return first_line(error)
+
+
 def _class_for(
     spec: Spec, transformers: Any, config: Any, num_classes: int | None, pool: Pool | None
 ) -> Any:
@@ -238,6 +249,8 @@ def _class_for(
     if num_classes is not None or (architecture.endswith(_CLASSIFIER) and pool is None):
         return transformers.AutoModelForImageClassification
     if architecture.endswith(_AS_SAVED):
+        if not hasattr(transformers, architecture):
+            raise ModelError(f"{spec.text!r}: transformers has no class {architecture}")
         return getattr(transformers, architecture)
     return transformers.AutoModel
 
@@ -253,6 +266,7 @@ def _build(
     network, report = family.from_pretrained(
         spec.name,
         config=config,
+        trust_remote_code=False,
         ignore_mismatched_sizes=num_classes is not None,
         output_loading_info=True,
     )
@@ -291,37 +305,54 @@ def _from_weights(spec: Spec, family: Any, config: Any, weights: Weights) -> Any
 
 
 def _untrained(family: Any, config: Any) -> Any:
-    return family.from_config(config) if hasattr(family, "from_config") else family(config)
+    if hasattr(family, "from_config"):
+        return family.from_config(config, trust_remote_code=False)
+    return family(config)
 
 
 def _kind(spec: Spec, embed: _Embed, output: Any, pool: Pool | None) -> str:
-    """The part of the network's output that is the embedding; see `catalog.create`."""
+    """The part of the network's output that is the embedding; see `catalog.create`.
+
+    Raises ModelError if the output does not have it.
+    """
+    if pool is None and hasattr(embed.network, "get_image_features"):
+        return "projection"
+    if pool is None and getattr(output, "image_embeds", None) is not None:
+        return "projection"
+    if getattr(output, "encoder_last_hidden_state", None) is not None:
+        raise ModelError(f"{spec.text!r} gives the queries of a decoder, not tokens of the image")
     pooled, tokens = getattr(output, "pooler_output", None), _values(output)
+    special = _special_tokens(embed, tokens)
     if pool is None:
-        if hasattr(embed.network, "get_image_features"):
-            return "projection"
-        if getattr(output, "image_embeds", None) is not None:
-            return "projection"
         dense = hasattr(getattr(embed.network, "pooler", None), "dense")
-        if pooled is not None and not dense:
-            return "pooler"
-        if tokens is None:
-            raise ModelError(f"{spec.text!r} gives neither a pooled output nor tokens")
-        return "cls" if tokens.dim() == 3 and embed.has_class_token else "mean"
+        pool = "pooler" if pooled is not None and not dense else "cls" if special else "mean"
     if pool == "pooler" and pooled is None:
         raise ModelError(f"{spec.text!r} has no pooling layer; use pool='mean' or 'cls'")
-    if pool == "cls" and not (tokens is not None and tokens.dim() == 3 and embed.has_class_token):
+    if pool == "cls" and not special:
         raise ModelError(f"{spec.text!r} has no class token; use pool='mean' or 'pooler'")
     if pool == "mean":
-        if tokens is None:
-            raise ModelError(f"{spec.text!r} gives no tokens; use pool='pooler'")
-        count, extra = tokens.shape[1], embed.extra_tokens
-        if tokens.dim() == 3 and extra and embed.patches not in (None, count - extra):
+        patches = 0 if tokens is None or tokens.dim() != 3 else tokens.shape[1] - special
+        square = math.isqrt(patches) ** 2 == patches and patches <= (embed.patches or patches)
+        is_map = tokens is not None and tokens.dim() == 4 and tokens.shape[2] == tokens.shape[3]
+        if not is_map and not (patches and square):
+            came = "none" if tokens is None else f"an output of shape {list(tokens.shape)}"
             raise ModelError(
-                f"{spec.text!r} gives {count} tokens for {embed.patches} patches, and it is not "
-                "known which belong to patches; use pool='cls' or 'pooler'"
+                f"{spec.text!r} gives no tokens that are known to be those of patches ({came}); "
+                "use pool='cls' or 'pooler'"
             )
+        embed.extra_tokens = special
     return pool
+
+
+def _special_tokens(embed: _Embed, tokens: Tensor | None) -> int:
+    """How many tokens come before those of the patches: class and distillation token, registers."""
+    names = {name.rpartition(".")[2] for name, _ in embed.tower.named_parameters()}
+    if tokens is None or tokens.dim() != 3 or not names & _CLASS_TOKENS:
+        return 0
+    if tokens.shape[1] == embed.patches:  # the parameter is one of the pooling layer's
+        return 0
+    registers = getattr(embed.config, "num_register_tokens", None) or 0
+    return 1 + ("distillation_token" in names) + registers
 
 
 def _values(output: Any) -> Tensor | None:
@@ -346,12 +377,14 @@ def _calls(
     return calls
 
 
-def _take_head(spec: Spec, embed: _Embed, logits: Tensor, image_size: int, in_channels: int) -> Any:
+def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_channels: int) -> Any:
     """Put an Identity in the place of the network's last layer, which is returned.
 
-    It is the child of the network that gives `logits`.
+    It is the child of the network that gives the logits. None if the network has no classes.
     """
-    network = embed.network
+    network, logits = embed.network, getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"{spec.text!r}: {type(network).__name__} gives no logits")
     heads = [
         (name, given)
         for name, given, result in _calls(spec, embed, embed.run, image_size, in_channels)
@@ -365,7 +398,7 @@ def _take_head(spec: Spec, embed: _Embed, logits: Tensor, image_size: int, in_ch
         )
     head = getattr(network, name)
     setattr(network, name, nn.Identity())
-    return head
+    return None if isinstance(head, nn.Identity) else head  # of num_labels = 0
 
 
 def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> None:
@@ -377,7 +410,8 @@ def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> 
 
 def _class_names(config: Any) -> tuple[str, ...]:
     """The names of the logits; () for the placeholders LABEL_0, LABEL_1, ..."""
-    names = tuple(str(config.id2label[label]) for label in sorted(config.id2label))
+    labels = config.id2label or {}
+    names = tuple(str(labels[label]) for label in sorted(labels))
     return () if names[:1] == ("LABEL_0",) else names
 
 
@@ -394,7 +428,7 @@ def _measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
     auto = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
     try:
         with _quiet(auto):
-            processor = auto.AutoImageProcessor.from_pretrained(spec.name)
+            processor = auto.AutoImageProcessor.from_pretrained(spec.name, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"{spec.text!r}: transformers cannot tell the image processor of its "
@@ -412,12 +446,15 @@ def _measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
             )
 
     def process(image: np.ndarray) -> np.ndarray:
-        # As a photo, which is what processors are made for; Pillow's gray has no third dimension.
-        photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        pixels = np.asarray(processor(images=photo, return_tensors="pt")["pixel_values"][0])
-        if pixels.ndim != 3:
-            raise Unsupported(f"it gives an array of shape {pixels.shape} for an image")
-        return pixels
+        if image.shape[2] in (1, 3):  # as a photo, which is what processors are made for
+            photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+            output = processor(images=photo, return_tensors="pt")
+        else:
+            output = processor(images=image, return_tensors="pt", input_data_format="channels_last")
+        pixels = np.asarray(output.get("pixel_values", ()))
+        if pixels.ndim != 4:
+            raise Unsupported("it gives something else than an image for an image")
+        return pixels[0]
 
     try:
         own = measure(process, channels, _edges(processor))
@@ -457,7 +494,10 @@ def _settings(spec: Spec) -> dict[str, Any] | None:
     try:
         settings, _ = module.ImageProcessingMixin.get_image_processor_dict(spec.name)
     except OSError as error:
-        if isinstance(error.__context__, ValueError):  # the file is there, but not JSON
+        file = Path(spec.name) / "preprocessor_config.json"
+        if file.is_file():
+            raise ModelError(f"{spec.text!r}: {file} is no JSON object") from error
+        if isinstance(error.__context__, ValueError):  # of the hub, and not JSON
             raise
         return None
     return settings
