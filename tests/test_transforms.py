@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ FORWARD: dict[str, Callable[[Function, Tensor], Any]] = {
     "linearize": lambda f, x: torch.func.linearize(f, x)[1](x),
     "hessian": lambda f, x: torch.func.hessian(f)(x),
     "forward_ad": forward_mode,
+    # Their error names jvp, whatever is asked for inside or outside of it.
+    "jvp of grad": lambda f, x: torch.func.jvp(torch.func.grad(f), (x,), (x,)),
+    "jvp of vmap": lambda f, x: torch.func.jvp(
+        lambda y: torch.vmap(f)(torch.stack([y, y])), (x,), (x,)
+    ),
+    "jvp in vmap": lambda f, x: torch.vmap(lambda v: torch.func.jvp(f, (x,), (v,))[1])(x[None]),
+    "jvp in grad": lambda f, x: torch.func.grad(lambda y: torch.func.jvp(f, (y,), (y,))[1])(x),
+    "jacfwd twice": lambda f, x: torch.func.jacfwd(torch.func.jacfwd(f))(x),
+    "jvp without grad": lambda f, x: torch.no_grad()(torch.func.jvp)(f, (x,), (x,)),
+    "jvp by forward-mode strategy": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
 }
 
 
@@ -109,8 +122,61 @@ def test_forward_mode_is_refused_by_name(transform: str, requires_grad: bool, ba
     x = case.student.requires_grad_(requires_grad)
     for ours, _ in functions(case, backend).values():
         ours(x)  # caches a plan, which the call under the transform must not use
-        with pytest.raises(NotImplementedError, match=rf"ckd::.*{transform}.*reverse mode"):
+        name = transform.split()[0]
+        with pytest.raises(NotImplementedError, match=rf"ckd::.*{name}.*reverse mode"):
             FORWARD[transform](ours, x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [*oracle.GRADIENTS, "bank"])
+def test_forward_mode_is_refused_for_every_input(name: str, backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    x = getattr(case, name)
+
+    def loss(moved: Tensor) -> Tensor:
+        return ckd.contrastive_cross_entropy(
+            *replace(case, **{name: moved}).arguments, backend=backend
+        )
+
+    def similarity(moved: Tensor) -> Tensor:
+        student, bank, _, *others = replace(case, **{name: moved}).arguments
+        return ckd.normalized_similarity(student, bank, *others, backend=backend).sum()
+
+    criterion = ckd.EmbeddingDistillationLoss(6, 8, backend=backend)
+
+    def module(moved: Tensor) -> Tensor:
+        new = replace(case, **{name: moved})
+        parameters = {"weight": new.weight, "bias": new.bias, "log_logit_scale": new.logit_scale}
+        inputs = (new.student, new.bank, new.target)
+        return torch.func.functional_call(criterion, parameters, inputs)
+
+    for function in (loss, similarity, module):
+        function(x)
+        for transform in ("jvp", "linearize", "forward_ad", "jvp of vmap"):
+            with pytest.raises(NotImplementedError, match=r"ckd::.*jvp"):
+                FORWARD[transform](function, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "jit.trace"])
+def test_duals_from_outside_are_refused_when_compiled_or_traced(
+    compiler: str, backend: str
+) -> None:
+    """torch does not look for them there: its own ops lose the tangents under inductor."""
+    case = make_case(4, 10, 8, 6)
+    for name in ("loss", "similarity"):
+        ours, _ = functions(case, backend)[name]
+        torch._dynamo.reset()
+        if compiler == "jit.trace":
+            compiled = torch.jit.trace(ours, (case.student,), check_trace=False)
+        else:
+            compiled = torch.compile(ours, backend=compiler)
+        for _ in range(2):  # the first call of a compiled function runs under a dispatch mode
+            with pytest.raises((NotImplementedError, RuntimeError), match=r"ckd::.*forward_ad"):
+                forward_mode(compiled, case.student)
+        with forward_ad.dual_level():
+            assert torch.equal(compiled(case.student), ours(case.student))
 
 
 @pytest.mark.parametrize("transform", ["jvp", "jacfwd"])
@@ -141,6 +207,26 @@ def test_a_gradient_of_vmap_is_refused_with_the_remedy(backend: str) -> None:
         torch.vmap(loss)(students).sum().backward()
     with pytest.raises(ValueError, match="take vmap of grad"):
         torch.func.grad(lambda x: torch.vmap(loss)(x).sum())(students.detach())
+
+
+def test_a_gradient_of_the_bank_is_refused_under_vmap_too(backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+
+    def losses(bank: Tensor) -> Tensor:
+        arguments = replace(case, bank=bank).arguments
+        return ckd.contrastive_cross_entropy(*arguments, backend=backend)
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(ValueError, match="bank never receives a gradient"):
+            transform(lambda x: torch.vmap(losses)(torch.stack([x, x])).sum())(case.bank)
+
+
+def test_jvp_of_functionalize_is_refused(backend: str) -> None:
+    case = make_case(4, 10, 8, 6)
+    for ours, _ in functions(case, backend).values():
+        ours(case.student)
+        with pytest.raises(RuntimeError, match="Functionalize rule"):
+            FORWARD["jvp"](torch.func.functionalize(ours), case.student)
 
 
 def test_functionalize_sees_the_ops(backend: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckd import _hints
 from ckd.backends.interface import Inputs, Reduction, Targets
+from ckd.ops._gradients import BANK_GRADIENT
 
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 # Only with a float64 student: for any other, float64 tensors would cost memory and add no digit.
@@ -25,9 +26,7 @@ def check_inputs(inputs: Inputs) -> None:
     dtypes = DOUBLE if student.dtype == torch.float64 else SINGLE
     _check_tensor("bank", bank, ("K", "D"), dtypes, student)
     if bank.requires_grad:
-        raise ValueError(
-            "bank never receives a gradient, but bank.requires_grad is True; pass bank.detach()"
-        )
+        raise ValueError(BANK_GRADIENT)
     if bank.shape[0] == 0:
         raise ValueError("bank must hold at least one row, got shape [0, D]")
     if weight is None:

@@ -32,7 +32,11 @@ try:
         _len_torch_function_stack,
     )
     from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import TransformType, peek_interpreter_stack
+    from torch._C._functorch import (
+        TransformType,
+        get_interpreter_stack,
+        peek_interpreter_stack,
+    )
     from torch.autograd import forward_ad
 
     _enabled = forward_ad._current_level < 0
@@ -148,11 +152,12 @@ def is_observed() -> bool:
 
 
 def _is_functionalized() -> bool:
-    """Whether the innermost transform of torch.func is functionalize."""
+    """Whether the innermost transform of torch.func is functionalize, and none is forward mode:
+    the dispatcher has no rule for that, and would give zero tangents."""
     if torch.compiler.is_compiling() or not _enabled:
         return False
-    transform = peek_interpreter_stack()
-    return transform is not None and transform.key() == TransformType.Functionalize
+    keys = [transform.key() for transform in get_interpreter_stack() or ()]
+    return keys[-1:] == [TransformType.Functionalize] and TransformType.Jvp not in keys
 
 
 def _needs_gradient(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -8,10 +8,14 @@ from torch import Tensor
 
 from ckd.backends.interface import Gradients, Inputs, Needs
 
+BANK_GRADIENT = "bank never receives a gradient, but bank.requires_grad is True; pass bank.detach()"
+
 
 def needs(ctx: Any) -> Needs:
     """Which gradients autograd asks for, of an op whose first arguments are Inputs."""
-    student, _, weight, bias, logit_scale, *_ = ctx.needs_input_grad
+    student, bank, weight, bias, logit_scale, *_ = ctx.needs_input_grad
+    if bank:  # of a transform outside of vmap: the check of the arguments does not see it
+        raise ValueError(BANK_GRADIENT)
     return Needs(student, weight, bias, logit_scale)
 
 

@@ -60,7 +60,7 @@ class Op:
         formula = formula or _no_derivative(self.name)
         name = f"ckd::{self.name}"
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(self.name, self.flat, "CompositeExplicitAutograd")
+        _library.impl(self.name, _kernel(self), "CompositeExplicitAutograd")
         torch.library.register_fake(name, _flat(fake, records), lib=_library)
         torch.library.register_autograd(
             name, formula.backward, setup_context=formula.setup_context, lib=_library
@@ -110,9 +110,18 @@ def _flat(function: Callable[..., Any], records: Sequence[type[Any]]) -> Callabl
     return call
 
 
+class _ReverseModeOnly(torch.autograd.Function):
+    """The base class of an op's functions: torch calls `jvp` where an argument has a tangent."""
+
+    op: Op
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE.format(cls.op.name))
+
+
 def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
-    class Function(torch.autograd.Function):
-        generate_vmap_rule = True
+    class Function(_ReverseModeOnly):
         setup_context = staticmethod(formula.setup_context)
         backward = staticmethod(formula.backward)
 
@@ -121,10 +130,31 @@ def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
             return op.registered(*arguments)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(_NO_FORWARD_MODE.format(op.name))
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+            # One call after another. The rule that torch generates fails an assertion in jvp.
+            columns = [
+                [x] * info.batch_size if dim is None else x.unbind(dim)
+                for x, dim in zip(arguments, in_dims)
+            ]
+            results = [op.function.apply(*row) for row in zip(*columns)]
+            if isinstance(results[0], torch.Tensor):
+                return torch.stack(results), 0
+            return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
 
-    return type(op.name, (Function,), {})  # for the name of grad_fn
+    return type(op.name, (Function,), {"op": op})  # its name is that of grad_fn
+
+
+def _kernel(op: Op) -> Callable[..., Any]:
+    """`op.flat` for the dispatcher, as an autograd.Function: so tangents are noticed in code that
+    was compiled or traced without them."""
+
+    class Kernel(_ReverseModeOnly):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            return op.flat(*arguments)
+
+    Kernel.op = op
+    return Kernel.apply
 
 
 def _no_derivative(name: str) -> Formula:
