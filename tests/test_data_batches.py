@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckd.data import DataError, FileImages, MemoryImages, epoch_order, load
+from ckd.data import DataError, FileImages, MemoryImages, epoch_order, load, training_batches
 from tests.image_files import encoded, pixels, write_images, write_parquet
 
 
@@ -23,6 +23,32 @@ def test_batches_follow_the_order_and_the_last_is_short() -> None:
     assert torch.cat([batch.labels for batch in batches]).tolist() == (order % 3).tolist()
     assert torch.cat([batch.sample_ids for batch in batches]).tolist() == (order * 7).tolist()
     assert batches[0].images.dtype == torch.uint8
+
+
+def test_batches_of_given_sizes() -> None:
+    data = some()
+    order = torch.tensor([9, 0, 3, 3, 5])
+    batches = list(data.batches(order, [3, 2]))
+    assert [len(batch.labels) for batch in batches] == [3, 2]
+    assert torch.cat([batch.sample_ids for batch in batches]).tolist() == order.tolist()
+    with pytest.raises(DataError, match="batch_size must be at least 1, got 0"):
+        data.batches(order, [5, 0])
+    assert list(data.batches(order[:0], [])) == []
+
+
+def test_a_single_last_image_joins_the_batch_before_it() -> None:
+    assert training_batches(9, 4) == [4, 5]
+    assert training_batches(10, 4) == [4, 4, 2]
+    assert training_batches(8, 4) == [4, 4]
+    assert training_batches(1, 4) == [1]
+    assert training_batches(3, 1) == [1, 1, 1]
+    assert training_batches(0, 4) == []
+    for n in range(30):
+        for size in range(1, 8):
+            sizes = training_batches(n, size)
+            assert sum(sizes) == n
+            for done in range(len(sizes)):  # a resume after any batch
+                assert training_batches(n - sum(sizes[:done]), size) == sizes[done:]
 
 
 def test_empty_order_gives_no_batches() -> None:

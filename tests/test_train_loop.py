@@ -19,7 +19,7 @@ from ckd.train import loop as loop_module
 from ckd.train.device import torch_state
 from ckd.train.methods import METHODS, method_class
 from ckd.train.run import run_folder, set_up
-from tests.train_runs import tiny_config
+from tests.train_runs import tiny_config, tiny_data
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +109,27 @@ def test_accumulating_equals_one_large_batch(tmp_path, no_figures, accumulate):
     train(large, verbose=False)
     train(small, verbose=False)
     assert_same_gradients(small, large)
+
+
+def test_a_last_image_left_over_joins_the_batch_before_it(tmp_path, no_figures):
+    # 4 x 4 images end in a map of 1 x 1, so that batch normalisation refuses a batch of one.
+    tiny_data(tmp_path, train=43, size=4)
+    settings = {"method": "plain", "student": "resnet8:width=4", "epochs": 1}
+    config = tiny_config(tmp_path, **settings)
+    train(config, verbose=False)
+    line = _last_line(config)
+    assert (line["step"], line["lr"]) == (3, pytest.approx(1e-3 * 0.25))  # of three steps, not four
+    student = models.load(config.folder)
+    assert student.bn1.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_batches_of_one_image_that_batch_norm_refuses_name_the_flag(tmp_path, no_figures, count):
+    tiny_data(tmp_path, train=count, size=4, classes=1)
+    settings = {"method": "plain", "student": "resnet8:width=4", "batch_size": 1}
+    config = tiny_config(tmp_path, **settings)
+    with pytest.raises(TrainError, match="one value per channel; pass a --batch-size"):
+        train(config, verbose=False)
 
 
 def test_a_short_last_batch_counts_by_its_images(tmp_path, no_figures):

@@ -84,6 +84,27 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, capsy
     assert outcome(config.folder) == outcome(whole.folder)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_resume_has_the_batches_of_the_whole_epoch(tmp_path, monkeypatch, accumulate):
+    """43 images in batches of 7: the last one has 8, since batch normalisation refuses one of 1."""
+    tiny_data(tmp_path, train=43, size=4)
+    settings = {"method": "plain", "student": "resnet8:width=4", "batch_size": 7}
+    config = tiny_config(tmp_path, **settings, accumulate=accumulate)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole, verbose=False)
+    steps = 2 * 6 // accumulate
+    assert outcome(whole.folder)["step"] == f"step-{steps:08d}"
+    interrupt_at(monkeypatch, set(range(steps)))
+    for count in range(steps + 1):
+        try:
+            train(config, resume=count > 0, verbose=False)
+            break
+        except Interrupted:
+            pass
+    assert count == steps
+    assert outcome(config.folder) == outcome(whole.folder)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
     # A checkpoint after every second step, so that many kills hit the writing of one.

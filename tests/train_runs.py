@@ -24,13 +24,15 @@ TIMINGS = (
 )
 
 
-def tiny_data(folder: Path, *, train: int = 90, test: int = 20, classes: int = 3) -> Path:
-    """An .npz of 8 x 8 gray images whose brightness depends on their class."""
+def tiny_data(
+    folder: Path, *, train: int = 90, test: int = 20, classes: int = 3, size: int = 8
+) -> Path:
+    """An .npz of small gray images whose brightness depends on their class."""
     rng = np.random.default_rng(0)
     arrays: dict[str, Any] = {"class_names": np.array([f"class {c}" for c in range(classes)])}
     for split, count in (("train", train), ("test", test)):
         labels = np.arange(count) % classes
-        noise = rng.integers(0, 120, (count, 8, 8))
+        noise = rng.integers(0, 120, (count, size, size))
         arrays[f"{split}_images"] = (noise + 60 * labels[:, None, None]).astype(np.uint8)
         arrays[f"{split}_labels"] = labels
     path = folder / "tiny.npz"

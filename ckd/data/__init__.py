@@ -3,7 +3,7 @@
 from ckd.data.augment import Augment
 from ckd.data.dataset import Batch, DataError, Dataset, MemoryImages
 from ckd.data.load import load
-from ckd.data.order import epoch_order, step_generator
+from ckd.data.order import epoch_order, step_generator, training_batches
 from ckd.data.stream import FileImages
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "epoch_order",
     "load",
     "step_generator",
+    "training_batches",
 ]

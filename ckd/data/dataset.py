@@ -54,17 +54,19 @@ class Dataset(ABC):
     def batches(
         self,
         order: Tensor,
-        batch_size: int,
+        batch_size: int | Sequence[int],
         device: str | torch.device = "cpu",
         workers: int = 0,
     ) -> Iterator[Batch]:
-        """Batches in the order of the positions `order` (int64 [n]); the last may be shorter.
+        """Batches in the order of the positions `order` (int64 [n]): of one size, and the last may
+        be shorter, or of each size in a sequence whose sum is n.
 
         `workers` processes prefetch if images are decoded on demand; batches do not depend on their
         number. A position outside 0..N-1 raises IndexError.
         """
-        if batch_size < 1:
-            raise DataError(f"batch_size must be at least 1, got {batch_size}")
+        smallest = batch_size if isinstance(batch_size, int) else min(batch_size, default=1)
+        if smallest < 1:
+            raise DataError(f"batch_size must be at least 1, got {smallest}")
         if workers < 0:
             raise DataError(f"workers must be 0 or more, got {workers}")
         if order.dtype != torch.int64 or order.dim() != 1:

@@ -15,6 +15,21 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=_generator("epoch", seed, epoch, "cpu"))
 
 
+def training_batches(n: int, batch_size: int) -> list[int]:
+    """The sizes of the batches in which `n` images are trained on.
+
+    A last batch of a single image joins the one before it: one image has no batch statistics, and
+    nothing to be contrasted with. The rest of an epoch has the batches that the whole epoch has.
+    """
+    full, rest = divmod(n, batch_size)
+    sizes = [batch_size] * full
+    if full and rest == 1:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
+
 def step_generator(seed: int, step: int, device: str | torch.device) -> torch.Generator:
     """A generator on `device` for the random draws of one training step."""
     return _generator("step", seed, step, device)

@@ -1,7 +1,8 @@
 """The training loop, top to bottom.
 
-An optimizer step takes `accumulate` batches of `batch_size` images, fewer at the end of an epoch.
-Its gradient is the mean over all its images.
+An optimizer step takes `accumulate` batches of `batch_size` images, fewer at the end of an epoch,
+where a single image that is left over joins the last batch. Its gradient is the mean over all its
+images.
 
 Randomness is stateless: the order of an epoch is a function of (seed, epoch), augmentation and
 dropout are functions of (seed, step). So a checkpoint needs no random state, and a resumed run
@@ -19,12 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ckd import models
 from ckd._device import pick_device
 from ckd._files import atomic_write
-from ckd.data import Batch, epoch_order, step_generator
+from ckd.data import Batch, epoch_order, step_generator, training_batches
 from ckd.train import report
 from ckd.train.config import Config
 from ckd.train.curves import draw_curves
@@ -96,7 +98,8 @@ def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
     """
     config, progress, n = run.config, run.progress, len(run.train_set)
     order = epoch_order(n, seed=config.seed, epoch=progress.epoch)[progress.rows :]
-    batches = run.train_set.batches(order, config.batch_size, run.device, config.workers)
+    sizes = training_batches(len(order), config.batch_size)
+    batches = run.train_set.batches(order, sizes, run.device, config.workers)
     run.student.train()
     run.method.train()
     bar = tqdm(
@@ -146,7 +149,7 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
     for batch in group:
         images = run.augment(batch.images, rng)
         with autocast(config, run.device):
-            output = run.forward(models.prepare(run.student, images))
+            output = forward(run, images)
             loss, terms = run.method(output, batch, images)
         # Reading the loss synchronises with the GPU once a batch, so that no bad step is taken.
         numbers = torch.stack([loss, *terms.values()]).tolist()
@@ -177,6 +180,23 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
     for name, total in sums.items():
         progress.sums[name] = progress.sums.get(name, 0.0) + total
     return values
+
+
+def forward(run: Run, images: Tensor) -> models.ModelOutput:
+    """The student's output for augmented uint8 images.
+
+    Raises TrainError for a single image that batch normalisation refuses: its map is 1 x 1.
+    """
+    try:
+        return run.forward(models.prepare(run.student, images))
+    except ValueError as error:
+        if len(images) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainError(
+            f"{run.config.student} cannot be trained on one image at a time, since its batch "
+            "normalisation sees one value per channel; pass a --batch-size of at least 2, and at "
+            "least two images"
+        ) from error
 
 
 def current_rate(run: Run) -> float:

@@ -70,7 +70,8 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train_set) / (self.config.batch_size * self.config.accumulate))
+        batches = data.training_batches(len(self.train_set), self.config.batch_size)
+        return math.ceil(len(batches) / self.config.accumulate)
 
     @property
     def inputs(self) -> dict[str, str]:
