@@ -154,7 +154,7 @@ def _kernel(op: Op) -> Callable[..., Any]:
             return op.flat(*arguments)
 
     Kernel.op = op
-    return Kernel.apply
+    return torch.no_grad()(Kernel.apply)  # it has no backward: autograd records the op
 
 
 def _no_derivative(name: str) -> Formula:
