@@ -1,12 +1,15 @@
-"""`ckd COMMAND ...`: the commands by name, and (`command.py`) what they share."""
+"""`ckd COMMAND ...`: the commands by name, and (`command.py`, `status.py`) what they share."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+from ckd._errors import CkdError
 from ckd._hints import unknown
+from ckd.cli.status import exit_status
 
 # name -> (module, summary). The module has `main(argv, prog) -> exit status`, and is imported when
 # its command is called.
@@ -23,13 +26,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "ckd") -> int:
     """Run the command line; returns the exit status. A command's --help and bad flags exit."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(_help(prog))
-        return 0
+        return exit_status(lambda: print(_help(prog)))
     if name not in COMMANDS:
-        print(f"error: {unknown('command', name, COMMANDS)}", file=sys.stderr)
-        return 2
+        return exit_status(lambda: _refuse(name))
     module, _ = COMMANDS[name]
     return importlib.import_module(module).main(rest, f"{prog} {name}")
+
+
+def _refuse(name: str) -> NoReturn:
+    raise CkdError(unknown("command", name, COMMANDS))
 
 
 def _help(prog: str) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share: flags and help from a dataclass, errors and exit statuses."""
+"""What the commands share: flags and help from a dataclass (`status.py`: errors and statuses)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ckd._errors import CkdError
-
-# Errors that a user can cause, whose message explains them; others are bugs and keep the traceback.
-USER_ERRORS = (CkdError, ImportError, OSError)
+from ckd.cli.status import exit_status
 
 
 class Command(Protocol):
@@ -22,27 +19,11 @@ class Command(Protocol):
 
 
 def run(
-    parse: Callable[[Sequence[str]], Command],
-    argv: Sequence[str] | None,
-    *,
-    interrupted: str = "interrupted",
-    interruptions: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+    parse: Callable[[Sequence[str]], Command], argv: Sequence[str] | None, **interruption: Any
 ) -> int:
-    """Parse `argv` (None: that of the process) and run the command; returns the exit status.
-
-    0; 2 after one of USER_ERRORS, in one line on stderr; 130 after one of `interruptions`, with its
-    message or, if it has none, `interrupted`.
-    """
-    try:
-        parse(sys.argv[1:] if argv is None else argv).run()
-    except interruptions as stop:
-        print(f"\n{str(stop) or interrupted}", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        lines = filter(None, map(str.strip, str(error).splitlines()))
-        print("error:", *lines, file=sys.stderr)
-        return 2
-    return 0
+    """Parse `argv` (None: that of the process) and run the command; returns the exit status, as
+    `exit_status` does, which takes `interruption`."""
+    return exit_status(lambda: parse(sys.argv[1:] if argv is None else argv).run(), **interruption)
 
 
 def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:

@@ -1,0 +1,64 @@
+"""Errors become a line and an exit status, those of writing the output too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+from ckd._errors import CkdError
+
+# Errors that a user can cause, whose message explains them; others are bugs and keep the traceback.
+USER_ERRORS = (CkdError, ImportError, OSError)
+CLOSED_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ends
+
+
+def exit_status(
+    command: Callable[[], int | None],
+    *,
+    interrupted: str = "interrupted",
+    interruptions: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+) -> int:
+    """Call `command`; returns its exit status (None: 0).
+
+    2 after one of USER_ERRORS, in one line on stderr; 130 after one of `interruptions`, with its
+    message or, if it has none, `interrupted`; 141, silently, if the reader of the output has closed
+    the pipe. Characters that the output's encoding lacks are written as escapes.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return command() or 0
+        finally:
+            for stream in streams:
+                stream.flush()
+    except interruptions as stop:
+        _say(f"\n{str(stop) or interrupted}")
+        return 130
+    except BrokenPipeError:
+        return CLOSED_PIPE
+    except USER_ERRORS as error:
+        _say(" ".join(["error:", *filter(None, map(str.strip, str(error).splitlines()))]))
+        return 2
+    finally:
+        for stream in streams:
+            _discard_unwritten(stream)
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be the same closed pipe
+        print(message, file=sys.stderr)
+
+
+def _discard_unwritten(stream: TextIO) -> None:
+    """Python flushes again when it exits, with a message and a status of its own if that fails."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
