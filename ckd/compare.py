@@ -23,6 +23,7 @@ from ckd.train.figures import (
     INK,
     ORANGE,
     VERMILION,
+    literal,
     new_figure,
     save_figure,
 )
@@ -149,7 +150,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         one.grid(axis="y", visible=False)
         one.grid(axis="x", color="#DDDDDD", linewidth=0.7)
         one.tick_params(axis="y", length=0)
-    axes[0].set_yticks(places, [_label(result) for result in results])
+    axes[0].set_yticks(places, [literal(_label(result)) for result in results])
     axes[0].invert_yaxis()
     save_figure(figure, path)
 

@@ -33,6 +33,10 @@ class EmbeddingDistillationLoss(nn.Module):
 
     Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none".
 
+    Under DistributedDataParallel the module is used like any other. torch's `fully_shard` takes no
+    0-dim parameter: `fully_shard(criterion, ignored_params={criterion.log_logit_scale})`, and
+    average this one's gradient over the ranks before each step, or pass `learn_logit_scale=False`.
+
     Raises:
         ValueError: dimensions, scale or options out of range; the message names the argument.
 

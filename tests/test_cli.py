@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ckd.train import __main__ as train_command
 from tests.train_runs import tiny_config
 
 ROOT = Path(__file__).parents[1]
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 COMMAND_LINES = [
     *([name] for name in cli.COMMANDS),
     *(["bank", n] for n in ("build", "info", "verify")),
@@ -180,6 +183,78 @@ def test_ctrl_c_is_status_130_and_says_what_is_kept(
         monkeypatch.setattr(train_command, "train", lambda *_, stop=stop, **__: Raises(stop).run())
         assert cli.main(["train", "--method", "plain"]) == 130
         assert says in capsys.readouterr().err
+
+
+def program(code: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A process in which `command`, whose body is `code`, is called as a command of ckd is."""
+    code = f"def command():\n    {code}\nimport sys; sys.exit(exit_status(command))"
+    code = f"from ckd.cli.status import exit_status; from ckd import CkdError\n{code}"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT} | options
+    return subprocess.Popen([sys.executable, "-c", code], **options)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252"}, C_LOCALE],
+    ids=["ascii", "cp1252", "C locale"],
+)
+def test_characters_that_the_terminal_lacks_are_escaped(variables: dict[str, str]) -> None:
+    code = r"print('run/\udcff \u65e5\xb2'); raise CkdError('no \u65e5')"
+    out, err = program(code, env={**os.environ, **variables}).communicate()
+    squared = b"\xb2" if variables.get("PYTHONIOENCODING") == "cp1252" else rb"\xb2"
+    assert out == rb"run/\udcff \u65e5" + squared + b"\n"
+    assert err == rb"error: no \u65e5" + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("print('much' * 100_000)", 141),
+        ("print('little')", 141),  # stays in the buffer until the end
+        ("print('help'); raise SystemExit(0)", 141),
+        ("print('now', flush=True)", 141),
+        ("import sys; print('a bar', file=sys.stderr); print('more')", 141),
+        ("raise CkdError('message')", 2),
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_a_closed_pipe_ends_the_program_silently(code: str, status: int) -> None:
+    read, write = os.pipe()
+    processes = [program(code, stdout=write, stderr=e) for e in (subprocess.PIPE, write)]
+    os.close(read)
+    os.close(write)
+    for process in processes:
+        _, err = process.communicate()
+        assert process.returncode == status
+        assert b"Traceback" not in (err or b"")
+        assert b"BrokenPipe" not in (err or b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_an_error_of_one_line() -> None:
+    for code in ("print('little')", "print('much' * 100_000)"):
+        with open("/dev/full", "wb") as full:
+            process = program(code, stdout=full)
+        _, err = process.communicate()
+        assert (process.returncode, err) == (2, b"error: [Errno 28] No space left on device\n")
+
+
+def test_closed_streams_are_written_to_nevertheless() -> None:
+    code = "import sys; print('x'); sys.stdout.write('y'); sys.stderr.write('z')"
+    process = program(code, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert process.communicate() == (b"", b"")
+    assert process.returncode == 0
+
+
+def test_every_way_in_guards_the_output() -> None:
+    for line in (["ckd", "--help"], ["ckd.info"], ["ckd.train", "--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(
+            [sys.executable, "-m", *line], stdout=write, stderr=subprocess.PIPE, cwd=ROOT
+        )
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_python_m_ckd_is_a_program_with_an_exit_status() -> None:

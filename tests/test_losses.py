@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -100,3 +101,26 @@ def test_a_module_made_on_meta_is_whole_after_reset() -> None:
     criterion.reset_parameters()
     assert criterion.logit_scale.item() == pytest.approx(20.0)
     assert criterion(torch.randn(5, 8), torch.randn(9, 12), torch.arange(5)).isfinite()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_fully_shard_takes_it_as_documented(learned: bool) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if "ignored_params" not in inspect.signature(fsdp.fully_shard).parameters:
+        pytest.skip("this torch cannot leave parameters out")
+    dist = torch.distributed
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        criterion = ckd.EmbeddingDistillationLoss(6, 8, learn_logit_scale=learned)
+        inputs = torch.randn(4, 6), torch.randn(9, 8), torch.arange(4)
+        expected = criterion(*inputs)
+        mesh = dist.init_device_mesh("cpu", (1,))
+        left_out = {criterion.log_logit_scale} if learned else None
+        fsdp.fully_shard(criterion, mesh=mesh, ignored_params=left_out)
+        loss = criterion(*inputs)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        assert criterion.weight.grad is not None
+        assert (criterion.log_logit_scale.grad is not None) == learned
+    finally:
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import replace
 
@@ -109,6 +110,14 @@ def test_accumulating_equals_one_large_batch(tmp_path, no_figures, accumulate):
     train(large, verbose=False)
     train(small, verbose=False)
     assert_same_gradients(small, large)
+
+
+def test_any_path_can_be_the_title_of_the_curves(tmp_path):
+    config = tiny_config(tmp_path, method="plain", epochs=1)
+    path = tmp_path / "a$x^$\udcff.npz"
+    os.rename(config.data, path)
+    train(replace(config, data=str(path)), verbose=False)
+    assert (config.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_last_image_left_over_joins_the_batch_before_it(tmp_path, no_figures):

@@ -28,7 +28,11 @@ def exit_status(
     message or, if it has none, `interrupted`; 141, silently, if the reader of the output has closed
     the pipe. Characters that the output's encoding lacks are written as escapes.
     """
-    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    if sys.stdout is None:  # closed, as by `>&-`; libraries write to it nevertheless
+        sys.stdout = os.fdopen(_devnull(), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(_devnull(), "w")
+    streams = (sys.stdout, sys.stderr)
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -61,4 +65,8 @@ def _discard_unwritten(stream: TextIO) -> None:
     try:
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os.dup2(_devnull(), stream.fileno())
+
+
+def _devnull() -> int:
+    return os.open(os.devnull, os.O_WRONLY)

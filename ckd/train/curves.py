@@ -6,7 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckd.train.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, label_ends, new_figure, save_figure
+from ckd.train.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    label_ends,
+    literal,
+    new_figure,
+    save_figure,
+)
 
 # Terms of the training loss in the order in which they are drawn.
 _TERMS = {
@@ -54,5 +64,5 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     save_figure(figure, path)

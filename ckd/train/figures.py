@@ -34,6 +34,12 @@ def new_figure(width: float, height: float, columns: int, **options: Any) -> tup
     return figure, axes
 
 
+def literal(text: str) -> str:
+    """A text of the user's, such as a path, as matplotlib draws it: bytes that are no UTF-8 are
+    escaped, and dollar signs begin no formula."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
 def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]], gap: float = 0.07) -> None:
     """Write each (label, colour, y) at the right edge at height y, moved apart where they overlap:
     by at least `gap`, a fraction of the axes' height."""
