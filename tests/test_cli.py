@@ -16,7 +16,7 @@ import torch
 import ckd
 from ckd import cli
 from ckd.bank.__main__ import main as bank_main
-from ckd.cli.command import run
+from ckd.cli.command import parse, run
 from ckd.train import Interrupted, demo
 from ckd.train import __main__ as train_command
 from tests.train_runs import tiny_config
@@ -166,6 +166,12 @@ def test_a_bug_keeps_its_traceback(error: Exception, capsys: pytest.CaptureFixtu
         run(lambda argv: Raises(error), [])
     assert caught.value is error
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    command = parse(demo.Demo, ["--out=~/runs/demo"], "ckd demo")
+    assert command.out == Path("/home/me/runs/demo")
 
 
 def test_ctrl_c_is_status_130_and_says_what_is_kept(

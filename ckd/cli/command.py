@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ckd._files import user_path
 from ckd.cli.status import exit_status
 
 
@@ -38,6 +40,7 @@ def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
     """
     registry = ConstructorRegistry()
     registry.primitive_rule(_choice)
+    registry.primitive_rule(_path)
     with registry:
         return tyro.cli(command, prog=prog, args=argv, **options)
 
@@ -52,4 +55,17 @@ def _choice(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         instance_from_str=lambda given: given[0],
         is_instance=lambda value: isinstance(value, str),
         str_from_instance=lambda value: [value],
+    )
+
+
+def _path(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A rule of tyro for paths: a leading `~`, which shells leave in `--out=~/x`, is expanded."""
+    if type_info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: user_path(given[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
     )

@@ -240,12 +240,16 @@ METHODS: dict[str, type[Method]] = {
 
 def method_class(config: Config) -> type[Method]:
     """The class of `config.method`, for a checked config. Raises ConfigError if the --bank or
-    --teacher that it needs is missing."""
+    --teacher that it needs is missing, or the batches are too small for it."""
     method = METHODS[config.method]
     if method.needs == "bank" and config.bank is None:
         raise ConfigError(
             f"--method {config.method} needs --bank FOLDER; make one with: "
             f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
+        )
+    if config.method == "teacher-kd" and config.batch_size == 1:
+        raise ConfigError(
+            "--method teacher-kd contrasts the images of a batch: --batch-size must be at least 2"
         )
     if method.needs == "teacher" and config.teacher is None:
         raise ConfigError(
