@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ckd._errors import CkdError
+
 Filter = Literal["bicubic", "bilinear", "nearest", "nearest-exact"]
 
 # Height and width of the images on which preprocessing is measured: smaller and larger than usual
@@ -100,7 +102,7 @@ class Preprocessing:
         )
 
 
-class Unsupported(ValueError):
+class Unsupported(CkdError, ValueError):
     """A library's preprocessing is not a resize, a centre crop and one linear map per channel."""
 
 
