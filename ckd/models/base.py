@@ -36,8 +36,9 @@ class Model(nn.Module):
     `spec` is its name for `create`; `resize`, `flip_channels`, `mean` and `std` (one value per
     channel, for pixels in 0..1) are the preprocessing it expects, which `prepare` applies.
     `class_names` are the names of the logits, () where they are not known, and
-    `other_class_names` the same classes in other words, such as WordNet ids. `pool` says how the
-    embedding is made of the network's output, where there is a choice.
+    `other_class_names` the same classes in other vocabularies, such as WordNet ids. `pool` names
+    the part of the output that is the embedding of an hf: model: a Pool, "projection" or
+    "classifier"; None for other models.
     """
 
     channel_mean: Tensor
@@ -94,7 +95,7 @@ def check_teacher(model: Model) -> None:
     """
     mean = model.channel_mean
     shape = (3, model.in_channels, model.image_size, model.image_size)
-    images = _random_images(shape).to(mean.device, mean.dtype)
+    images = random_images(shape).to(mean.device, mean.dtype)
     was_training = model.training
     model.eval()
     try:
@@ -120,7 +121,7 @@ def probe(spec: Spec, run: Callable[[Tensor], Any], image_size: int, in_channels
 
     Raises ModelError if it does not take images of that shape.
     """
-    images = _random_images((2, in_channels, image_size, image_size))
+    images = random_images((2, in_channels, image_size, image_size))
     try:
         with torch.no_grad():
             return run(images)
@@ -162,5 +163,6 @@ def agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
     return bool(((ours - theirs).norm(dim=1) <= tolerance * theirs.norm(dim=1) + 1e-12).all())
 
 
-def _random_images(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def random_images(shape: tuple[int, ...]) -> Tensor:
+    """The same normal numbers at every call, on the CPU whatever torch's default device is."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")

@@ -23,6 +23,7 @@ from ckd.models.base import (
     one_vector_each,
     per_channel,
     probe,
+    random_images,
 )
 from ckd.models.preprocessing import Preprocessing, Unsupported, measure
 from ckd.models.spec import Pool, Spec
@@ -106,7 +107,7 @@ def _is_direct(spec: Spec, model: TimmModel) -> bool:
     which dropout draws another mask and BatchNorm counts the batch again; but only it is right for
     a head that reshapes or normalises the embedding, or has several classifiers.
 
-    Raises ModelError if the logits for two seeded images are not the network's own, or if several
+    Raises ModelError if the logits for two random images are not the network's own, or if several
     classifiers take other inputs than the embedding or its parts.
     """
     network = model.embed.network
@@ -117,8 +118,7 @@ def _is_direct(spec: Spec, model: TimmModel) -> bool:
         for layer in classifiers
     ]
     shape = (2, model.in_channels, model.image_size, model.image_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
-    images = images.to(next(network.parameters()))
+    images = random_images(shape).to(next(network.parameters()))
     training = model.training
     model.eval()
     try:
