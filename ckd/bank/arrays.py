@@ -69,7 +69,7 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
     if normalize:
         refuse(largest == 0, "is all zeros and cannot be normalised")
         rows = _scaled(rows, largest)
-        # Of length 1, a row of less than 2^33 elements is neither too large nor too small.
+        # Of length 1 and less than 2^33 elements, a row fits float16 and keeps its direction.
         return (rows / rows.norm(dim=1, keepdim=True)).to(torch.float16)
     half = rows.to(torch.float16)
     refuse(
@@ -77,7 +77,7 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
         f"holds a value beyond float16's largest, {FLOAT16_MAX:.0f}; "
         "scale the embeddings down, or store them with normalize=True",
     )
-    # With a larger element, 2^-25 for each of the D elements is too little to matter.
+    # For other rows, 2^-25 for each of D elements is at most 2^-9 of the length.
     small = (largest > 0) & (largest < 2**-16 * rows.shape[1] ** 0.5)
     lost = small.clone()
     lost[small] = _loses_direction(rows[small], half[small], largest[small])
@@ -89,8 +89,8 @@ def to_float16(rows: Tensor, sample_ids: Tensor, *, normalize: bool) -> Tensor:
     return half
 
 
-def half_if_exact(rows: Tensor) -> Tensor:
-    """Finite rows [n, D] as float16, or unchanged if that would lose the direction of one."""
+def half_if_accurate(rows: Tensor) -> Tensor:
+    """Finite rows [n, D] as float16; unchanged if one would overflow or lose its direction."""
     half, largest = rows.to(torch.float16), rows.abs().amax(dim=1)
     some = largest > 0
     lost = ~half.isfinite().all() | _loses_direction(rows[some], half[some], largest[some]).any()

@@ -40,7 +40,7 @@ def evaluate(
 ) -> Scores:
     """Score the model in evaluation mode and float32; its training mode is restored.
 
-    order: which logit belongs to each class of the data (`teacher_classes`); None: the same.
+    order: the logit of each class of the data (see `logit_order`); None: the same order.
     """
     was_training = model.training
     model.eval()
@@ -71,7 +71,7 @@ def evaluate_source(config: Config, source: str) -> str:
             f"{len(dataset.class_names)}{' of other names' if model.class_names else ''}; "
             "name the data set that it was trained on with --data"
         )
-    order = teacher_classes(config, source, model, dataset, device)
+    order = logit_order(config, source, model, dataset, device)
     began = time.perf_counter()
     scores = evaluate(
         model,
@@ -89,13 +89,13 @@ def evaluate_source(config: Config, source: str) -> str:
     )
 
 
-def teacher_classes(
+def logit_order(
     config: Config, source: str, model: Any, dataset: Dataset, device: torch.device
 ) -> Tensor | None:
     """int64 [C]: the logit of `model`, loaded from `source`, for each class of the data.
 
-    None if the order is the same, or is not known on one side: then with a warning, since a wrong
-    order makes every logit wrong. Raises ConfigError if both have names that do not match.
+    None if the order is the same. If one side has no names, that is assumed, with a warning, since
+    another order would make every logit wrong. Raises ConfigError for names that do not match.
     """
     theirs, ours = model.class_names, dataset.class_names
     others = model.other_class_names

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ckd import models
 from ckd.bank import BankError, EmbeddingBank
-from ckd.bank.arrays import half_if_exact
+from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss
 from ckd.models import ModelOutput
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
-from ckd.train.evaluation import few, teacher_classes
+from ckd.train.evaluation import few, logit_order
 
 # Augmented uint8 images -> the frozen teacher's output.
 Teacher = Callable[[Tensor], ModelOutput]
@@ -88,7 +88,7 @@ class LogitKD(Method):
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config)
         self.teacher = teacher
-        self.class_order: Tensor | None = None  # which of the teacher's logits each class has
+        self.logit_order: Tensor | None = None  # the teacher's logit of each class of the data
         self.temperature = config.temperature
 
     @classmethod
@@ -104,14 +104,14 @@ class LogitKD(Method):
             )
         assert config.teacher is not None
         method = cls(config, _frozen(model, config))
-        method.class_order = teacher_classes(config, config.teacher, model, dataset, device)
+        method.logit_order = logit_order(config, config.teacher, model, dataset, device)
         method.inputs["teacher"] = models.weights_hash(model)
         return method
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
         teacher_logits, student_logits = _logits(self.teacher(images)), _logits(output)
-        if self.class_order is not None:
-            teacher_logits = teacher_logits[:, self.class_order]
+        if self.logit_order is not None:
+            teacher_logits = teacher_logits[:, self.logit_order]
         if self.softmax_twice:
             probabilities = student_logits.softmax(dim=1)
             return {"kl": F.cross_entropy(probabilities, teacher_logits.softmax(dim=1))}
@@ -199,7 +199,7 @@ class EmbedKD(ContrastiveMethod):
                     f"the bank {config.bank} has rows of {len(centroids)} classes, "
                     f"{dataset.name} has {len(dataset.class_names)}; build a bank of this data"
                 )
-            method = cls(config, half_if_exact(centroids), student.embedding_dim)
+            method = cls(config, half_if_accurate(centroids), student.embedding_dim)
         shards = json.dumps(bank.meta["shards"], sort_keys=True)  # with their hashes
         method.inputs["bank"] = xxhash.xxh3_64_hexdigest(shards.encode())
         return method
