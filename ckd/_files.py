@@ -1,4 +1,4 @@
-"""Paths, and atomic, durable writes: after a crash a file holds its old or its new content."""
+"""Paths, files of names, and atomic, durable writes: a crash leaves the old or the new content."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock of an existing folder.
 
     flock leaves nothing behind: the system releases it when the process dies. On a file system
-    without flock, the lock is the file LOCK_FILE, which names its process; that of a process of
-    this machine that has died is taken over.
+    without flock, the lock is the file LOCK_FILE, which names its process; if that process ran on
+    this machine and has died, its lock is taken over.
 
     Raises BlockingIOError, whose `strerror` is the remedy, if another process holds the lock for
     LOCK_PATIENCE_S, or the system's OSError.
@@ -106,7 +106,7 @@ def _owner(file: Path) -> str:
 
 
 def _machine() -> str:
-    """Where this process's id holds: the host, and in Linux the namespace (container)."""
+    """Where this process's id is unique: the host and, on Linux, the PID namespace (container)."""
     namespace = ""
     with contextlib.suppress(OSError):
         namespace = f", {os.readlink('/proc/self/ns/pid')}"
@@ -114,10 +114,11 @@ def _machine() -> str:
 
 
 def _remove_stale(file: Path) -> bool:
-    """Delete the lock file of a process of this machine that has died; False if there is none.
+    """Delete the lock file if its process ran on this machine and has died; whether it did.
 
-    Only the holder of a second file does so, after it has looked again: otherwise two processes
-    might find the same dead owner, and the slower one would delete the new lock of the faster one.
+    A second file guards the deletion, and its holder checks the owner again: otherwise two
+    processes might find the same dead owner, and the slower one would delete the new lock of the
+    faster one.
     """
     guard = file.with_name(f"{LOCK_FILE}.stale")
     if not (_owner_died(file) and _create(guard)):

@@ -23,8 +23,10 @@ class Command(Protocol):
 def run(
     parse: Callable[[Sequence[str]], Command], argv: Sequence[str] | None, **interruption: Any
 ) -> int:
-    """Parse `argv` (None: that of the process) and run the command; returns the exit status, as
-    `exit_status` does, which takes `interruption`."""
+    """Parse `argv` (None: that of the process) and run the command; returns the exit status.
+
+    interruption: the keyword arguments of `exit_status`.
+    """
     return exit_status(lambda: parse(sys.argv[1:] if argv is None else argv).run(), **interruption)
 
 

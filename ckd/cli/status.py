@@ -1,4 +1,4 @@
-"""Errors become a line and an exit status, those of writing the output too."""
+"""Turns errors, those of writing the output included, into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def _say(message: str) -> None:
 
 
 def _discard_unwritten(stream: TextIO) -> None:
-    """Python flushes again when it exits, with a message and a status of its own if that fails."""
+    """Redirect a stream that cannot be flushed to /dev/null.
+
+    Python flushes it again at exit, and a failure there prints a message and changes the status.
+    """
     try:
         stream.flush()
     except OSError:

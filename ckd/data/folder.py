@@ -99,9 +99,10 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """Lower-case split name -> folder, for the split folders in `root`.
 
     Beside folders of other names, a folder with a split's name is a split only if it holds folders:
-    of the vehicles car/, bus/ and train/, all three are classes. Folders with a split's name as one
-    word of theirs are splits if they differ in that word alone (train_images/ and test_images/),
-    or if there are no others and all hold the same classes: bullet-train/ and test tube/ are not.
+    of the vehicles car/, bus/ and train/, all three are classes. Folders whose name has a split's
+    name as one of several words are splits if they differ in that word alone (train_images/ and
+    test_images/), or if there are no other folders and all have a class folder of one name in
+    common: bullet-train/ and test tube/ are classes.
     """
     folders = walk.subfolders(root)
     groups: dict[str, list[tuple[str, Path]]] = {}
@@ -142,7 +143,10 @@ def _unique(root: Path, named: Sequence[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def _root_of_splits(root: Path) -> Path:
-    """`root`, or the folder of split folders that is all there is in it."""
+    """The folder with the split folders: `root`, or one below it, beside which no other has images.
+
+    `root` if there is none. Raises DataError if several folders have split folders of their own.
+    """
     place, inner = root, [root]
     while len(inner) == 1 and not _split_folders(place := inner[0]):
         inner = [folder for folder in walk.subfolders(place) if _holds_images(folder)]
@@ -194,8 +198,8 @@ def _classes(folder: Path) -> dict[str, Path]:
 def _named_alike(
     classes: dict[str, Path], known: dict[str, Path], folder: Path, training: Path
 ) -> dict[str, Path]:
-    """The folders `classes` under the names of the training folders; names may differ in how
-    accents are encoded. Training classes that are missing keep their place."""
+    """The folders `classes` under the names of the training folders, which may differ in Unicode
+    normalisation. Training classes that are missing keep their place."""
     found = composed(classes, folder)
     names = composed(known, training)
     if unknown := sorted(classes[found[name]].name for name in found.keys() - names.keys()):

@@ -19,7 +19,8 @@ def training_batches(n: int, batch_size: int) -> list[int]:
     """The sizes of the batches in which `n` images are trained on.
 
     A last batch of a single image joins the one before it: one image has no batch statistics, and
-    nothing to be contrasted with. The rest of an epoch has the batches that the whole epoch has.
+    nothing to be contrasted with. A resume in mid-epoch, with `n` the images that remain, gets the
+    remaining batches of the whole epoch.
     """
     full, rest = divmod(n, batch_size)
     sizes = [batch_size] * full

@@ -73,7 +73,10 @@ def read(encoded: bytes | memoryview) -> Image.Image:
 
 
 def ignore_warnings(_: object = None) -> None:
-    """Leave out Pillow's warnings of odd metadata from here on: they come for every image."""
+    """Ignore Pillow's warnings of odd metadata, which come for every image, in this process.
+
+    The argument is the number of a DataLoader's worker, which calls this at its start.
+    """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 

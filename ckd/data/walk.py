@@ -13,7 +13,12 @@ _OF_SYSTEMS = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """Folders in `folder`, sorted by name, except hidden ones and links to it or its parents."""
+    """Folders in `folder`, sorted by name, except those that are hidden or a system's, and links
+    to it or its parents.
+
+    Raises DataError for a broken link without a suffix, which may stand for a class folder; with a
+    suffix it stands for a file.
+    """
     above, found = _with_parents(folder), []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -69,14 +69,14 @@ def create(
     model keeps its own. `weights`, for timm: and hf:, replace the pretrained ones.
 
     `pool`, for hf:, says how tokens become the embedding: "cls", the class token; "mean", the mean
-    of the patch tokens; "pooler", the output of the model's own pooling layer. With it, an image
-    classifier is loaded without its classifier. None: the input of the classifier; without one,
-    the projected image embedding, the pooled output, the class token or the mean of all tokens,
-    the first of these that the model has (its `pool` says which), but the class token rather than
-    a pooled output with a dense layer, whose published weights are often untrained.
+    of the patch tokens; "pooler", the output of the model's own pooling layer. An image classifier
+    is then loaded without its classifier. None: the first of these that the model has (its `pool`
+    says which): the input of the classifier; the projected image embedding; the pooled output, if
+    its layer is not dense, since dense ones often have untrained published weights; the class
+    token; the mean of all tokens, or of the last feature map.
 
-    Raises ModelError for an unknown name or option and for sizes that do not
-    fit, ImportError if a needed extra is missing.
+    Raises ModelError for an unknown name or option and for sizes that do not fit, ImportError if a
+    needed extra is missing.
     """
     parsed = parse(spec)
     for name, value in (

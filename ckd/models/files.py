@@ -59,7 +59,7 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
         "image_size": model.image_size,
         "in_channels": model.in_channels,
         "class_names": list(class_names),
-        # The pooling to ask for; others (projection, classifier) come with the spec.
+        # The argument for `create`; None where its default is meant (projection, classifier).
         "pool": model.pool if model.pool in POOLS else None,
         "preprocessing": {
             "mean": model.mean,

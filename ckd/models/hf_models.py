@@ -49,7 +49,7 @@ _CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
 class HFModel(Model):
     """A vision model of transformers; see `catalog.create` for its embedding.
 
-    Of a model of images and texts, only the part for images is kept.
+    A model of images and texts loses its text part.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ class _Embed(nn.Module):
             self.options["interpolate_pos_encoding"] = True
         patch = _side(getattr(config, "patch_size", None))
         self.patches = (image_size // patch) ** 2 if isinstance(patch, int) else None
-        # Masked autoencoders keep the patches with the least noise, in the order of the noise.
+        # Masked autoencoders sort the patches by noise; `run` passes rising noise, which keeps
+        # their order. `create` sets mask_ratio to 0, so that none is dropped.
         self.masks = "noise" in accepted and hasattr(config, "mask_ratio")
-        self.extra_tokens = 0  # before those of the patches, where `kind` is "mean"
+        self.extra_tokens = 0  # number of tokens before the patches, where `kind` is "mean"
 
     @property
     def tower(self) -> Any:
@@ -230,6 +231,7 @@ def create(
 
 
 def _reason(spec: Spec, error: Exception) -> str:
+    """The cause of an error, for messages: a Git LFS pointer in the folder, or the error's text."""
     for file in Path(spec.name).glob("*"):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             if is_lfs_pointer(opened.read(64)):
@@ -240,6 +242,7 @@ def _reason(spec: Spec, error: Exception) -> str:
 def _class_for(
     spec: Spec, transformers: Any, config: Any, num_classes: int | None, pool: Pool | None
 ) -> Any:
+    """The class of transformers, or one of its Auto classes, that loads the model."""
     if config.model_type in ("timm_wrapper", "timm_backbone"):
         raise ModelError(
             f"{spec.text!r} is a model of timm; load it as timm:hf-hub:{spec.name}, or from a "
@@ -349,7 +352,7 @@ def _special_tokens(embed: _Embed, tokens: Tensor | None) -> int:
     names = {name.rpartition(".")[2] for name, _ in embed.tower.named_parameters()}
     if tokens is None or tokens.dim() != 3 or not names & _CLASS_TOKENS:
         return 0
-    if tokens.shape[1] == embed.patches:  # the parameter is one of the pooling layer's
+    if tokens.shape[1] == embed.patches:  # the class token is a parameter of the pooling layer
         return 0
     registers = getattr(embed.config, "num_register_tokens", None) or 0
     return 1 + ("distillation_token" in names) + registers
@@ -378,9 +381,9 @@ def _calls(
 
 
 def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_channels: int) -> Any:
-    """Put an Identity in the place of the network's last layer, which is returned.
+    """Replace the network's classifier, the child that gives the logits, by an Identity.
 
-    It is the child of the network that gives the logits. None if the network has no classes.
+    Returns the classifier; None if the network has no classes.
     """
     network, logits = embed.network, getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
@@ -398,11 +401,11 @@ def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_chann
         )
     head = getattr(network, name)
     setattr(network, name, nn.Identity())
-    return None if isinstance(head, nn.Identity) else head  # of num_labels = 0
+    return None if isinstance(head, nn.Identity) else head  # where num_labels is 0
 
 
 def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> None:
-    """Delete the children of a network of images and texts that images do not run through."""
+    """Delete the children of the network that the embedding of images does not call."""
     used = {name for name, *_ in _calls(spec, embed, embed, image_size, in_channels)}
     for name in [name for name, _ in embed.network.named_children() if name not in used]:
         delattr(embed.network, name)

@@ -26,8 +26,8 @@ Filter = Literal["bicubic", "bilinear", "nearest", "nearest-exact"]
 # Height and width of the images on which preprocessing is measured: smaller and larger than usual
 # inputs, square, oblong and narrow.
 _SIZES = ((48, 48), (61, 90), (320, 257), (120, 40))
-# The mean difference of noise. Resizing in 8 bits, as Pillow does, differs from resizing in floats
-# by 0.4 levels; another filter, or a crop that is one pixel off, by 3 and more.
+# Limit of the mean difference on images of noise. Resizing in 8 bits, as Pillow does, differs from
+# resizing in floats by 0.4 levels; another filter, or a crop that is one pixel off, by 3 and more.
 _TOLERANCE_LEVELS = 1.0
 
 
@@ -160,11 +160,10 @@ def _nearest(length: int, target: int) -> Tensor:
 
 
 def _candidates(image_size: int, edges: Iterable[int]) -> Iterator[Resize]:
-    tried = sorted({image_size, *(edge for edge in edges if edge >= image_size)})
-    crops = (False, True)
-    # The first of equal ones is chosen, so the simplest comes first.
-    for edge, half_even, aspect, mode in product(tried, crops, (False, True), get_args(Filter)):
-        yield Resize(None if edge == image_size else edge, aspect, mode, half_even)
+    tried, flags = sorted({image_size, *(e for e in edges if e >= image_size)}), (False, True)
+    # The first of equally good ones is chosen, so the simplest comes first.
+    for edge, half_even, keep_aspect, mode in product(tried, flags, flags, get_args(Filter)):
+        yield Resize(None if edge == image_size else edge, keep_aspect, mode, half_even)
 
 
 def _constant_images(channels: int) -> Iterator[np.ndarray]:

@@ -27,7 +27,7 @@ from ckd.models.spec import ModelError
 _WRAPPERS = ("state_dict_ema", "state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, torch.compile
 _numpy_scalar = np.float64(0).__reduce__()[0]
-# What training code stores beside tensors, and runs no code when it is read.
+# Types that training code stores beside tensors, and that run no code when they are unpickled.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     types.SimpleNamespace,
@@ -36,7 +36,7 @@ _HARMLESS: list[Any] = [
     pathlib.PurePosixPath,
     (np.dtype, "numpy.dtype"),
     *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"),
-    # The function that numpy's scalars are pickled with, by its name of numpy 2 and of numpy 1.
+    # The function that unpickles numpy's scalars, by its names in numpy 2 and numpy 1.
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
 ]
 # Errors of safetensors and torch.load on damaged or foreign files.
@@ -114,9 +114,10 @@ def refuse_misfits(
 
 
 def named_as(own: Iterable[str], weights: Weights) -> Weights:
-    """`weights` without a first component that all their names share, if only then they fit.
+    """`weights` without the first component of their names, if all share it and need to lose it.
 
-    Training code often saves a module that holds the network: `model.conv1.weight`.
+    Training code often saves a module that holds the network: `model.conv1.weight`. The component
+    goes if no name is one of `own` with it, and at least one is without it.
     """
     path, tensors = weights
     own = set(own)
@@ -128,8 +129,11 @@ def named_as(own: Iterable[str], weights: Weights) -> Weights:
 
 
 def classes_in(own: Mapping[str, Tensor], weights: Weights) -> int | None:
-    """The number of classes of `weights`, if they differ from a network's own state dict in it
-    alone: then its classifier's entries differ in their first dimension, all by the same number."""
+    """The number of classes of `weights`, if it differs from that of a network's state dict `own`.
+
+    Then the entries whose shapes differ are those of the classifier: all have the same new first
+    dimension, and the others are unchanged. None for any other difference, or none.
+    """
     tensors = weights.tensors
     shapes = [
         (own[name].shape, tensors[name].shape)

@@ -145,7 +145,7 @@ def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
 
 
 def _kernel(op: Op) -> Callable[..., Any]:
-    """`op.flat` for the dispatcher, as an autograd.Function: so tangents are noticed in code that
+    """`op.flat` for the dispatcher, as an autograd.Function: its jvp refuses tangents in code that
     was compiled or traced without them."""
 
     class Kernel(_ReverseModeOnly):

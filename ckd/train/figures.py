@@ -35,8 +35,8 @@ def new_figure(width: float, height: float, columns: int, **options: Any) -> tup
 
 
 def literal(text: str) -> str:
-    """A text of the user's, such as a path, as matplotlib draws it: bytes that are no UTF-8 are
-    escaped, and dollar signs begin no formula."""
+    """Text for matplotlib that it draws as it is: dollar signs begin no formula, and bytes of a
+    path that are not UTF-8 are escaped."""
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
