@@ -18,20 +18,15 @@ class Tiny(NamedTuple):
     """A class of transformers, its configuration's class and options, and a rule:
 
     classifier    the input of the classifier, and the model's own logits
-    twin heads    the input of the two classifiers whose mean is the model's logits
-    features      `get_image_features`: the projected image embedding of a two-tower model; with
-                  "class token", the first of its tokens
-    naflex        the same for SigLIP 2, which takes images as rows of patches
+    features      `get_image_features`: the projected image embedding of a two-tower model
     masked        the class token of a masked autoencoder that sees all patches
     embeds        `image_embeds`
-    summary       `summary`, the class tokens of RADIO
     pooler        `pooler_output`
     cls           the class token, `last_hidden_state[:, 0]`
     mean          the mean of `last_hidden_state` over the tokens
-    map           the mean over the positions of the last feature map, [B, C, H, W] or [B, N, C];
-                  or [B, H, W, C] with "channels last"
+    map           the mean over the positions of the last feature map, [B, C, H, W] or [B, N, C]
     cls or map    either, where the class token is not in `last_hidden_state`
-    refused       ModelError
+    refused       ModelError: no embedding of one image, or one that ckd does not find
     """
 
     model: str
@@ -369,12 +364,14 @@ MODELS = (
          MOBILEVIT2, "classifier"),
     Tiny("PoolFormerModel", "PoolFormerConfig", STAGES4, "map"),
     Tiny("PoolFormerForImageClassification", "PoolFormerConfig", STAGES4, "classifier"),
-    Tiny("PPLCNetForImageClassification", "PPLCNetConfig", LCNET, "classifier"),
+    # Gives its logits as last_hidden_state.
+    Tiny("PPLCNetForImageClassification", "PPLCNetConfig", LCNET, "refused"),
     Tiny("PPLCNetBackbone", "PPLCNetConfig", {**LCNET, "out_features": ["stage3"]}, "map"),
     Tiny("SwiftFormerModel", "SwiftFormerConfig",
          {"image_size": 64, "depths": [1, 1, 1, 1], "embed_dims": [8, 8, 12, 16]}, "map"),
+    # Two classifiers whose logits are averaged.
     Tiny("SwiftFormerForImageClassification", "SwiftFormerConfig",
-         {"image_size": 64, "depths": [1, 1, 1, 1], "embed_dims": [8, 8, 12, 16]}, "twin heads"),
+         {"image_size": 64, "depths": [1, 1, 1, 1], "embed_dims": [8, 8, 12, 16]}, "refused"),
     Tiny("TextNetModel", "TextNetConfig",
          TEXTNET, "pooler"),
     Tiny("TextNetForImageClassification", "TextNetConfig",
@@ -386,17 +383,18 @@ MODELS = (
         "resnet_configs": [[[8, 8, 1, False]], [[8, 16, 1, True]]],
         "stage_configs": [[[16, 1]], [[16, 2]]]}, "map"),
     # -- other image models -------------------------------------------------------------------
-    Tiny("PerceiverForImageClassificationLearned", "PerceiverConfig", PERCEIVER, "classifier"),
-    Tiny("PerceiverForImageClassificationFourier", "PerceiverConfig", PERCEIVER, "classifier"),
-    Tiny("PerceiverForImageClassificationConvProcessing", "PerceiverConfig", PERCEIVER,
-         "classifier"),
+    # Saved under the name of a class for one of three kinds of input.
+    Tiny("PerceiverForImageClassificationLearned", "PerceiverConfig", PERCEIVER, "refused"),
+    Tiny("PerceiverForImageClassificationFourier", "PerceiverConfig", PERCEIVER, "refused"),
+    Tiny("PerceiverForImageClassificationConvProcessing", "PerceiverConfig", PERCEIVER, "refused"),
     Tiny("ImageGPTModel", "ImageGPTConfig", {
         "vocab_size": 17, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}, "refused"),
     Tiny("ImageGPTForImageClassification", "ImageGPTConfig", {
         "vocab_size": 17, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}, "refused"),
-    Tiny("TimmWrapperModel", "TimmWrapperConfig", TIMM_RESNET, "pooler"),
-    Tiny("TimmWrapperForImageClassification", "TimmWrapperConfig", TIMM_RESNET, "classifier"),
-    Tiny("TimmBackbone", "TimmBackboneConfig", {"backbone": "resnet10t"}, "map"),
+    # timm: loads them.
+    Tiny("TimmWrapperModel", "TimmWrapperConfig", TIMM_RESNET, "refused"),
+    Tiny("TimmWrapperForImageClassification", "TimmWrapperConfig", TIMM_RESNET, "refused"),
+    Tiny("TimmBackbone", "TimmBackboneConfig", {"backbone": "resnet10t"}, "refused"),
     # -- image towers -------------------------------------------------------------------------
     Tiny("CLIPVisionModel", "CLIPVisionConfig", V, "pooler"),
     Tiny("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**V, "projection_dim": 12},
@@ -409,7 +407,8 @@ MODELS = (
     Tiny("SiglipVisionModel", "SiglipVisionConfig", V, "pooler"),
     Tiny("SiglipVisionModel", "SiglipVisionConfig", {**V, "vision_use_head": False}, "mean"),
     Tiny("SiglipForImageClassification", "SiglipConfig", _towers(), "classifier"),
-    Tiny("Siglip2VisionModel", "Siglip2VisionConfig", NAFLEX, "naflex"),
+    # Takes images as rows of patches (NaFlex).
+    Tiny("Siglip2VisionModel", "Siglip2VisionConfig", NAFLEX, "refused"),
     Tiny("Siglip2ForImageClassification", "Siglip2Config",
          _towers(vision_config=NAFLEX), "refused"),
     Tiny("AltCLIPVisionModel", "AltCLIPVisionConfig", V, "pooler"),
@@ -431,14 +430,16 @@ MODELS = (
     Tiny("Tipsv2VisionModel", "Tipsv2VisionConfig", V_RATIO, "pooler"),
     Tiny("Tipsv2VisionBackbone", "Tipsv2VisionConfig", {**V_RATIO, **LAST}, "map"),
     Tiny("GitVisionModel", "GitVisionConfig", V, "cls"),
+    # Gives class tokens under a name of its own, `summary`.
     Tiny("RadioModel", "RadioConfig",
          {**V_RATIO, "num_cls_tokens": 2, "num_registers": 1, "summary_idxs": [0],
-          "max_img_size": 32, "image_size": 32}, "summary"),
+          "max_img_size": 32, "image_size": 32}, "refused"),
+    # Gives tokens as [B, H, W, C].
     Tiny("Sam2HieraDetModel", "Sam2HieraDetConfig",
          {"hidden_size": 8, "image_size": [64, 64], "num_query_pool_stages": 1,
           "blocks_per_stage": [1, 2], "embed_dim_per_stage": [8, 16],
           "num_attention_heads_per_stage": [1, 1], "window_size_per_stage": [4, 4],
-          "global_attention_blocks": [2]}, "map, channels last"),
+          "global_attention_blocks": [2]}, "refused"),
     Tiny("InternVLVisionModel", "InternVLVisionConfig",
          {**V, "image_size": [32, 32], "patch_size": [8, 8]}, "cls"),
     Tiny("SamVisionModel", "SamVisionConfig",
@@ -458,8 +459,7 @@ MODELS = (
     Tiny("CLIPModel", "CLIPConfig", _towers(), "features"),
     Tiny("MetaClip2Model", "MetaClip2Config", _towers(), "features"),
     Tiny("SiglipModel", "SiglipConfig", _towers(), "features"),
-    Tiny("Siglip2Model", "Siglip2Config", _towers(vision_config=NAFLEX),
-         "naflex"),
+    Tiny("Siglip2Model", "Siglip2Config", _towers(vision_config=NAFLEX), "refused"),
     Tiny("AltCLIPModel", "AltCLIPConfig",
          _towers(text_config={**TEXT, "project_dim": 12, "max_position_embeddings": 10}),
          "features"),
@@ -520,11 +520,12 @@ MODELS = (
     Tiny("Aimv2Model", "Aimv2Config", _towers(), "features"),
     Tiny("Tipsv2Model", "Tipsv2Config", {"text_config": TEXT, "vision_config": V_RATIO},
          "features"),
+    # Calls the configuration of its image tower image_config, and projects each token.
     Tiny("FlavaModel", "FlavaConfig",
          {"text_config": TEXT, "image_config": V, "projection_dim": 12, "hidden_size": 16,
           "multimodal_config": {"hidden_size": 16, "num_hidden_layers": 1,
                                 "num_attention_heads": 2, "intermediate_size": 16}},
-         "features, class token"),
+         "refused"),
     Tiny("XCLIPModel", "XCLIPConfig",
          _towers(vision_config={**V, "mit_hidden_size": 12, "mit_intermediate_size": 12,
                                 "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2,
