@@ -323,10 +323,11 @@ def test_pool_is_not_ignored_where_a_model_has_its_own_embedding(
     name: str, pool: str, tmp_path: Path
 ) -> None:
     own = stored(entry(name), tmp_path)
-    try:
-        model, x = opened(own, tmp_path, pool=pool)
-    except ModelError:
+    if (name, pool) == ("ViTForImageClassification", "pooler"):  # a classifier is saved without it
+        with pytest.raises(ModelError, match="stored weights lack"):
+            opened(own, tmp_path, pool=pool)
         return
+    model, x = opened(own, tmp_path, pool=pool)
     tower = own.vit if name.startswith("ViT") else own.vision_model
     output = tower(x)
     right = {
@@ -499,10 +500,7 @@ def test_code_in_a_folder_is_neither_run_nor_asked_for(
 def test_a_model_whose_classifier_was_taken_off_has_no_logits(tmp_path: Path) -> None:
     tiny = entry("ViTForImageClassification")
     own = stored(tiny._replace(options={**tiny.options, "num_labels": 0}), tmp_path)
-    try:
-        model, x = opened(own, tmp_path)
-    except ModelError:
-        return
+    model, x = opened(own, tmp_path)
     assert (model.num_classes, model(x).logits) == (None, None)
 
 
