@@ -33,6 +33,15 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(_LFS_START)
 
 
+def holds_lfs_pointer(path: Path) -> bool:
+    """`is_lfs_pointer` of a file; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return is_lfs_pointer(file.read(len(_LFS_START)))
+    except OSError:
+        return False
+
+
 def read_lines(path: str | os.PathLike[str], error: type[Exception]) -> list[str]:
     """The lines of a UTF-8 text file of names, without a byte order mark.
 

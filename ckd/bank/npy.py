@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ckd._files import LFS_POINTER, is_lfs_pointer, read_lines, user_path
+from ckd._files import LFS_POINTER, holds_lfs_pointer, read_lines, user_path
 from ckd.bank import arrays
 from ckd.bank.manifest import BankError, RowError
 from ckd.bank.reader import EmbeddingBank
@@ -88,9 +88,8 @@ def _map(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
         reason = str(error)
         if "Python objects" in reason:
             reason = "it holds Python objects, which are not unpickled; save an array of numbers"
-        with path.open("rb") as file:
-            if is_lfs_pointer(file.read(64)):
-                reason = LFS_POINTER
+        if holds_lfs_pointer(path):
+            reason = LFS_POINTER
         raise BankError(f"{path} is not a usable .npy file: {reason}") from error
 
 

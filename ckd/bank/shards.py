@@ -12,7 +12,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._files import LFS_POINTER, holds_lfs_pointer
 from ckd.bank.manifest import BankError, ShardRecord, shard_name
 
 _READ_BYTES = 4 << 20
@@ -96,9 +96,8 @@ def _check_size(path: Path, record: ShardRecord) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise _damaged(path, record, "it is not a regular file")
     if status.st_size != record.bytes:
-        with path.open("rb") as file:
-            if is_lfs_pointer(file.read(64)):
-                raise BankError(f"{path} cannot be read ({record.span}): {LFS_POINTER}")
+        if holds_lfs_pointer(path):
+            raise BankError(f"{path} cannot be read ({record.span}): {LFS_POINTER}")
         how = "truncated" if status.st_size < record.bytes else "too long"
         sizes = f"{status.st_size} bytes where the manifest says {record.bytes}"
         raise _damaged(path, record, f"{how}, {sizes}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import unicodedata
 import warnings
@@ -17,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from ckd._errors import CkdError
-from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._files import LFS_POINTER, holds_lfs_pointer
 
 
 class DataError(CkdError, ValueError):
@@ -210,10 +209,7 @@ def composed(names: Iterable[str], where: object) -> dict[str, str]:
 
 def unreadable(path: Path, kind: str, error: Exception) -> DataError:
     """The error for a file of images that its reader refuses with `error`."""
-    reason = " ".join(str(error).split())
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if is_lfs_pointer(file.read(64)):
-            reason = LFS_POINTER
+    reason = LFS_POINTER if holds_lfs_pointer(path) else " ".join(str(error).split())
     return DataError(f"{path}: cannot be read as {kind} file ({reason})")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._files import LFS_POINTER, holds_lfs_pointer
 from ckd._hints import require
 from ckd.models.base import (
     Model,
@@ -233,9 +233,8 @@ def create(
 def _reason(spec: Spec, error: Exception) -> str:
     """The cause of an error, for messages: a Git LFS pointer in the folder, or the error's text."""
     for file in Path(spec.name).glob("*"):
-        with contextlib.suppress(OSError), file.open("rb") as opened:
-            if is_lfs_pointer(opened.read(64)):
-                return f"{file}: {LFS_POINTER}"
+        if holds_lfs_pointer(file):
+            return f"{file}: {LFS_POINTER}"
     return first_line(error)
 
 
