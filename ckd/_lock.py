@@ -140,6 +140,6 @@ def _owner_died(file: Path) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # a process of another user
+    except (OSError, OverflowError):  # a process of another user; a number that is none
         return False
     return False

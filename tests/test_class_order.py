@@ -11,7 +11,8 @@ import torch
 
 from ckd import data, models
 from ckd.bank.build import build_bank
-from ckd.train import Config, ConfigError, train
+from ckd.train import CheckpointError, Config, ConfigError, train
+from ckd.train.__main__ import parse
 from ckd.train.evaluation import evaluate_source
 from tests.train_runs import tiny_config
 
@@ -84,6 +85,29 @@ def test_names_of_the_teachers_classes_in_a_file(config: Config, tmp_path: Path)
     file.write_text("class 0\nclass 1\n")
     with pytest.raises(ConfigError, match=r"names\.txt has 2 names, .* tells 3 classes apart"):
         train(replace(named, out=f"{config.out}-short"), verbose=False)
+
+
+def test_the_students_own_classes_count_when_its_run_is_scored(config, permuted, tmp_path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("".join(f"class {c}\n" for c in ORDER))
+    train(replace(permuted, teacher_classes=str(file)), verbose=False)
+    train(config, verbose=False)
+    scores = []
+    for run in (config.out, permuted.out):
+        command = parse(["--eval", run])
+        scores.append(evaluate_source(command.config, run).partition(" on ")[2].partition(", ")[0])
+    assert scores[0] == scores[1]
+
+
+def test_a_resume_needs_the_same_order(config: Config, tmp_path: Path) -> None:
+    path, file = reordered(config, ["cat", "dog", "cow"], ORDER), tmp_path / "names.txt"
+    named = replace(config, teacher=str(path), teacher_classes=str(file), epochs=2)
+    file.write_text("".join(f"class {c}\n" for c in ORDER))
+    train(named, verbose=False)
+    (named.folder / "result.json").unlink()
+    file.write_text("".join(f"class {c}\n" for c in range(3)))
+    with pytest.raises(CheckpointError, match="order of the teacher's classes"):
+        train(named, resume=True, verbose=False)
 
 
 @pytest.mark.parametrize("unnamed", ["teacher", "data"])

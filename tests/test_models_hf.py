@@ -134,6 +134,13 @@ def test_pretrained_student_gets_a_new_classifier(classifier, tmp_path: Path) ->
     torch.testing.assert_close(model(x).embedding, classifier.vit.eval()(x).last_hidden_state[:, 0])
 
 
+@pytest.mark.filterwarnings("ignore:.*preprocessor_config.json")
+def test_a_tilde_in_the_folders_name_is_the_home_folder(classifier, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    classifier.save_pretrained(tmp_path / "mine")
+    assert load("hf:~/mine").num_classes == 5
+
+
 def test_half_precision_weights_are_computed_in_single(classifier, tmp_path: Path) -> None:
     model = load(store(classifier.half(), tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

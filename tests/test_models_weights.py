@@ -29,6 +29,7 @@ def prefixed(*prefixes: str) -> dict[str, Tensor]:
         prefixed("_orig_mod.", "module."),  # torch.compile(DDP(model))
         prefixed("module.", "_orig_mod."),
         prefixed("module.", "module.", "_orig_mod."),
+        {"state_dict": prefixed("net.")},  # of a module that holds the network (Lightning)
         *({key: weights()} for key in ("net", "model", "state_dict", "state_dict_ema")),
         {"model": {"state_dict": prefixed("module.")}, "epoch": 3},
         {

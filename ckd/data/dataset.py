@@ -66,6 +66,11 @@ class Dataset(ABC):
         smallest = batch_size if isinstance(batch_size, int) else min(batch_size, default=1)
         if smallest < 1:
             raise DataError(f"batch_size must be at least 1, got {smallest}")
+        if not isinstance(batch_size, int) and sum(batch_size) != len(order):
+            raise DataError(
+                f"batch_size must add up to the {len(order)} positions of order, "
+                f"got sizes with the sum {sum(batch_size)}"
+            )
         if workers < 0:
             raise DataError(f"workers must be 0 or more, got {workers}")
         if order.dtype != torch.int64 or order.dim() != 1:

@@ -18,7 +18,7 @@ from ckd.models import catalog
 from ckd.models.base import Model, check_teacher, first_line
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
-from ckd.models.weights import fill, likely_cause, read_weights
+from ckd.models.weights import Weights, fill, likely_cause, read_weights, shortened
 
 STUDENT_FILE = "student.safetensors"  # in a run folder
 # One entry: safetensors writes several in no fixed order, but equal models must give equal files.
@@ -166,7 +166,7 @@ def _from_weights(
         _agree(path, asked, {"num_classes": model.num_classes})
         return model
     try:
-        stored = catalog.shape_from_weights(spec, weights.tensors)
+        weights, stored = _with_shape(spec, weights)
     except KeyError as error:
         raise ModelError(
             f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
@@ -183,6 +183,15 @@ def _from_weights(
     model = catalog.create(spec, **shape, pool=pool)
     fill(model, weights, spec)
     return model
+
+
+def _with_shape(spec: str, weights: Weights) -> tuple[Weights, dict[str, Any]]:
+    """The weights, without a common first component if need be, and the shape of their model."""
+    try:
+        return weights, catalog.shape_from_weights(spec, weights.tensors)
+    except KeyError:
+        weights = shortened(weights)
+        return weights, catalog.shape_from_weights(spec, weights.tensors)
 
 
 def _agree(where: object, asked: Mapping[str, int | None], stored: Mapping[str, Any]) -> None:

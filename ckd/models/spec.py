@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ckd._errors import CkdError
+from ckd._files import user_path
 from ckd._hints import unknown
 
 #: How a transformer's tokens become one embedding: its class token, the mean of its patch tokens,
@@ -44,6 +45,10 @@ def parse(text: str) -> Spec:
     if family in ("timm", "hf"):
         if not rest:
             raise ModelError(f"{text!r}: a model's name must follow, such as {family}:NAME")
+        # Python and timm do not expand the home folder of a path.
+        local = "local-dir:" if family == "timm" else ""
+        if rest.startswith(f"{local}~"):
+            rest = local + str(user_path(rest.removeprefix(local)))
         return Spec(text, family, name=rest)
     options: dict[str, int] = {}
     for item in rest.split(",") if rest else ():

@@ -119,13 +119,18 @@ def named_as(own: Iterable[str], weights: Weights) -> Weights:
     Training code often saves a module that holds the network: `model.conv1.weight`. The component
     goes if no name is one of `own` with it, and at least one is without it.
     """
-    path, tensors = weights
-    own = set(own)
-    heads = {name.partition(".")[0] for name in tensors}
-    if len(heads) != 1 or own & tensors.keys():
+    own, short = set(own), shortened(weights)
+    if own & weights.tensors.keys() or not own & short.tensors.keys():
         return weights
-    short = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-    return Weights(path, short) if own & short.keys() else weights
+    return short
+
+
+def shortened(weights: Weights) -> Weights:
+    """`weights` without the first component of their names, if all share it."""
+    path, tensors = weights
+    if len({name.partition(".")[0] for name in tensors}) != 1:
+        return weights
+    return Weights(path, {name.partition(".")[2]: tensor for name, tensor in tensors.items()})
 
 
 def classes_in(own: Mapping[str, Tensor], weights: Weights) -> int | None:

@@ -76,6 +76,8 @@ def parse(argv: Sequence[str], prog: str = PROG) -> Command:
     if folder is None:
         return command
     stored = Config.load(folder / CONFIG)
+    if command.eval is not None:  # the student, to which the settings of its teacher do not apply
+        stored = dataclasses.replace(stored, teacher_weights=None, teacher_classes=None, pool=None)
     if command.resume is not None:
         stored = dataclasses.replace(stored, out=str(folder))  # the folder may have been moved
     command = _parse(argv, prog, stored)

@@ -155,6 +155,11 @@ class Config:
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
+        if self.pool is not None and self.method != "teacher-kd":
+            raise ConfigError(
+                "--pool goes with --method teacher-kd, which runs the teacher for its embeddings; "
+                "a bank is built with its own --pool"
+            )
         if self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"--warmup-epochs must be at most --epochs ({self.epochs}), "

@@ -64,7 +64,9 @@ def evaluate_source(config: Config, source: str) -> str:
     split; returns a line of text. Raises ConfigError, DataError or ModelError."""
     device = pick_device(config.device)
     dataset = data.load(config.data, "test", image_size=config.image_size).to(device)
-    model = models.load(source, weights=config.teacher_weights, pool=config.pool).to(device)
+    model = models.load(source, weights=config.teacher_weights).to(device)
+    if model.num_classes is None:
+        raise ConfigError(f"{source} has no classifier, so it has no accuracy")
     if model.num_classes != len(dataset.class_names):
         raise ConfigError(
             f"{source} tells {model.num_classes} classes apart, {dataset.name} has "

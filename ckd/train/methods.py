@@ -105,7 +105,9 @@ class LogitKD(Method):
         assert config.teacher is not None
         method = cls(config, _frozen(model, config))
         method.logit_order = logit_order(config, config.teacher, model, dataset, device)
+        order = "" if method.logit_order is None else str(method.logit_order.tolist())
         method.inputs["teacher"] = models.weights_hash(model)
+        method.inputs["order of the teacher's classes"] = xxhash.xxh3_64_hexdigest(order.encode())
         return method
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:

@@ -185,6 +185,8 @@ CASES = [
     Case("unknown device", set_to(device="gpu"), ConfigError,
          ("--device must be auto, cpu, cuda", "got gpu")),
     Case("no epochs", set_to(epochs=0), ConfigError, ("--epochs must be at least 1, got 0",)),
+    Case("pooling of no teacher", set_to(pool="mean"), ConfigError,
+         ("--pool goes with --method teacher-kd",)),
     Case("contrast within batches of one image", set_to(method="teacher-kd", batch_size=1),
          ConfigError, ("teacher-kd", "--batch-size must be at least 2")),
     Case("empty batches", set_to(batch_size=0), ConfigError, ("--batch-size must be at least 1",)),
