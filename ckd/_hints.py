@@ -48,8 +48,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         # (RuntimeError), loads its library (OSError) or, tried again, misses a part of itself.
         if not isinstance(error, ImportError):
             remedy = (
-                "it, or a package that it imports, is broken; if that is torchvision, install torch "
-                "and torchvision of releases that belong together"
+                "it, or a package that it imports, is broken; if that is torchvision, install "
+                "torch and torchvision of releases that belong together"
             )
         raise ImportError(
             f"{purpose} needs {module.partition('.')[0]}, which could not be imported ({error}); "

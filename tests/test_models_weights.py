@@ -115,6 +115,17 @@ def test_own_names_of_a_transformers_model(vit_folder, fine_tuned, suffix, prefi
 
 
 @pytest.mark.filterwarnings("ignore:.*preprocessor_config.json")
+def test_a_classifiers_weights_for_its_tokens(vit_folder, fine_tuned, tmp_path) -> None:
+    torch.save(fine_tuned.state_dict(), tmp_path / "w.pt")
+    model = load(f"hf:{vit_folder}", weights=tmp_path / "w.pt", pool="mean")
+    x = torch.randn(2, 3, 16, 16)
+    tokens = fine_tuned.vit(x).last_hidden_state
+    torch.testing.assert_close(model(x).embedding, tokens[:, 1:].mean(dim=1))
+    with pytest.raises(ModelError, match="lack 2 of the model's: pooler"):
+        load(f"hf:{vit_folder}", weights=tmp_path / "w.pt", pool="pooler")
+
+
+@pytest.mark.filterwarnings("ignore:.*preprocessor_config.json")
 def test_weights_that_do_not_fit_a_transformers_model(vit_folder, fine_tuned, tmp_path) -> None:
     content = fine_tuned.state_dict()
     del content["vit.layernorm.bias"]

@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -28,7 +24,8 @@ from ckd.models.base import (
     per_channel,
     probe,
 )
-from ckd.models.preprocessing import Preprocessing, Unsupported, measure
+from ckd.models.hf_processors import measured, stored_normalisation
+from ckd.models.preprocessing import Preprocessing
 from ckd.models.spec import Pool, Spec
 from ckd.models.weights import Weights, classes_in, named_as, refuse_misfits
 
@@ -40,8 +37,6 @@ _ERRORS = (
 _CLASSIFIER = "ForImageClassification"
 # Classes that are loaded as they were saved; others by transformers' AutoModel.
 _AS_SAVED = ("VisionModel", "ImageModel", "VisionModelWithProjection", "Backbone")
-# Settings of pixels that some image processors read and others ignore.
-_PER_CLASS = ("do_flip_channel_order", "rescale_offset", "crop_pct")
 _TOWERS = ("vision_model", "image_model", "vision_tower")
 _CLASS_TOKENS = {"cls_token", "class_token", "class_embedding"}
 
@@ -190,14 +185,13 @@ def create(
         if hasattr(vision, "mask_ratio"):
             vision.mask_ratio = 0.0  # the embedding of the whole image
         if trained:
-            own = _measured(spec, native_size, channels)
+            own = measured(spec, native_size, channels)
         else:
-            own = _stored_normalisation(spec, native_size)
+            own = stored_normalisation(spec, native_size)
             vision.image_size, vision.num_channels = image_size or native_size, channels
         family = _class_for(spec, transformers, config, num_classes, pool)
-        missing: list[str] = []
         if weights is not None:
-            network = _from_weights(spec, family, config, weights)
+            network, missing = _from_weights(spec, family, config, weights, pool)
         else:
             network, missing = _build(spec, family, config, num_classes, pretrained)
         # Models with position embeddings of one size are run at that size, others at the one that
@@ -280,8 +274,14 @@ def _build(
     return network, missing
 
 
-def _from_weights(spec: Spec, family: Any, config: Any, weights: Weights) -> Any:
-    """The network with these weights, and as many classes as they have."""
+def _from_weights(
+    spec: Spec, family: Any, config: Any, weights: Weights, pool: Pool | None
+) -> tuple[Any, list[str]]:
+    """The network with these weights, and as many classes as they have; and the names of the
+    pooling layer's weights, if they are missing.
+
+    Raises ModelError if they do not fit otherwise. With `pool`, a classifier is left out.
+    """
     network = _untrained(family, config)
     own = network.state_dict()
     weights = named_as(own, weights)
@@ -296,14 +296,18 @@ def _from_weights(spec: Spec, family: Any, config: Any, weights: Weights) -> Any
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    poolers = [name for name in report["missing_keys"] if ".pooler." in f".{name}"]
+    unexpected = report["unexpected_keys"]
+    if pool is not None:
+        unexpected = [name for name in unexpected if not name.startswith("classifier.")]
     refuse_misfits(
         weights.path,
         spec.text,
-        missing=report["missing_keys"],
-        unexpected=report["unexpected_keys"],
+        missing={*report["missing_keys"]} - {*poolers},
+        unexpected=unexpected,
         misshapen=[name for name, *_ in report["mismatched_keys"]],
     )
-    return network
+    return network, poolers
 
 
 def _untrained(family: Any, config: Any) -> Any:
@@ -415,106 +419,6 @@ def _class_names(config: Any) -> tuple[str, ...]:
     labels = config.id2label or {}
     names = tuple(str(labels[label]) for label in sorted(labels))
     return () if names[:1] == ("LABEL_0",) else names
-
-
-def _measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
-    """The preprocessing of the model's own image processor; if it has none, mean and std 0.5."""
-    settings = _settings(spec)
-    if settings is None:
-        warnings.warn(
-            f"{spec.text!r} comes without a preprocessor_config.json: its images are resized to "
-            "the model's size and normalised with mean 0.5 and std 0.5",
-            stacklevel=5,
-        )
-        return Preprocessing(native_size, (0.5,), (0.5,))
-    auto = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
-    try:
-        with _quiet(auto):
-            processor = auto.AutoImageProcessor.from_pretrained(spec.name, trust_remote_code=False)
-    except ValueError as error:
-        raise ModelError(
-            f"{spec.text!r}: transformers cannot tell the image processor of its "
-            f"preprocessor_config.json, whose image_processor_type is "
-            f"{settings.get('image_processor_type')!r}: {first_line(error)[:100]}"
-        ) from error
-    known = {*inspect.signature(type(processor).__init__).parameters}
-    known |= {*getattr(getattr(processor, "valid_kwargs", None), "__annotations__", ())}
-    for name in _PER_CLASS:
-        if settings.get(name) and name not in known:
-            raise ModelError(
-                f"{spec.text!r}: its preprocessor_config.json sets {name}, which "
-                f"{type(processor).__name__} does not read; name the right image_processor_type "
-                f"there, or delete {name}"
-            )
-
-    def process(image: np.ndarray) -> np.ndarray:
-        if image.shape[2] in (1, 3):  # as a photo, which is what processors are made for
-            photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-            output = processor(images=photo, return_tensors="pt")
-        else:
-            output = processor(images=image, return_tensors="pt", input_data_format="channels_last")
-        pixels = np.asarray(output.get("pixel_values", ()))
-        if pixels.ndim != 4:
-            raise Unsupported("it gives something else than an image for an image")
-        return pixels[0]
-
-    try:
-        own = measure(process, channels, _edges(processor))
-    except Unsupported as error:
-        raise ModelError(
-            f"{spec.text!r}: the preprocessing of {type(processor).__name__} cannot be repeated: "
-            f"{error}"
-        ) from error
-    stores_size = "size" in settings or "crop_size" in settings
-    return own if stores_size else own.at(native_size)
-
-
-def _edges(processor: Any) -> set[int]:
-    """The lengths to which this image processor may resize images, by its settings."""
-    size = getattr(processor, "size", None) or {}
-    sides = [size] if isinstance(size, int) else [value for value in dict(size).values() if value]
-    crop = getattr(processor, "crop_pct", None) or 1
-    # LeViT resizes the shorter side to 256/224 of its setting, ConvNeXt and PoolFormer to 1 / crop.
-    return {edge for side in sides for edge in (side, int(side / crop), int(256 / 224 * side))}
-
-
-def _stored_normalisation(spec: Spec, native_size: int) -> Preprocessing:
-    """Mean and std as stored, for a student: its training decides on the rest."""
-    settings = _settings(spec) or {}
-    mean, std = (
-        tuple(value) if isinstance(value, list) else (value or 0.5,)
-        for value in (settings.get("image_mean"), settings.get("image_std"))
-    )
-    return Preprocessing(native_size, mean, std)
-
-
-def _settings(spec: Spec) -> dict[str, Any] | None:
-    """The content of preprocessor_config.json, or None if there is no such file."""
-    module = require(
-        "transformers.image_processing_base", extra="hf", purpose=f"the model {spec.text!r}"
-    )
-    try:
-        settings, _ = module.ImageProcessingMixin.get_image_processor_dict(spec.name)
-    except OSError as error:
-        file = Path(spec.name) / "preprocessor_config.json"
-        if file.is_file():
-            raise ModelError(f"{spec.text!r}: {file} is no JSON object") from error
-        if isinstance(error.__context__, ValueError):  # of the hub, and not JSON
-            raise
-        return None
-    return settings
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the hint that images are processed faster with torchvision."""
-    logging = transformers.utils.logging
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _side(size: Any) -> Any:
