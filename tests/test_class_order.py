@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ckd import data, models
 from ckd.bank.build import build_bank
 from ckd.train import CheckpointError, Config, ConfigError, train
 from ckd.train.__main__ import parse
-from ckd.train.evaluation import evaluate_source
-from tests.train_runs import tiny_config
+from ckd.train.evaluation import evaluate_source, logit_order
+from tests.train_runs import STUDENT, tiny_config
 
 
 def reordered(config: Config, names: list[str], order: list[int]) -> Path:
@@ -108,6 +109,28 @@ def test_a_resume_needs_the_same_order(config: Config, tmp_path: Path) -> None:
     file.write_text("".join(f"class {c}\n" for c in range(3)))
     with pytest.raises(CheckpointError, match="order of the teacher's classes"):
         train(named, resume=True, verbose=False)
+
+
+def test_numbers_are_matched_as_names(tmp_path: Path) -> None:
+    """Folders called 0 to 11 are sorted as text: 0, 1, 10, 11, 2, ..."""
+    for number in range(12):
+        for split in ("train", "test"):
+            folder = tmp_path / "data" / split / str(number)
+            folder.mkdir(parents=True)
+            Image.new("L", (8, 8), number).save(folder / "1.png")
+    dataset = data.load(tmp_path / "data")
+    teacher = models.create(STUDENT, num_classes=12, image_size=8)
+    teacher.class_names = tuple(map(str, range(12)))
+    order = logit_order(Config(), "teacher", teacher, dataset, torch.device("cpu"))
+    assert [teacher.class_names[i] for i in order] == list(dataset.class_names)
+    teacher.class_names = ()
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(map(str, range(12))))
+    named = Config(teacher_classes=str(file))
+    assert torch.equal(logit_order(named, "t", teacher, dataset, torch.device("cpu")), order)
+    file.write_text("\n".join("abcdefghijkl"))
+    with pytest.raises(ConfigError, match="--teacher-classes"):
+        logit_order(named, "t", teacher, dataset, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("unnamed", ["teacher", "data"])

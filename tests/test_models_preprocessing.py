@@ -6,6 +6,11 @@ from PIL import Image
 
 from ckd.models.preprocessing import Preprocessing, Resize, Unsupported, measure
 
+
+def measured(process, channels: int, edges: list[int], half_even: bool = False) -> Preprocessing:
+    return measure(process, channels, edges, half_even=half_even)
+
+
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -53,20 +58,22 @@ def pillow(
     [(32, None, False), (32, None, True), (32, 37, True), (32, 37, False), (224, 256, True)],
 )
 def test_resize_and_crop_are_found(size, edge, keep_aspect, kind) -> None:
-    found = measure(pillow(size, edge, keep_aspect, kind), 3, [37, 256, 300])
+    found = measured(pillow(size, edge, keep_aspect, kind), 3, [37, 256, 300])
     assert found == Preprocessing(size, MEAN, STD, Resize(edge, keep_aspect, kind))
 
 
 def test_crops_of_an_odd_margin_are_told_apart() -> None:
     for half_even in (False, True):
-        found = measure(pillow(33, 40, True, half_even=half_even), 3, [40])
-        assert found.resize == Resize(40, True, half_even=half_even)
+        process = pillow(33, 40, True, half_even=half_even)
+        assert measured(process, 3, [40], half_even).resize == Resize(40, True, half_even=half_even)
+        with pytest.raises(Unsupported):
+            measured(process, 3, [40], not half_even)
 
 
 def test_channels_in_reversed_order_and_gray() -> None:
-    found = measure(pillow(32, flip=True), 3, [])
+    found = measured(pillow(32, flip=True), 3, [])
     assert found == Preprocessing(32, MEAN, STD, flip_channels=True)
-    assert measure(pillow(32), 1, []) == Preprocessing(32, MEAN[:1], STD[:1])
+    assert measured(pillow(32), 1, []) == Preprocessing(32, MEAN[:1], STD[:1])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +89,7 @@ def test_every_linear_map_is_found(factor, offset, mean, std) -> None:
         x = pillow(32)(image) * np.array(STD)[:, None, None] + np.array(MEAN)[:, None, None]
         return (255 * factor * x - offset).astype(np.float32)
 
-    found = measure(process, 3, [])
+    found = measured(process, 3, [])
     assert found.mean == pytest.approx([mean] * 3, abs=1e-6)
     assert found.std == pytest.approx([std] * 3, rel=1e-5)
 
@@ -118,10 +125,10 @@ def cubed(image: np.ndarray) -> np.ndarray:
 )
 def test_other_preprocessing_is_refused(process, reason: str) -> None:
     with pytest.raises(Unsupported, match=reason):
-        measure(process, 3, [40])
+        measured(process, 3, [40])
 
 
 def test_another_image_size_keeps_the_share_that_is_cropped() -> None:
-    found = measure(pillow(224, 256, True), 3, [256]).at(112)
+    found = measured(pillow(224, 256, True), 3, [256]).at(112)
     assert (found.image_size, found.resize) == (112, Resize(128, True))
     assert Resize(None, True).at(224, 112) == Resize(None, True)

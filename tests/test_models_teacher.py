@@ -11,7 +11,17 @@ from torch import Tensor, nn
 
 from ckd import data
 from ckd.bank.build import build_bank
-from ckd.models import Model, ModelError, ModelOutput, Resize, create, load, prepare, save
+from ckd.models import (
+    Model,
+    ModelError,
+    ModelOutput,
+    Resize,
+    check_teacher,
+    create,
+    load,
+    prepare,
+    save,
+)
 
 
 class Teacher(Model):
@@ -38,6 +48,7 @@ FAULTS = [
     (lambda x: x + 0.1 * torch.randn_like(x), "random part"),
     (lambda x: nn.functional.batch_norm(x, None, None, training=True), "other images"),
     (lambda x: x - 0.2 * x.mean(dim=0), "other images"),
+    (lambda x: x / x.std(), "other images"),
     (lambda x: x.cumsum(dim=0), "other images"),
 ]
 
@@ -49,13 +60,17 @@ def test_an_embedding_that_is_not_the_images_alone_is_refused(fault, reason, tmp
     assert not (tmp_path / "bank").exists()
 
 
+def test_an_embedding_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ModelError, match="not finite"):
+        check_teacher(Teacher(lambda x: x / 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_fault(dtype: torch.dtype, tmp_path: Path) -> None:
     build_bank(
         data.load("digits"),
         Teacher(lambda x: x).to(dtype),
         tmp_path / "bank",
-        prepare=lambda model, images: prepare(model, images).to(dtype),
         progress=False,
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,17 @@ def prefixed(*prefixes: str) -> dict[str, Tensor]:
         prefixed("_orig_mod.", "module."),  # torch.compile(DDP(model))
         prefixed("module.", "_orig_mod."),
         prefixed("module.", "module.", "_orig_mod."),
+        {"model_state_dict": weights()},
+        {"module": weights()},  # DeepSpeed
+        {**prefixed("module."), "n_averaged": torch.tensor(3)},  # AveragedModel
+        {"state_dict": prefixed("net._orig_mod.")},
+        {"state_dict": prefixed("model.module.")},
+        {
+            "state_dict": weights(),
+            "scores": np.arange(3.0),
+            "when": datetime.datetime(2026, 1, 2),
+            "seen": {1, 2},
+        },
         {"state_dict": prefixed("net.")},  # of a module that holds the network (Lightning)
         *({key: weights()} for key in ("net", "model", "state_dict", "state_dict_ema")),
         {"model": {"state_dict": prefixed("module.")}, "epoch": 3},
@@ -61,7 +73,7 @@ def test_the_average_of_the_weights_comes_first(tmp_path: Path) -> None:
 
 def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": weights(), "args": CallsOnLoad(tmp_path / "ran")}, tmp_path / "w.pt")
-    with pytest.raises(ModelError, match="weights_only=True"):
+    with pytest.raises(ModelError, match=r"weights_only=True: it holds objects of .*open"):
         load(SPEC, weights=tmp_path / "w.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -102,7 +114,7 @@ def fine_tuned():
 
 
 @pytest.mark.filterwarnings("ignore:.*preprocessor_config.json")
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod.", "_orig_mod.net."])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_own_names_of_a_transformers_model(vit_folder, fine_tuned, suffix, prefix, tmp_path):
     path = tmp_path / f"mine.{suffix}"
@@ -121,7 +133,7 @@ def test_a_classifiers_weights_for_its_tokens(vit_folder, fine_tuned, tmp_path) 
     x = torch.randn(2, 3, 16, 16)
     tokens = fine_tuned.vit(x).last_hidden_state
     torch.testing.assert_close(model(x).embedding, tokens[:, 1:].mean(dim=1))
-    with pytest.raises(ModelError, match="lack 2 of the model's: pooler"):
+    with pytest.raises(ModelError, match=r"2 missing .pooler"):
         load(f"hf:{vit_folder}", weights=tmp_path / "w.pt", pool="pooler")
 
 

@@ -135,8 +135,9 @@ def describe_preprocessing(
 def _class_order(model: models.Model, dataset: Dataset) -> list[int] | None:
     """The logit of each class of the data; None if the model has other classes or none."""
     theirs, ours = model.class_names, dataset.class_names
-    if models.are_named(theirs) and models.are_named(ours):
-        return models.class_order((theirs, *model.other_class_names), ours)
+    order = models.class_order((theirs, *model.other_class_names), ours)
+    if order is not None or (models.are_named(theirs) and models.are_named(ours)):
+        return order
     return list(range(len(ours))) if model.num_classes == len(ours) else None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ckd._files import LFS_POINTER, holds_lfs_pointer
 from ckd.models.preprocessing import SQUASHED, Resize
 from ckd.models.spec import ModelError, Spec
 
@@ -46,6 +49,8 @@ class Model(nn.Module):
     class_names: tuple[str, ...] = ()
     other_class_names: tuple[tuple[str, ...], ...] = ()
     pool: str | None = None
+    # That of the network's position embeddings, if they are interpolated to `image_size`.
+    native_size: int | None = None
 
     def __init__(
         self,
@@ -95,7 +100,9 @@ def check_teacher(model: Model) -> None:
     """
     mean = model.channel_mean
     shape = (3, model.in_channels, model.image_size, model.image_size)
-    images = random_images(shape).to(mean.device, mean.dtype)
+    # Of different contrast: a batch of like images hides a division by the batch's deviation.
+    contrast = torch.tensor([1.0, 0.5, 3.0]).view(3, 1, 1, 1)
+    images = (contrast * random_images(shape)).to(mean.device, mean.dtype)
     was_training = model.training
     model.eval()
     try:
@@ -107,6 +114,7 @@ def check_teacher(model: Model) -> None:
     # GPUs round float32 convolutions to 10 bits (TF32); half precision has 8 to 11 bits.
     for same, what in (
         (agree(again, pair, 0.02), "differs from one forward to the next: it has a random part"),
+        (bool(pair.isfinite().all()), "is not finite"),
         (agree(other[:1], pair[1:], 0.02), "depends on the other images of its batch"),
     ):
         if not same:
@@ -153,6 +161,17 @@ def per_channel(values: Sequence[float], channels: int) -> list[float]:
 def first_line(error: Exception) -> str:
     """The first line of a library's error; the rest is often advice on using that library."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def reason(error: Exception, folder: Path) -> str:
+    """Why a library could not load a model from a folder or the hub, in one line."""
+    for file in folder.glob("*"):
+        if holds_lfs_pointer(file):
+            return f"{file}: {LFS_POINTER}"
+    if isinstance(error, pickle.PickleError | EOFError):
+        # Without torch's own message, which advises to let the file run any code.
+        return "a file of weights is damaged, or holds other objects than tensors"
+    return first_line(error)
 
 
 def agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:

@@ -53,6 +53,11 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
         raise ModelError(
             f"{len(class_names)} class names for {model.spec} with {model.num_classes} classes"
         )
+    if model.native_size not in (None, model.image_size):
+        raise ModelError(
+            f"{model.spec} is run at {model.image_size} pixels, with position embeddings of its "
+            f"{model.native_size}, and cannot be saved so; load it by its name instead"
+        )
     description = {
         "spec": model.spec,
         "num_classes": model.num_classes,
@@ -186,12 +191,14 @@ def _from_weights(
 
 
 def _with_shape(spec: str, weights: Weights) -> tuple[Weights, dict[str, Any]]:
-    """The weights, without a common first component if need be, and the shape of their model."""
-    try:
-        return weights, catalog.shape_from_weights(spec, weights.tensors)
-    except KeyError:
-        weights = shortened(weights)
-        return weights, catalog.shape_from_weights(spec, weights.tensors)
+    """The weights, without common components in front as far as needed, and their model's shape."""
+    while True:
+        try:
+            return weights, catalog.shape_from_weights(spec, weights.tensors)
+        except KeyError:
+            longer, weights = weights, shortened(weights)
+            if weights is longer:
+                raise
 
 
 def _agree(where: object, asked: Mapping[str, int | None], stored: Mapping[str, Any]) -> None:

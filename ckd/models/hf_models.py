@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import pickle
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ckd._files import LFS_POINTER, holds_lfs_pointer
 from ckd._hints import require
 from ckd.models.base import (
     Model,
@@ -23,8 +24,9 @@ from ckd.models.base import (
     one_vector_each,
     per_channel,
     probe,
+    reason,
 )
-from ckd.models.hf_processors import measured, stored_normalisation
+from ckd.models.hf_processors import measured, quiet, stored_normalisation
 from ckd.models.preprocessing import Preprocessing
 from ckd.models.spec import Pool, Spec
 from ckd.models.weights import Weights, classes_in, named_as, refuse_misfits
@@ -32,7 +34,7 @@ from ckd.models.weights import Weights, classes_in, named_as, refuse_misfits
 # Errors of transformers and the hub for wrong names, files and settings.
 _ERRORS = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError),
-    SafetensorError,
+    *(SafetensorError, pickle.PickleError, EOFError),
 )
 _CLASSIFIER = "ForImageClassification"
 # Classes that are loaded as they were saved; others by transformers' AutoModel.
@@ -66,7 +68,7 @@ class HFModel(Model):
         else:
             embed.kind = _kind(spec, embed, output, pool)
             if hasattr(network, "get_image_features"):
-                _drop_text(spec, embed, image_size, in_channels)
+                embed.dropped = _drop_text(spec, embed, image_size, in_channels)
         embedding = one_vector_each(spec, probe(spec, embed, image_size, in_channels))
         if head is not None and not agree(head(embedding), output.logits, 1e-4):
             raise ModelError(
@@ -85,6 +87,8 @@ class HFModel(Model):
             flip_channels=preprocessing.flip_channels,
         )
         self.embed, self.head, self.pool = embed.train(), head, embed.kind
+        if any("position" in name for name, _ in network.named_parameters()):
+            self.native_size = _side(getattr(embed.config, "image_size", None))
         self.class_names = () if head is None else _class_names(network.config)
 
     def forward(self, images: Tensor) -> ModelOutput:
@@ -116,6 +120,7 @@ class _Embed(nn.Module):
         # Masked autoencoders sort the patches by noise; `run` passes rising noise, which keeps
         # their order. `create` sets mask_ratio to 0, so that none is dropped.
         self.masks = "noise" in accepted and hasattr(config, "mask_ratio")
+        self.dropped: set[str] = set()  # children of the network that were deleted
         self.extra_tokens = 0  # number of tokens before the patches, where `kind` is "mean"
 
     @property
@@ -170,7 +175,12 @@ def create(
     model are interpolated to another image size.
     """
     transformers = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
+    hub = require("huggingface_hub.errors", extra="hf", purpose=f"the model {spec.text!r}")
     trained = pretrained or weights is not None
+    if spec.name.startswith((".", "/")) and not Path(spec.name).is_dir():
+        raise ModelError(
+            f"{spec.text!r}: transformers could not make the model: there is no folder {spec.name}"
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(spec.name, trust_remote_code=False)
         vision = getattr(config, "vision_config", config)
@@ -191,9 +201,9 @@ def create(
             vision.image_size, vision.num_channels = image_size or native_size, channels
         family = _class_for(spec, transformers, config, num_classes, pool)
         if weights is not None:
-            network, missing = _from_weights(spec, family, config, weights, pool)
+            network, fit = _from_weights(transformers, family, config, weights, pool)
         else:
-            network, missing = _build(spec, family, config, num_classes, pretrained)
+            network, fit = _build(spec, family, config, num_classes, pretrained)
         # Models with position embeddings of one size are run at that size, others at the one that
         # their images are prepared for.
         fixed = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
@@ -202,9 +212,10 @@ def create(
         raise
     except ImportError as error:  # of a package that this one model needs
         raise ImportError(f"{spec.text!r}: {first_line(error)}") from error
-    except _ERRORS as error:
+    except (*_ERRORS, getattr(hub, "StrictDataclassError", OSError)) as error:
         raise ModelError(
-            f"{spec.text!r}: transformers could not make the model: {_reason(spec, error)}"
+            f"{spec.text!r}: transformers could not make the model: "
+            f"{reason(error, Path(spec.name))}"
         ) from error
     model = HFModel(
         spec,
@@ -214,22 +225,33 @@ def create(
         in_channels=channels,
         preprocessing=own.at(size),
     )
-    if model.pool != "pooler":
-        missing = [key for key in missing if ".pooler." not in f".{key}"]
-    if missing:
+    _refuse_unfit(spec, model, fit, weights)
+    return model
+
+
+class _Fit(NamedTuple):
+    """How stored weights fit a network: the names of those that do not."""
+
+    missing: Iterable[str] = ()
+    unexpected: Iterable[str] = ()
+    misshapen: Iterable[str] = ()
+
+
+def _refuse_unfit(spec: Spec, model: HFModel, fit: _Fit, weights: Weights | None) -> None:
+    """Raise ModelError for weights that do not fit the part of the network that the model uses."""
+    missing = [
+        name
+        for name in fit.missing
+        if name.partition(".")[0] not in model.embed.dropped
+        and (model.pool == "pooler" or ".pooler." not in f".{name}")
+    ]
+    if weights is not None:
+        refuse_misfits(weights.path, spec.text, **{**fit._asdict(), "missing": missing})
+    elif missing:
         raise ModelError(
             f"{spec.text!r}: the stored weights lack {len(missing)} of the model's: "
             f"{', '.join(sorted(missing)[:5])}"
         )
-    return model
-
-
-def _reason(spec: Spec, error: Exception) -> str:
-    """The cause of an error, for messages: a Git LFS pointer in the folder, or the error's text."""
-    for file in Path(spec.name).glob("*"):
-        if holds_lfs_pointer(file):
-            return f"{file}: {LFS_POINTER}"
-    return first_line(error)
 
 
 def _class_for(
@@ -253,12 +275,12 @@ def _class_for(
 
 def _build(
     spec: Spec, family: Any, config: Any, num_classes: int | None, pretrained: bool
-) -> tuple[Any, list[str]]:
-    """The network, and the names of its weights that the stored ones lack."""
+) -> tuple[Any, _Fit]:
+    """The network, untrained or with its published weights, and how these fit."""
     if num_classes is not None:
         config.num_labels = num_classes
     if not pretrained:
-        return _untrained(family, config), []
+        return _untrained(family, config), _Fit()
     network, report = family.from_pretrained(
         spec.name,
         config=config,
@@ -267,20 +289,19 @@ def _build(
         output_loading_info=True,
     )
     missing = [
-        key
-        for key in report["missing_keys"]
-        if not (num_classes is not None and key.startswith("classifier."))
+        name
+        for name in report["missing_keys"]
+        if num_classes is None or not name.startswith("classifier.")  # else it is a new one
     ]
-    return network, missing
+    return network, _Fit(missing)
 
 
 def _from_weights(
-    spec: Spec, family: Any, config: Any, weights: Weights, pool: Pool | None
-) -> tuple[Any, list[str]]:
-    """The network with these weights, and as many classes as they have; and the names of the
-    pooling layer's weights, if they are missing.
+    transformers: Any, family: Any, config: Any, weights: Weights, pool: Pool | None
+) -> tuple[Any, _Fit]:
+    """The network with these weights and as many classes as they have, and how they fit.
 
-    Raises ModelError if they do not fit otherwise. With `pool`, a classifier is left out.
+    With `pool`, classifiers among the weights are left out.
     """
     network = _untrained(family, config)
     own = network.state_dict()
@@ -289,25 +310,20 @@ def _from_weights(
         config.num_labels = classes
         network = _untrained(family, config)
     # Not load_state_dict: transformers renames entries of its earlier versions.
-    network, report = type(network).from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(weights.tensors),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    poolers = [name for name in report["missing_keys"] if ".pooler." in f".{name}"]
+    with quiet(transformers):
+        network, report = type(network).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights.tensors),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     unexpected = report["unexpected_keys"]
     if pool is not None:
-        unexpected = [name for name in unexpected if not name.startswith("classifier.")]
-    refuse_misfits(
-        weights.path,
-        spec.text,
-        missing={*report["missing_keys"]} - {*poolers},
-        unexpected=unexpected,
-        misshapen=[name for name, *_ in report["mismatched_keys"]],
-    )
-    return network, poolers
+        heads = [name for name in unexpected if name.partition(".")[0].endswith("classifier")]
+        unexpected = {*unexpected} - {*heads}
+    misshapen = [name for name, *_ in report["mismatched_keys"]]
+    return network, _Fit(report["missing_keys"], unexpected, misshapen)
 
 
 def _untrained(family: Any, config: Any) -> Any:
@@ -394,7 +410,7 @@ def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_chann
     heads = [
         (name, given)
         for name, given, result in _calls(spec, embed, embed.run, image_size, in_channels)
-        if isinstance(result, Tensor) and torch.equal(result, logits)
+        if isinstance(result, Tensor) and _same(result, logits)
     ]
     name, given = heads[-1] if heads else ("", None)
     if not isinstance(given, Tensor) or given.flatten(1).shape != given.shape[:2]:
@@ -407,18 +423,28 @@ def _take_head(spec: Spec, embed: _Embed, output: Any, image_size: int, in_chann
     return None if isinstance(head, nn.Identity) else head  # where num_labels is 0
 
 
-def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> None:
-    """Delete the children of the network that the embedding of images does not call."""
+def _same(result: Tensor, logits: Tensor) -> bool:
+    """Equal, and NaN in the same places."""
+    return torch.equal(result.nan_to_num(), logits.nan_to_num())
+
+
+def _drop_text(spec: Spec, embed: _Embed, image_size: int, in_channels: int) -> set[str]:
+    """Delete the children of the network that the embedding of images does not call; returns
+    their names."""
     used = {name for name, *_ in _calls(spec, embed, embed, image_size, in_channels)}
-    for name in [name for name, _ in embed.network.named_children() if name not in used]:
+    unused = {name for name, _ in embed.network.named_children()} - used
+    for name in unused:
         delattr(embed.network, name)
+    return unused
 
 
 def _class_names(config: Any) -> tuple[str, ...]:
-    """The names of the logits; () for the placeholders LABEL_0, LABEL_1, ..."""
+    """The names of the logits; () for the placeholders LABEL_0, LABEL_1, ..., and if some are
+    missing."""
     labels = config.id2label or {}
     names = tuple(str(labels[label]) for label in sorted(labels))
-    return () if names[:1] == ("LABEL_0",) else names
+    placeholders = tuple(f"LABEL_{label}" for label in range(len(names)))
+    return () if names == placeholders or {*labels} != {*range(len(names))} else names
 
 
 def _side(size: Any) -> Any:

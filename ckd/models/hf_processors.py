@@ -33,7 +33,7 @@ def measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
         return Preprocessing(native_size, (0.5,), (0.5,))
     auto = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
     try:
-        with _quiet(auto):
+        with quiet(auto):
             processor = auto.AutoImageProcessor.from_pretrained(spec.name, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
@@ -63,7 +63,7 @@ def measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
         return pixels[0]
 
     try:
-        own = measure(process, channels, _edges(processor))
+        own = measure(process, channels, _edges(processor), half_even=False)
     except Unsupported as error:
         raise ModelError(
             f"{spec.text!r}: the preprocessing of {type(processor).__name__} cannot be repeated: "
@@ -94,11 +94,9 @@ def stored_normalisation(spec: Spec, native_size: int) -> Preprocessing:
 
 def _settings(spec: Spec) -> dict[str, Any] | None:
     """The content of preprocessor_config.json, or None if there is no such file."""
-    module = require(
-        "transformers.image_processing_base", extra="hf", purpose=f"the model {spec.text!r}"
-    )
+    transformers = require("transformers", extra="hf", purpose=f"the model {spec.text!r}")
     try:
-        settings, _ = module.ImageProcessingMixin.get_image_processor_dict(spec.name)
+        settings, _ = transformers.ImageProcessingMixin.get_image_processor_dict(spec.name)
     except OSError as error:
         file = Path(spec.name) / "preprocessor_config.json"
         if file.is_file():
@@ -110,8 +108,8 @@ def _settings(spec: Spec) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the hint that images are processed faster with torchvision."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the hints and reports that transformers prints."""
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     logging.set_verbosity_error()

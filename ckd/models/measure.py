@@ -39,6 +39,7 @@ def flops_per_image(model: Model) -> int:
 def weights_hash(model: nn.Module) -> str:
     """sha256 (hex) over name, dtype, shape and bytes of every entry of the state dict, by name."""
     digest = hashlib.sha256()
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

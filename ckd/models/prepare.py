@@ -9,13 +9,14 @@ from ckd.models.base import Model, ModelError
 
 
 def prepare(model: Model, images: Tensor) -> Tensor:
-    """Resize images, match the model's channels, and normalise: float32 for `model.forward`.
+    """Resize images, match the model's channels, and normalise, for `model.forward`.
 
     `images` are uint8 [B, C, H, W] on the model's device; the result is
-    [B, in_channels, image_size, image_size]. Resize, crop, order of channels, mean and std are
-    those of the model's own library; models of this package resize bicubically, antialiased, and
-    do not keep the aspect ratio. Gray images are repeated over the model's channels. Raises
-    ModelError for other differences in channels.
+    [B, in_channels, image_size, image_size] in the dtype of the model's mean (float32, unless the
+    model was converted). Resize, crop, order of channels, mean and std are those of the model's
+    own library; models of this package resize bicubically, antialiased, and do not keep the aspect
+    ratio. Gray images are repeated over the model's channels. Raises ModelError for other
+    differences in channels.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise ModelError(
@@ -34,4 +35,5 @@ def prepare(model: Model, images: Tensor) -> Tensor:
     if channels == model.in_channels and model.channel_mean.dtype == x.dtype:
         return x.div_(255).sub_(model.channel_mean).div_(model.channel_std)
     # Not in place: broadcasts gray over the channels, and mean and std may have another dtype.
-    return x.div(255).sub(model.channel_mean).div_(model.channel_std)
+    x = x.div(255).sub(model.channel_mean).div_(model.channel_std)
+    return x.to(model.channel_mean.dtype)

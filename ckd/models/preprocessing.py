@@ -107,12 +107,17 @@ class Unsupported(CkdError, ValueError):
 
 
 def measure(
-    process: Callable[[np.ndarray], np.ndarray], channels: int, edges: Iterable[int]
+    process: Callable[[np.ndarray], np.ndarray],
+    channels: int,
+    edges: Iterable[int],
+    *,
+    half_even: bool,
 ) -> Preprocessing:
     """The Preprocessing that is equal to `process`, a function from uint8 [H, W, C] to [C, S, S].
 
-    edges: lengths that the resize may have; the size of the output is always tried. Raises
-    Unsupported if no resize agrees, to one of 255 levels in the mean, on images of four sizes.
+    edges: lengths that the resize may have; the size of the output is always tried. half_even: the
+    library's rounding in crops, which few images would show. Raises Unsupported if no resize
+    agrees, to one of 255 levels in the mean, on images of four sizes.
     """
     black, *colours = (_centre(process(image)) for image in _constant_images(channels))
     if black.shape != (channels,):
@@ -140,9 +145,14 @@ def measure(
         ours = resize(_planes(images[number]), image_size)[0].numpy()
         return float(np.abs(ours - levels[number]).mean())
 
-    # Chosen on the second image, since it is the cheapest of those that are not square.
-    best = min(_candidates(image_size, edges), key=lambda resize: error(resize, 1))
-    worst = max(error(best, number) for number in range(len(images)))
+    def worst_error(resize: Resize) -> float:
+        return max(error(resize, number) for number in range(len(images)))
+
+    # Most are ruled out by the second image, the cheapest of those that are not square.
+    errors = {resize: error(resize, 1) for resize in _candidates(image_size, edges, half_even)}
+    close = [resize for resize in errors if errors[resize] <= min(errors.values()) + 0.5]
+    best = min(close, key=worst_error)
+    worst = worst_error(best)
     if worst > _TOLERANCE_LEVELS:
         raise Unsupported(
             "no bicubic, bilinear or nearest resize with a centre crop gives the same pixels "
@@ -159,11 +169,11 @@ def _nearest(length: int, target: int) -> Tensor:
     return torch.from_numpy(np.add.accumulate(steps).astype(np.int64))
 
 
-def _candidates(image_size: int, edges: Iterable[int]) -> Iterator[Resize]:
-    tried, flags = sorted({image_size, *(e for e in edges if e >= image_size)}), (False, True)
-    # The first of equally good ones is chosen, so the simplest comes first.
-    for edge, half_even, keep_aspect, mode in product(tried, flags, flags, get_args(Filter)):
-        yield Resize(None if edge == image_size else edge, keep_aspect, mode, half_even)
+def _candidates(image_size: int, edges: Iterable[int], half_even: bool) -> Iterator[Resize]:
+    tried = sorted({image_size, *(edge for edge in edges if edge >= image_size)})
+    # The first of equal ones is chosen, so the simplest comes first.
+    for edge, aspect, mode in product(tried, (False, True), get_args(Filter)):
+        yield Resize(None if edge == image_size else edge, aspect, mode, half_even)
 
 
 def _constant_images(channels: int) -> Iterator[np.ndarray]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from ckd.models.base import (
     per_channel,
     probe,
     random_images,
+    reason,
 )
 from ckd.models.preprocessing import Preprocessing, Unsupported, measure
 from ckd.models.spec import Pool, Spec
@@ -198,7 +199,8 @@ def create(
         raise
     except _ERRORS as error:
         raise ModelError(
-            f"{spec.text!r}: timm could not make the model: {first_line(error)}"
+            f"{spec.text!r}: timm could not make the model: "
+            f"{reason(error, Path(spec.name.removeprefix('local-dir:')))}"
         ) from error
     if image_size is None and height != width:
         raise ModelError(
@@ -206,7 +208,7 @@ def create(
             "ones; choose an image_size"
         )
     if pretrained or weights:
-        own = _measured(spec, network, channels).at(size)
+        own = _measured(spec, network, size, channels)
     else:  # a student: its training decides on the rest
         mean, std = (tuple(config.get(name, (0.5,))) for name in ("mean", "std"))
         own = Preprocessing(size, mean, std)
@@ -216,38 +218,40 @@ def create(
     if weights is None and num_classes not in (None, model.num_classes):
         raise ModelError(f"{spec.text!r} has {model.num_classes} classes whatever num_classes is")
     if pretrained and num_classes is None and model.num_classes:
-        model.class_names, *others = _class_names(network) or ((),)
+        published = not {":", "/"} & set(spec.name)
+        model.class_names, *others = _class_names(network, published) or ((),)
         model.other_class_names = tuple(others)
     return model
 
 
-def _measured(spec: Spec, network: Any, channels: int) -> Preprocessing:
-    """The preprocessing of timm's own transform for evaluation."""
+def _measured(spec: Spec, network: Any, size: int, channels: int) -> Preprocessing:
+    """The preprocessing of timm's own transform for evaluation at this image size."""
     data = require("timm.data", extra="timm", purpose=f"the model {spec.text!r}")
-    config = data.resolve_data_config({}, model=network)
-    transform = data.create_transform(**config, is_training=False)
-
-    def process(image: np.ndarray) -> np.ndarray:
-        photo = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        return transform(photo).numpy()
-
-    edge = math.floor(config["input_size"][-1] / config["crop_pct"])
+    config = data.resolve_data_config({"img_size": size}, model=network)
     try:
-        return measure(process, channels, [edge])
-    except Unsupported as error:
+        transform = data.create_transform(**config, is_training=False)
+        return measure(
+            lambda image: transform(Image.fromarray(image.squeeze())).numpy(),
+            channels,
+            [math.floor(size / config["crop_pct"])],
+            half_even=True,
+        )
+    except (Unsupported, *_ERRORS) as error:
         raise ModelError(
-            f"{spec.text!r}: timm's preprocessing of this model cannot be repeated: {error}"
+            f"{spec.text!r}: timm's preprocessing of this model cannot be repeated: "
+            f"{first_line(error)}"
         ) from error
 
 
-def _class_names(network: Any) -> list[tuple[str, ...]]:
+def _class_names(network: Any, published: bool) -> list[tuple[str, ...]]:
     """The names of a pretrained network's classes: descriptions, then labels (WordNet ids)."""
     config, classes = network.pretrained_cfg or {}, network.num_classes
     labels = config.get("label_names") or ()
     described = config.get("label_descriptions") or {}
     found = [tuple(described.get(label, label) for label in labels), tuple(labels)]
     data = require("timm.data", extra="timm", purpose="the names of ImageNet's classes")
-    if not labels and (subset := data.infer_imagenet_subset(network)):
+    # timm knows ImageNet's subsets by their number of classes, which others' weights may have too.
+    if published and not labels and (subset := data.infer_imagenet_subset(network)):
         info = data.ImageNetInfo(subset)
         found = [
             tuple(info.index_to_description(label) for label in range(info.num_classes())),

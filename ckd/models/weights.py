@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import datetime
 import pathlib
 import pickle
 import struct
@@ -24,9 +26,9 @@ from ckd.models.spec import ModelError
 
 # Under one of these a training checkpoint has its state dict. The average of the weights comes
 # first, as in timm: it is what its author evaluates.
-_WRAPPERS = ("state_dict_ema", "state_dict", "model", "net")
+_WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net", "module")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, torch.compile
-_numpy_scalar = np.float64(0).__reduce__()[0]
+_numpy_scalar, _numpy_array = (x.__reduce__()[0] for x in (np.float64(0), np.empty(0)))
 # Types that training code stores beside tensors, and that run no code when they are unpickled.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -34,10 +36,14 @@ _HARMLESS: list[Any] = [
     collections.defaultdict,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
+    set,
+    *(datetime.date, datetime.datetime, datetime.timedelta),
+    np.ndarray,
     (np.dtype, "numpy.dtype"),
     *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdSU"),
-    # The function that unpickles numpy's scalars, by its names in numpy 2 and numpy 1.
+    # The functions that unpickle numpy's scalars and arrays, by their names in numpy 2 and numpy 1.
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+    *((_numpy_array, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
 ]
 # Errors of safetensors and torch.load on damaged or foreign files.
 _DAMAGE = (
@@ -114,14 +120,16 @@ def refuse_misfits(
 
 
 def named_as(own: Iterable[str], weights: Weights) -> Weights:
-    """`weights` without the first component of their names, if all share it and need to lose it.
+    """`weights` without the components in front that all their names share, as far as needed for
+    one of them to be a name in `own`; unchanged if that does not help.
 
-    Training code often saves a module that holds the network: `model.conv1.weight`. The component
-    goes if no name is one of `own` with it, and at least one is without it.
+    Training code often saves a module that holds the network: `model.conv1.weight`.
     """
-    own, short = set(own), shortened(weights)
-    if own & weights.tensors.keys() or not own & short.tensors.keys():
-        return weights
+    own, short = set(own), weights
+    while not own & short.tensors.keys():
+        longer, short = short, shortened(short)
+        if short is longer:
+            return weights
     return short
 
 
@@ -169,8 +177,19 @@ def _torch_load(path: Path) -> Any:
         # lets the file run any code.
         raise ModelError(
             f"{path} cannot be read by torch.load with weights_only=True"
-            + (likely_cause(path) or "; it is damaged, or no state dict: save model.state_dict()")
+            f"{likely_cause(path) or _foreign_objects(path)}"
         ) from error
+
+
+def _foreign_objects(path: Path) -> str:
+    """The end of a message: the objects in a file of torch.save that are not read, if any."""
+    with torch.serialization.safe_globals(_HARMLESS), contextlib.suppress(*_DAMAGE):
+        if found := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            return (
+                f": it holds objects of {', '.join(sorted(found)[:4])}, whose code could do "
+                "anything; save model.state_dict() alone"
+            )
+    return "; it is damaged, or no state dict: save model.state_dict()"
 
 
 def likely_cause(path: Path) -> str:
@@ -199,7 +218,10 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise ModelError(f"{path} does not hold a state dict (names to tensors)")
+        found = (
+            f", but {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
+        )
+        raise ModelError(f"{path} does not hold a state dict (names to tensors){found}")
     for name, tensor in content.items():
         strided = tensor.layout == torch.strided and not tensor.is_nested
         if not strided or tensor.is_complex() or tensor.is_quantized:
@@ -209,6 +231,8 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
             )
         if tensor.is_meta:
             raise ModelError(f"{path}: {name} has a shape but no values (device meta)")
+    if any(name.startswith("module.") for name in content):
+        content.pop("n_averaged", None)  # of torch's AveragedModel
     while content and all(name.startswith(_PREFIXES) for name in content):
         content = {name.partition(".")[2]: tensor for name, tensor in content.items()}
     return content

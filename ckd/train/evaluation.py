@@ -108,24 +108,23 @@ def logit_order(
                 f"--teacher-classes {config.teacher_classes} has {len(theirs)} names, {source} "
                 f"tells {model.num_classes} classes apart"
             )
-    remedy = "give their names in the words of the data with --teacher-classes FILE"
-    if theirs == ours:
-        return None
-    if not (models.are_named(theirs) and models.are_named(ours)):
-        unnamed = source if models.are_named(ours) else dataset.name
-        warnings.warn(
-            f"{unnamed} does not name its classes: those of {source} are taken to be in the order "
-            f"of {dataset.name}, {few(ours)}; if they are not, {remedy}",
-            stacklevel=2,
-        )
-        return None
     order = models.class_order((theirs, *others), ours)
-    if order is None:
+    if order is not None:
+        same = order == list(range(len(order)))
+        return None if same else torch.tensor(order, device=device)
+    remedy = "give their names in the words of the data with --teacher-classes FILE"
+    if config.teacher_classes or (models.are_named(theirs) and models.are_named(ours)):
         raise ConfigError(
             f"the classes of {source} ({few(theirs)}) are not those of {dataset.name} "
             f"({few(ours)}); if only the names differ, {remedy}"
         )
-    return torch.tensor(order, device=device)
+    unnamed = source if models.are_named(ours) else dataset.name
+    warnings.warn(
+        f"{unnamed} does not name its classes: those of {source} are taken to be in the order "
+        f"of {dataset.name}, {few(ours)}; if they are not, {remedy}",
+        stacklevel=2,
+    )
+    return None
 
 
 def few(names: Sequence[str]) -> str:
