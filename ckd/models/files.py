@@ -98,11 +98,11 @@ def load(
     sizes are read from the source; a size that is passed must agree. `pool` is that of `create`.
 
     `weights` is a state dict as .safetensors, or a file that torch.load reads with
-    weights_only=True (besides tensors it may hold argparse.Namespace, numpy scalars and paths),
-    alone or in a checkpoint under state_dict_ema, state_dict, model or net (the first of these).
-    The names are those of the network itself: those that timm or transformers give it, or the
-    built-in model's; prefixes `module.` and `_orig_mod.` are removed. The number of classes is
-    that of the stored classifier.
+    weights_only=True, alone or in a training checkpoint (docs/teachers.md lists the wrappers and
+    other content that are known). The names are those of the network itself: those that timm or
+    transformers give it, or the built-in model's; prefixes `module.` and `_orig_mod.`, and
+    components in front that all names share, are removed. The number of classes is that of the
+    stored classifier.
 
     Raises ModelError that names the file and the missing, unexpected or misshapen entries, or says
     why the model cannot be a teacher (see `check_teacher`).
