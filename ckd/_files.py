@@ -23,9 +23,13 @@ LFS_POINTER = "it is a Git LFS pointer, not the file itself: fetch the file with
 def user_path(path: str | os.PathLike[str]) -> Path:
     """`path` with a leading `~` or `~user` replaced by the home folder, as a shell does it.
 
-    A shell leaves `--out=~/x` as it is, and Python never expands it.
+    A shell leaves `--out=~/x` as it is, and Python never expands it. Raises FileNotFoundError for
+    a user who does not exist; a file whose name begins so is `./~name`.
     """
-    return Path(os.path.expanduser(path))
+    expanded = os.path.expanduser(path)
+    if os.fsdecode(expanded).startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder", os.fspath(path))
+    return Path(expanded)
 
 
 def is_lfs_pointer(start: bytes) -> bool:

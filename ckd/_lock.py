@@ -106,11 +106,15 @@ def _owner(file: Path) -> str:
 
 
 def _machine() -> str:
-    """Where this process's id is unique: the host and, on Linux, the PID namespace (container)."""
-    namespace = ""
+    """Where a process id is unique: the host, and on Linux its boot and the pid namespace.
+
+    Machines may share a host name, and each has the same name for its first namespace.
+    """
+    place = socket.gethostname()
     with contextlib.suppress(OSError):
-        namespace = f", {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname() + namespace
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        place += f", boot {boot}, {os.readlink('/proc/self/ns/pid')}"
+    return place
 
 
 def _remove_stale(file: Path) -> bool:

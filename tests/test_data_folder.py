@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ckd.data import MemoryImages, load
+from ckd.data import DataError, MemoryImages, load
 from ckd.data.decode import fit
 from tests.image_files import encoded, pixels, write_images, write_layout
 
@@ -358,3 +358,41 @@ def test_animated_and_transparent_images(tmp_path: Path) -> None:
     for image in images[:3]:
         assert image[:, 0, 0].tolist() == [10, 20, 30]
     assert images[4].unique().tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train/train", "test/test"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("training_set/training_set", "test_set/test_set"),
+    ],
+)
+def test_split_folders_that_hold_themselves(tmp_path: Path, train: str, test: str) -> None:
+    classes = ("cat", "dog")
+    write_layout(tmp_path, *(f"{split}/{c}" for split in (train, test) for c in classes))
+    for split in ("train", "test"):
+        with pytest.warns(UserWarning, match="is read: it is all that"):
+            data = load(tmp_path, split)
+        assert (len(data), data.class_names) == (4, classes)
+
+
+@pytest.mark.filterwarnings("ignore:.* is read")
+@pytest.mark.parametrize("folders", [("train", "test1"), ("train/train", "test1/test1")])
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path, folders) -> None:
+    write_layout(tmp_path, *folders)
+    with pytest.raises(DataError, match="holds no class folders"):
+        load(tmp_path)
+
+
+def test_a_test_folder_without_labels_gives_way_to_validation(tmp_path: Path) -> None:
+    write_layout(tmp_path, "train/cat", "train/dog", "val/cat", "val/dog", "test")
+    with pytest.warns(UserWarning, match="test holds no class folders and is passed over"):
+        data = load(tmp_path, "test")
+    assert (len(data), data.class_names) == (4, ("cat", "dog"))
+
+
+def test_a_folder_named_after_both_splits_is_held_out_from(tmp_path: Path) -> None:
+    write_layout(tmp_path / "train_val_images", "cat", "dog")
+    data = load(tmp_path / "train_val_images", holdout=0.0)
+    assert (len(data), data.class_names) == (4, ("cat", "dog"))

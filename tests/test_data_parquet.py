@@ -223,3 +223,29 @@ def test_copies_of_rows_are_counted_and_named(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train.parquet", [*rows, rows[1]], [0, 1, 0, 1])
     with pytest.warns(UserWarning, match=rf"1 of 4 .*{file}, row 3 of {file}, row 1"):
         load(tmp_path)
+
+
+def shards(folder: Path, *names: str, labels: tuple[int, int] = (0, 1)) -> Path:
+    """Two rows in each of these files, all different."""
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_parquet(folder / name, [encoded(i) for i in pixels(2, seed=seed)], list(labels))
+    return folder
+
+
+def test_missing_shards_and_shards_of_two_versions_are_refused(tmp_path: Path) -> None:
+    whole = ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
+    assert len(load(shards(tmp_path / "a", *whole))) == 4
+    with pytest.raises(DataError, match=r"lacks 1 of the 3 files train-\*, the first is number 1"):
+        load(shards(tmp_path / "b", "train-00000-of-00003.parquet", "train-00002-of-00003.parquet"))
+    with pytest.raises(DataError, match=r"train-\* of 1 and of 2"):
+        load(shards(tmp_path / "c", *whole, "train-00000-of-00001.parquet"))
+
+
+def test_test_rows_without_labels_give_way_to_validation(tmp_path: Path) -> None:
+    """As in ImageNet: the labels of the test rows are -1."""
+    shards(tmp_path / "data", "train-00000-of-00001.parquet", "validation-00000-of-00001.parquet")
+    shards(tmp_path / "data", "test-00000-of-00001.parquet", labels=(-1, -1))
+    with pytest.warns(UserWarning, match="test files have no labels.*validation is read"):
+        data = load(tmp_path, "test")
+    assert data.labels.tolist() == [0, 1]

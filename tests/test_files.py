@@ -92,3 +92,8 @@ def test_a_sync_of_a_folder_that_failed_is_raised(tmp_path, monkeypatch, number)
 def test_a_bank_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch):
     fail_on_folders(monkeypatch, "fsync", errno.EINVAL)
     assert len(write_bank(tmp_path / "bank")) == 50
+
+
+def test_a_user_who_does_not_exist_has_no_folder() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no home folder.*~no-such-user/x"):
+        _files.user_path("~no-such-user/x")

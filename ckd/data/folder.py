@@ -26,10 +26,12 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
     With split folders (root/train/rose/1.jpg, root/val/rose/2.jpg) the class names are those of
     the training folder; without (root/rose/1.jpg) the images are divided by
     `splits.holdout_positions`. If `root` holds a single folder with the split folders in it, that
-    folder takes its place.
+    folder takes its place. A test folder without class folders is passed over if there is a
+    validation folder.
     """
     root = _root_of_splits(root)
-    folders = _split_folders(root)
+    folders = {name: _unwrapped(folder) for name, folder in _split_folders(root).items()}
+    folders = _with_classes(folders)
     chosen = splits.choose(folders, split, root)
     other = splits.choose(folders, "train" if split == "test" else "test", root)
     if chosen is None and other is not None:
@@ -102,7 +104,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     of the vehicles car/, bus/ and train/, all three are classes. Folders whose name has a split's
     name as one of several words are splits if they differ in that word alone (train_images/ and
     test_images/), or if there are no other folders and all have a class folder of one name in
-    common: bullet-train/ and test tube/ are classes.
+    common, or one of them is called like a split: bullet-train/ and test tube/ are classes.
     """
     folders = walk.subfolders(root)
     groups: dict[str, list[tuple[str, Path]]] = {}
@@ -111,6 +113,9 @@ def _split_folders(root: Path) -> dict[str, Path]:
         if name is not None:
             groups.setdefault(rest, []).append((name, folder))
     exact = groups.pop("*", [])
+    every = [*exact, *(pair for group in groups.values() for pair in group)]
+    if exact and len(every) == len(folders) and _both(every):
+        return _unique(root, every)
     if len(exact) < len(folders):
         exact = [(name, folder) for name, folder in exact if walk.subfolders(folder)]
     if _both(exact):
@@ -123,6 +128,29 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if len(every) == len(folders) > 0 and set.intersection(*inner):
         return _unique(root, every)
     return _unique(root, exact)
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The split folder, or the folder of the same split that is all it holds: train/train/cat/."""
+    split = splits.name_and_rest(folder.name)
+    inner = walk.subfolders(folder)
+    while len(inner) == 1 and splits.name_and_rest(inner[0].name) == split:
+        warnings.warn(f"{inner[0]} is read: it is all that {folder} holds", stacklevel=5)
+        folder = inner[0]
+        inner = walk.subfolders(folder)
+    return folder
+
+
+def _with_classes(folders: dict[str, Path]) -> dict[str, Path]:
+    """The split folders without those for testing that hold no class folders, if others do:
+    contests publish their test images without labels."""
+    tests = [name for group in splits.NAMES_ON_DISK["test"] for name in group if name in folders]
+    bare = [name for name in tests if not walk.subfolders(folders[name])]
+    if len(bare) in (0, len(tests)):
+        return folders
+    for name in bare:
+        warnings.warn(f"{folders[name]} holds no class folders and is passed over", stacklevel=5)
+    return {name: folder for name, folder in folders.items() if name not in bare}
 
 
 def _both(group: Sequence[tuple[str, Path]]) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +59,9 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
                 "data set have; pass one of the folders, or put all files into one folder if they "
                 "are parts of one data set"
             )
-    every = [_ParquetFile(file) for files in names.values() for file in files]
+    for paths in names.values():
+        _check_shards(paths)
+    every = [_ParquetFile(file) for paths in names.values() for file in paths]
     if None in names:
         whole = ParquetImages(every, _class_names(every))
         return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
@@ -69,7 +73,36 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
             + ("pass the folder that holds all splits" if path.is_file() else "add its files")
         )
     files = [file for file in every if file.path in names[chosen]]
+    others = [name for name in names if name not in (None, chosen)]
+    validation = splits.choose([name for name in others if name], split, path)
+    if validation and all((file.labels < 0).all() for file in files):
+        warnings.warn(
+            f"{path}: the {chosen} files have no labels (all are negative): {validation} is read",
+            stacklevel=4,
+        )
+        files = [file for file in every if file.path in names[validation]]
     return ParquetImages(files, _class_names(every))
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """DataError unless files that are numbered (train-00000-of-00004.parquet) are all there."""
+    shards: dict[tuple[Path, str], dict[int, set[int]]] = {}
+    for file in files:
+        if found := re.fullmatch(r"(.*?)(\d+)-of-(\d+).*", file.stem):
+            totals = shards.setdefault((file.parent, found[1]), {})
+            totals.setdefault(int(found[3]), set()).add(int(found[2]))
+    for (folder, stem), totals in shards.items():
+        if len(totals) > 1:
+            raise DataError(
+                f"{folder} has files {stem}* of {' and of '.join(map(str, sorted(totals)))}, "
+                "as two versions of a data set have; remove one"
+            )
+        ((total, numbers),) = totals.items()
+        if missing := sorted({*range(total)} - numbers):
+            raise DataError(
+                f"{folder} lacks {len(missing)} of the {total} files {stem}*, the first is number "
+                f"{missing[0]}; finish the download"
+            )
 
 
 def _place(folder: Path, name: str | None) -> str:

@@ -28,10 +28,17 @@ def name_in(path: str) -> str | None:
 
 
 def name_and_rest(path: str) -> tuple[str | None, str]:
-    """The last word that is a split's name, and the path with * in its place, in lower case."""
+    """The last word that is a split's name, and the path with * in its place, in lower case.
+
+    None for the word if its folder or file is named after both splits (train_val_images).
+    """
     path = path.lower()
     for word in reversed(list(re.finditer("[a-z]+", path))):
         if word[0] in ALL_NAMES:
+            start, end = path.rfind("/", 0, word.start()) + 1, path.find("/", word.end())
+            words = {*re.findall("[a-z]+", path[start : None if end < 0 else end])}
+            if all(words & {*sum(groups, ())} for groups in NAMES_ON_DISK.values()):
+                return None, path
             return word[0], f"{path[: word.start()]}*{path[word.end() :]}"
     return None, path
 

@@ -132,6 +132,8 @@ def _function(op: Op, formula: Formula) -> type[torch.autograd.Function]:
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
             # One call after another. The rule that torch generates fails an assertion in jvp.
+            if info.batch_size == 0:
+                raise ValueError(f"ckd::{op.name}: vmap needs a dimension of at least 1, got 0")
             columns = [
                 [x] * info.batch_size if dim is None else x.unbind(dim)
                 for x, dim in zip(arguments, in_dims)
