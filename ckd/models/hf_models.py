@@ -200,10 +200,11 @@ def create(
             own = stored_normalisation(spec, native_size)
             vision.image_size, vision.num_channels = image_size or native_size, channels
         family = _class_for(spec, transformers, config, num_classes, pool)
-        if weights is not None:
-            network, fit = _from_weights(transformers, family, config, weights, pool)
-        else:
-            network, fit = _build(spec, family, config, num_classes, pretrained)
+        with quiet(transformers):  # `_refuse_unfit` tells what matters of its report
+            if weights is not None:
+                network, fit = _from_weights(family, config, weights, pool)
+            else:
+                network, fit = _build(spec, family, config, num_classes, pretrained)
         # Models with position embeddings of one size are run at that size, others at the one that
         # their images are prepared for.
         fixed = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
@@ -297,7 +298,7 @@ def _build(
 
 
 def _from_weights(
-    transformers: Any, family: Any, config: Any, weights: Weights, pool: Pool | None
+    family: Any, config: Any, weights: Weights, pool: Pool | None
 ) -> tuple[Any, _Fit]:
     """The network with these weights and as many classes as they have, and how they fit.
 
@@ -310,14 +311,13 @@ def _from_weights(
         config.num_labels = classes
         network = _untrained(family, config)
     # Not load_state_dict: transformers renames entries of its earlier versions.
-    with quiet(transformers):
-        network, report = type(network).from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(weights.tensors),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    network, report = type(network).from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(weights.tensors),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
     unexpected = report["unexpected_keys"]
     if pool is not None:
         heads = [name for name in unexpected if name.partition(".")[0].endswith("classifier")]
