@@ -86,6 +86,20 @@ def test_teacher_kd_contrasts_with_the_teachers_embeddings_of_the_batch(tmp_path
     assert loss == pytest.approx(terms["cross_entropy"] + 0.5 * expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [3e-6, 1e6])
+def test_teacher_kd_keeps_embeddings_that_float16_cannot_hold(tmp_path, scale):
+    setting = Setting(tmp_path, method="teacher-kd")
+    bank = scale * setting.teacher.embedding.float()
+    setting.method.teacher = lambda images: ModelOutput(bank, None)
+    loss = setting.method.contrastive
+    torch.nn.init.zeros_(loss.bias)  # beside it, small embeddings would not matter
+    _, terms = setting.loss()
+    u = F.normalize(setting.output.embedding.detach().double(), dim=1)
+    z = bank.double() @ loss.weight.detach().double().t() + loss.bias.detach().double()
+    expected = F.cross_entropy(14.2857 * u @ F.normalize(z, dim=1).t(), torch.arange(4)).item()
+    assert terms["contrastive"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_embed_kd_contrasts_with_the_class_centroids(tmp_path):
     setting = Setting(tmp_path, method="embed-kd", targets="centroids")
     centroids = EmbeddingBank.open(setting.config.bank).centroids().double()

@@ -165,7 +165,7 @@ class TeacherKD(ContrastiveMethod):
         return method
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
-        bank = self.teacher(images).embedding.half()
+        bank = half_if_accurate(self.teacher(images).embedding)
         own_row = torch.arange(len(bank), device=bank.device)
         return {"contrastive": self.contrastive(output.embedding, bank, own_row)}
 
