@@ -141,6 +141,42 @@ def test_a_tilde_in_the_folders_name_is_the_home_folder(classifier, tmp_path, mo
     assert load("hf:~/mine").num_classes == 5
 
 
+def test_a_model_at_another_size_than_its_position_embeddings_is_not_saved(
+    classifier, tmp_path: Path
+) -> None:
+    spec = store(classifier, tmp_path)
+    with pytest.raises(ModelError, match="run at 24 pixels, with position embeddings of its 16"):
+        save(load(spec, image_size=24), tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
+    save(load(spec), tmp_path / "m.safetensors")
+    assert load(tmp_path / "m.safetensors").num_classes == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"", "damaged"),
+        (b"junk", "could not make"),
+    ],
+)
+def test_damaged_weights_in_a_folder(classifier, content, told, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ModelError, match=told) as error:
+        load(spec)
+    assert "weights_only=False" not in str(error.value)
+
+
+def test_a_configuration_of_wrong_types_is_refused(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "16"}))
+    with pytest.raises(ModelError, match="transformers could not make the model"):
+        load(spec)
+
+
 def test_half_precision_weights_are_computed_in_single(classifier, tmp_path: Path) -> None:
     model = load(store(classifier.half(), tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

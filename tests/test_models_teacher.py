@@ -67,12 +67,9 @@ def test_an_embedding_that_is_not_finite_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_fault(dtype: torch.dtype, tmp_path: Path) -> None:
-    build_bank(
-        data.load("digits"),
-        Teacher(lambda x: x).to(dtype),
-        tmp_path / "bank",
-        progress=False,
-    )
+    dataset, teacher = data.load("digits"), Teacher(lambda x: x).to(dtype)
+    bank = build_bank(dataset, teacher, tmp_path / "bank", progress=False)
+    assert torch.equal(bank.sample_ids, dataset.sample_ids)
 
 
 def test_a_saved_model_keeps_its_preprocessing(tmp_path: Path) -> None:

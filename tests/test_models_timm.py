@@ -198,11 +198,12 @@ def folder(tmp_path_factory) -> str:
     return f"timm:local-dir:{path}"
 
 
-def test_preprocessing_is_timms_own_transform(folder: str) -> None:
-    model = load(folder)
-    assert model.image_size == 32
-    assert (model.resize.edge, model.resize.filter) == (36, "bilinear")
-    config = timm.data.resolve_data_config({}, model=model.embed.network)
+@pytest.mark.parametrize(("image_size", "edge"), [(None, 36), (44, 50)])
+def test_preprocessing_is_timms_own_transform(folder: str, image_size, edge: int) -> None:
+    model = load(folder, image_size=image_size)
+    assert model.image_size == (image_size or 32)
+    assert (model.resize.edge, model.resize.filter) == (edge, "bilinear")
+    config = timm.data.resolve_data_config({"img_size": image_size}, model=model.embed.network)
     transform = timm.data.create_transform(**config, is_training=False)
     for size in ((32, 32), (70, 51), (200, 301)):
         pixels = smooth_images(size)

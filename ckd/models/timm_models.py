@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ckd._hints import require, unknown
@@ -28,13 +26,8 @@ from ckd.models.base import (
 )
 from ckd.models.preprocessing import Preprocessing, Unsupported, measure
 from ckd.models.spec import Pool, Spec
-from ckd.models.weights import Weights, classes_in, fill, named_as
+from ckd.models.weights import DAMAGE, Weights, classes_in, fill, named_as
 
-# What timm raises for sizes, files and configurations that do not fit; it has no error of its own.
-_ERRORS = (
-    *(RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(ArithmeticError, pickle.PickleError, SafetensorError),
-)
 _TOLERANCE = 1e-4  # of logits, relative to the length of their row, for rounding
 
 
@@ -174,7 +167,8 @@ def create(
     if pool is not None:
         raise ModelError(f"{spec.text!r} pools as timm says; pool={pool!r} is for hf: models")
     # Names with a colon or slash are addresses on the hub, which only timm itself can look up.
-    if not {":", "/"} & set(spec.name) and not timm.is_model(spec.name):
+    registered = not {":", "/"} & set(spec.name)
+    if registered and not timm.is_model(spec.name):
         near = difflib.get_close_matches(spec.name, timm.list_models(), n=8, cutoff=0.3)
         raise ModelError(unknown("timm model", spec.name, near))
     options: dict[str, Any] = {"pretrained": pretrained}
@@ -197,7 +191,7 @@ def create(
             fill(network, weights, spec.text)
     except ModelError:
         raise
-    except _ERRORS as error:
+    except DAMAGE as error:
         raise ModelError(
             f"{spec.text!r}: timm could not make the model: "
             f"{reason(error, Path(spec.name.removeprefix('local-dir:')))}"
@@ -218,8 +212,7 @@ def create(
     if weights is None and num_classes not in (None, model.num_classes):
         raise ModelError(f"{spec.text!r} has {model.num_classes} classes whatever num_classes is")
     if pretrained and num_classes is None and model.num_classes:
-        published = not {":", "/"} & set(spec.name)
-        model.class_names, *others = _class_names(network, published) or ((),)
+        model.class_names, *others = _class_names(network, registered) or ((),)
         model.other_class_names = tuple(others)
     return model
 
@@ -236,22 +229,25 @@ def _measured(spec: Spec, network: Any, size: int, channels: int) -> Preprocessi
             [math.floor(size / config["crop_pct"])],
             half_even=True,
         )
-    except (Unsupported, *_ERRORS) as error:
+    except (Unsupported, *DAMAGE) as error:
         raise ModelError(
             f"{spec.text!r}: timm's preprocessing of this model cannot be repeated: "
             f"{first_line(error)}"
         ) from error
 
 
-def _class_names(network: Any, published: bool) -> list[tuple[str, ...]]:
-    """The names of a pretrained network's classes: descriptions, then labels (WordNet ids)."""
+def _class_names(network: Any, registered: bool) -> list[tuple[str, ...]]:
+    """The names of a pretrained network's classes: descriptions, then labels (WordNet ids).
+
+    registered: whether timm itself publishes the weights.
+    """
     config, classes = network.pretrained_cfg or {}, network.num_classes
     labels = config.get("label_names") or ()
     described = config.get("label_descriptions") or {}
     found = [tuple(described.get(label, label) for label in labels), tuple(labels)]
     data = require("timm.data", extra="timm", purpose="the names of ImageNet's classes")
     # timm knows ImageNet's subsets by their number of classes, which others' weights may have too.
-    if published and not labels and (subset := data.infer_imagenet_subset(network)):
+    if registered and not labels and (subset := data.infer_imagenet_subset(network)):
         info = data.ImageNetInfo(subset)
         found = [
             tuple(info.index_to_description(label) for label in range(info.num_classes())),

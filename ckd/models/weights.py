@@ -45,21 +45,22 @@ _HARMLESS: list[Any] = [
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
     *((_numpy_array, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
 ]
-# Errors of safetensors and torch.load on damaged or foreign files.
-_DAMAGE = (
-    safetensors.SafetensorError,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
+# What safetensors, torch.load and the libraries of models raise for damaged and foreign files, and
+# for names and settings that do not fit: they have few errors of their own.
+DAMAGE = (
+    ArithmeticError,
     AssertionError,
-    OverflowError,
+    AttributeError,
+    EOFError,
+    LookupError,
     MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.PickleError,
+    safetensors.SafetensorError,
     struct.error,
-    pickle.UnpicklingError,
 )
 
 
@@ -160,7 +161,7 @@ def classes_in(own: Mapping[str, Tensor], weights: Weights) -> int | None:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ModelError(
             f"{path} cannot be read as safetensors ({first_line(error)}){likely_cause(path)}"
         ) from error
@@ -172,7 +173,7 @@ def _torch_load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         # Without torch's own message: for most foreign files it advises weights_only=False, which
         # lets the file run any code.
         raise ModelError(
@@ -183,7 +184,7 @@ def _torch_load(path: Path) -> Any:
 
 def _foreign_objects(path: Path) -> str:
     """The end of a message: the objects in a file of torch.save that are not read, if any."""
-    with torch.serialization.safe_globals(_HARMLESS), contextlib.suppress(*_DAMAGE):
+    with torch.serialization.safe_globals(_HARMLESS), contextlib.suppress(*DAMAGE):
         if found := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             return (
                 f": it holds objects of {', '.join(sorted(found)[:4])}, whose code could do "
