@@ -27,8 +27,8 @@ Filter = Literal["bicubic", "bilinear", "nearest", "nearest-exact"]
 # inputs, square, oblong and narrow.
 _SIZES = ((48, 48), (61, 90), (320, 257), (120, 40))
 # Limit of the mean difference on images of noise. Pillow, which rounds to 8 bits after each of its
-# two passes, differs by 0.2 levels; another filter, or a crop that is one pixel off, by at least 3.6
-# (Pillow 13.0).
+# two passes, differs by 0.2 levels; another filter, or a crop one pixel off, by 3.6 at least (Pillow
+# 13.0).
 _TOLERANCE_LEVELS = 1.0
 
 
