@@ -26,9 +26,8 @@ Filter = Literal["bicubic", "bilinear", "nearest", "nearest-exact"]
 # Height and width of the images on which preprocessing is measured: smaller and larger than usual
 # inputs, square, oblong and narrow.
 _SIZES = ((48, 48), (61, 90), (320, 257), (120, 40))
-# Limit of the mean difference on images of noise. Pillow, which rounds to 8 bits after each of its
-# two passes, differs by 0.2 levels; another filter, or a crop one pixel off, by 3.6 at least (Pillow
-# 13.0).
+# Limit of the mean difference on images of noise. Pillow 13.0, which rounds to 8 bits after each of
+# its two passes, differs by 0.2 levels; another filter, or a crop one pixel off, by 3.6 at least.
 _TOLERANCE_LEVELS = 1.0
 
 
