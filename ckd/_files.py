@@ -1,4 +1,5 @@
-"""Paths, files of names, and atomic, durable writes: a crash leaves the old or the new content."""
+"""Paths, guarded reads, files of names, and atomic, durable writes: a crash leaves the old or the
+new content."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_PREFIX = ".tmp-"
 # Errors of file systems that cannot open or sync a folder (vboxsf, some SMB and FUSE mounts).
@@ -18,6 +21,8 @@ _NO_FOLDER_SYNC = {
 }
 _LFS_START = b"version https://git-lfs"
 LFS_POINTER = "it is a Git LFS pointer, not the file itself: fetch the file with git lfs pull"
+_LINES_LIMIT = 64 << 20  # bytes of a file of names: a million names of 64 bytes
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -32,6 +37,45 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     return Path(expanded)
 
 
+def open_regular(path: str | os.PathLike[str], *, follow: bool = False) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Reading a FIFO blocks, and a device may never end. follow: whether `path` may be a symbolic
+    link, as a path that the user names may; a file that belongs to a bank, a run or a checkpoint
+    must lie in its folder. Raises OSError that names the path, also for other kinds of files.
+    """
+    # O_NONBLOCK: opening a FIFO does not wait for its writer. Regular files ignore it.
+    flags = os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if not follow and os.path.islink(path):
+            reason = "it is a symbolic link; put the file itself in its place"
+            raise OSError(error.errno, reason, os.fspath(path)) from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def check_regular(path: str | os.PathLike[str], *, follow: bool = False) -> None:
+    """`open_regular`, for a library that opens the path itself."""
+    open_regular(path, follow=follow).close()
+
+
+def read_regular(path: str | os.PathLike[str], limit: int, *, follow: bool = False) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Errors as in `open_regular`."""
+    with open_regular(path, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            reason = f"it has {size:,} bytes; such a file has at most {limit:,}"
+            raise OSError(errno.EFBIG, reason, os.fspath(path))
+        return file.read(limit)
+
+
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether a file that begins with these bytes is a pointer of Git LFS; see LFS_POINTER."""
     return start.startswith(_LFS_START)
@@ -40,7 +84,7 @@ def is_lfs_pointer(start: bytes) -> bool:
 def holds_lfs_pointer(path: Path) -> bool:
     """`is_lfs_pointer` of a file; False if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path, follow=True) as file:
             return is_lfs_pointer(file.read(len(_LFS_START)))
     except OSError:
         return False
@@ -54,7 +98,10 @@ def read_lines(path: str | os.PathLike[str], error: type[Exception]) -> list[str
     the system's OSError.
     """
     path = user_path(path)
-    data = path.read_bytes()
+    with path.open("rb") as file:  # may be a pipe: --class-names <(ls images)
+        data = file.read(_LINES_LIMIT + 1)
+    if len(data) > _LINES_LIMIT:
+        raise error(f"{path} has more than {_LINES_LIMIT:,} bytes; it must hold one name per line")
     if is_lfs_pointer(data):
         raise error(f"{path}: {LFS_POINTER}")
     try:
@@ -83,6 +130,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
+        temporary.unlink(missing_ok=True)  # left by a killed process
         durable_write(temporary, data)
         os.replace(temporary, path)
     except BaseException:
@@ -114,8 +162,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def durable_write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write and fsync, not atomically: for files under a name that nothing reads yet."""
-    with open(path, "wb") as file:
+    """Create a file and fsync it, not atomically: under a name that nothing reads yet.
+
+    Raises the system's OSError, also if the name is taken: a link would lead elsewhere.
+    """
+    with open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

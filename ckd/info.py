@@ -17,7 +17,10 @@ import ckd
 from ckd.backends import cpu
 from ckd.cli.command import parse, run
 
-CORE = ("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow", "tyro")
+CORE = (
+    *("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow"),
+    *("tyro", "typeguard"),
+)
 # extra -> the distributions that it installs
 EXTRAS = {
     "parquet": ("pyarrow",),

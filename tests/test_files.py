@@ -1,4 +1,4 @@
-"""Files of names, and folders that cannot be synced."""
+"""Regular files, files of names, and folders that cannot be synced."""
 
 from __future__ import annotations
 
@@ -97,3 +97,63 @@ def test_a_bank_is_written_where_folders_cannot_be_synced(tmp_path, monkeypatch)
 def test_a_user_who_does_not_exist_has_no_folder() -> None:
     with pytest.raises(FileNotFoundError, match=r"no home folder.*~no-such-user/x"):
         _files.user_path("~no-such-user/x")
+
+
+def make_odd_file(kind: str, path: Path) -> None:
+    """Something at `path` that is no regular file."""
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "link to a fifo":
+        os.mkfifo(path.with_name("fifo"))
+        path.symlink_to("fifo")
+    else:
+        path.symlink_to({"link to a device": "/dev/zero", "link to nothing": "nothing"}[kind])
+
+
+ODD_FILES = ("fifo", "folder", "link to a fifo", "link to a device", "link to nothing")
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+@pytest.mark.parametrize("follow", [False, True])
+def test_only_regular_files_are_read(tmp_path, kind, follow):
+    make_odd_file(kind, tmp_path / "file")
+    descriptors = len(os.listdir("/dev/fd"))
+    for read in (_files.check_regular, lambda path, **how: _files.read_regular(path, 9, **how)):
+        with pytest.raises(OSError, match="file") as caught:
+            read(tmp_path / "file", follow=follow)
+        assert caught.value.filename == str(tmp_path / "file")
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_a_link_is_followed_only_where_the_user_names_it(tmp_path):
+    (tmp_path / "file").write_bytes(b"123456789")
+    (tmp_path / "link").symlink_to("file")
+    assert _files.read_regular(tmp_path / "file", 9) == b"123456789"
+    assert _files.read_regular(tmp_path / "link", 9, follow=True) == b"123456789"
+    with pytest.raises(OSError, match="symbolic link"):
+        _files.read_regular(tmp_path / "link", 9)
+    with pytest.raises(OSError, match=r"9 bytes.*at most 8"):
+        _files.read_regular(tmp_path / "file", 8)
+
+
+def test_names_may_come_from_a_pipe(tmp_path):
+    out, into = os.pipe()
+    os.write(into, b"ant\nbee\n")
+    os.close(into)
+    assert _files.read_lines(f"/dev/fd/{out}", KeyError) == ["ant", "bee"]
+    os.close(out)
+
+
+def test_a_file_of_names_has_a_limit():
+    with pytest.raises(KeyError, match="more than 67,108,864 bytes"):
+        _files.read_lines("/dev/zero", KeyError)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link to a fifo", "link to a device", "link to nothing"])
+def test_a_temporary_name_that_is_taken_leads_nowhere(tmp_path, kind):
+    make_odd_file(kind, tmp_path / ".tmp-file")
+    _files.atomic_write(tmp_path / "file", b"data")
+    assert (tmp_path / "file").read_bytes() == b"data"
+    assert not (tmp_path / "nothing").exists()

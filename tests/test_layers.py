@@ -15,12 +15,16 @@ from ckd.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "ckd"
 
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
-BASE = {"ckd._device", "ckd._errors", "ckd._files", "ckd._hints", "ckd._lock", "ckd._version"}
+BASE = {
+    *("ckd._device", "ckd._errors", "ckd._files", "ckd._hints"),
+    *("ckd._json", "ckd._lock", "ckd._version"),
+}
 LAYERS: dict[str, set[str]] = {
     "ckd._errors": set(),
     "ckd._device": {"ckd._errors"},
     "ckd._hints": {"ckd._errors"},
     "ckd._files": set(),
+    "ckd._json": {"ckd._files"},
     "ckd._lock": set(),
     "ckd._version": set(),
     "ckd._C": set(),
