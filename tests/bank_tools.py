@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
+from ckd._json import sealed
 from ckd.bank import BankWriter, EmbeddingBank
 from ckd.bank.manifest import MANIFEST_NAME, encode, read_manifest
 from ckd.bank.shards import record_of
@@ -53,9 +53,7 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None
     values = json.loads(file.read_text())
     del values["checksum"]
     change(values)
-    plain = json.dumps(values, indent=2, sort_keys=True)
-    values["checksum"] = xxhash.xxh3_64_hexdigest(plain.encode())
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    file.write_bytes(sealed(values))
 
 
 def replace_shard(path: Path, index: int, data: bytes) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
-from ckd.bank import BankError, EmbeddingBank
+from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.bank.manifest import MANIFEST_NAME
 from ckd.bank.shards import encode_shard
+from ckd.bank.summary import describe
 from tests.bank_tools import (
     DIM,
     change_manifest,
@@ -20,6 +22,7 @@ from tests.bank_tools import (
     sample,
     write_bank,
 )
+from tests.test_files import ODD_FILES, make_odd_file
 
 
 def test_random_damage_is_found_or_harmless(tmp_path):
@@ -115,6 +118,11 @@ def test_a_truncated_lengthened_or_missing_shard_is_named_with_its_rows(tmp_path
         ("dim must be", lambda m: m.update(dim="8")),
         ("dim must be", lambda m: m.update(dim=8.0)),
         ("dim must be", lambda m: m.update(dim=True)),
+        ("dim must be", lambda m: m.update(dim=1 << 62)),
+        ("rows_per_shard must be", lambda m: m.update(rows_per_shard=10**400)),
+        ("nested more than", lambda m: m.update(teacher=_nested(100))),
+        ("NUL", lambda m: m.update(dataset="a\0b")),
+        ("surrogate", lambda m: m.update(class_names=["ant", "bee", "\ud800"])),
         ("shard-00000.*embedding is F16", lambda m: m.update(dim=9)),
         ("dtype must be 'float16'", lambda m: m.update(dtype="float32")),
         ("normalized must be", lambda m: m.update(normalized=0)),
@@ -235,3 +243,45 @@ def _damage(data: bytes, chance: random.Random) -> bytes:
             data + few,
         ]
     )
+
+
+def _nested(levels: int) -> dict[str, Any]:
+    return {"a": _nested(levels - 1)} if levels else {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"teacher": _nested(100)}, "nested"),
+        ({"teacher": _nested(900)}, "nested"),
+        ({"dataset": "a\0b"}, "NUL"),
+        ({"class_names": ["\ud800"]}, "surrogate"),
+        ({"rows_per_shard": 1 << 62}, "rows_per_shard"),
+    ],
+)
+def test_settings_that_no_reader_would_take_are_not_written(tmp_path, settings, says):
+    with pytest.raises(BankError, match=says):
+        BankWriter(tmp_path / "bank", DIM, **settings)
+    assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "shard-00000.safetensors"])
+@pytest.mark.parametrize("kind", [*ODD_FILES, "link to the file"])
+@pytest.mark.parametrize("verify", ["fast", "off"])
+def test_only_regular_files_in_its_own_folder_make_a_bank(tmp_path, name, kind, verify):
+    write_bank(tmp_path / "bank")
+    file = tmp_path / "bank" / name
+    moved = file.rename(tmp_path / "moved")
+    if kind == "link to the file":
+        file.symlink_to(moved)
+    else:
+        make_odd_file(kind, file)
+    with pytest.raises(BankError, match=rf"{name}.*(regular file|symbolic link)"):
+        EmbeddingBank.open(tmp_path / "bank", verify=verify)
+
+
+def test_absurd_costs_of_a_teacher_count_as_not_recorded(tmp_path):
+    write_bank(tmp_path / "bank")
+    absurd = {"flops_per_image": 10**400, "weights_bytes": True, "parameters": 10**400}
+    change_manifest(tmp_path / "bank", lambda values: values.update(teacher=absurd))
+    assert "not recorded" in describe(EmbeddingBank.open(tmp_path / "bank"))

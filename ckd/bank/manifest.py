@@ -1,13 +1,11 @@
 """The manifest of a bank: the settings it was made with, and its shards with their hashes.
 
-`manifest.json` is canonical JSON (sorted keys, two spaces) with the xxh3 of its other fields as
-`checksum`, so a change of any byte is detected before a value is used. A shard exists if and only
-if the manifest lists it.
+`manifest.json` is canonical JSON with its own checksum (`ckd._json.sealed`), so a change of any
+byte is detected before a value is used. A shard exists if and only if the manifest lists it.
 """
 
 from __future__ import annotations
 
-import json
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -18,10 +16,13 @@ from typing import Any
 import xxhash
 
 from ckd._errors import CkdError
-from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._files import read_regular
+from ckd._json import JsonError, parse_object, sealed, unsealed
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+INTEGER_LIMIT = 1 << 62  # of sizes: torch's integers have 64 bits
+_LIMIT_BYTES = 256 << 20  # some 800,000 shards
 DTYPE = "float16"
 
 #: The settings of a build; a resumed build must have the same.
@@ -106,7 +107,7 @@ def shard_name(index: int) -> str:
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: the same manifest always gives the same bytes."""
-    return _canonical(manifest.as_dict())
+    return sealed(manifest.as_dict())
 
 
 def checksum(manifest: Manifest) -> str:
@@ -121,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        data = read_regular(path, _LIMIT_BYTES)
     except FileNotFoundError:
         raise BankError(
             f"{folder} is not a bank: it has no {MANIFEST_NAME}; "
@@ -134,15 +135,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def decode(data: bytes, path: Path) -> Manifest:
     """Parse and check the content of the file `path`. Raises BankError as `read_manifest` does."""
-    if is_lfs_pointer(data):
-        raise BankError(f"{path} cannot be read: {LFS_POINTER}")
     try:
-        values = json.loads(data)
-    # RecursionError: deeply nested garbage; ValueError covers bad JSON, bad UTF-8 and huge numbers.
-    except (ValueError, RecursionError) as error:
-        raise BankError(f"{path} is damaged (affects all rows): not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BankError(f"{path} is damaged (affects all rows): expected a JSON object")
+        values = parse_object(data)
+    except JsonError as error:
+        raise BankError(f"{path} is damaged (affects all rows): {error}") from error
     # Version first: another version may define the checksum differently.
     version = values.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -150,17 +146,13 @@ def decode(data: bytes, path: Path) -> Manifest:
             f"{path} has schema version {version!r}, this ckd reads version {SCHEMA_VERSION}; "
             "read it with the ckd that wrote it, or build the bank again"
         )
-    checksum = values.pop("checksum", None)
     try:
-        intact = _canonical(values) == data
-    except (ValueError, RecursionError):
-        intact = False
-    if not intact:
+        return _validated(unsealed(values, data), path)
+    except JsonError as error:
         raise BankError(
-            f"{path} is damaged (affects all rows): its content does not match its own checksum "
-            f"{checksum!r}; restore it from a copy, or delete the folder and build the bank again"
-        )
-    return _validated(values, path)
+            f"{path} is damaged (affects all rows): {error}; restore it from a copy, or delete the "
+            "folder and build the bank again"
+        ) from error
 
 
 def settings_that_differ(old: Manifest, new: Manifest) -> list[str]:
@@ -199,13 +191,6 @@ def brief(value: Any, limit: int = 120) -> str:
     text = repr(value)
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
-
-
-def _canonical(values: dict[str, Any]) -> bytes:
-    """Canonical JSON of `values` and `checksum`, the xxh3 of the canonical JSON without it."""
-    options: dict[str, Any] = {"indent": 2, "sort_keys": True, "allow_nan": False}
-    checksum = xxhash.xxh3_64_hexdigest(json.dumps(values, **options).encode())
-    return json.dumps(values | {"checksum": checksum}, **options).encode() + b"\n"
 
 
 def _validated(values: dict[str, Any], path: Path) -> Manifest:
@@ -273,7 +258,7 @@ _HEX_DIGITS = set(string.hexdigits.lower())
 
 def _integer(values: dict[str, Any], name: str, path: Path, least: int, where: str = "") -> int:
     value = values[name]
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    good = type(value) is int and least <= value < INTEGER_LIMIT  # True is an int too
     label = f"{where}.{name}" if where else name
     _check(good, path, label, f"an integer of at least {least}", value)
     return value

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
+from ckd._json import JsonError, parse_object
 from ckd._version import __version__
-from ckd.bank.manifest import BankError, Manifest, brief
+from ckd.bank.manifest import INTEGER_LIMIT, BankError, Manifest, brief, encode
 
 _PACKAGES = ("torch", "numpy", "safetensors")
 
@@ -26,7 +27,7 @@ def new_manifest(
     class_names: Iterable[str] | None,
 ) -> Manifest:
     """The manifest of a bank without rows. BankError names the argument that is not valid."""
-    return Manifest(
+    manifest = Manifest(
         dim=positive("dim", dim),
         rows_per_shard=positive("rows_per_shard", rows_per_shard),
         normalized=bool(normalize),
@@ -37,6 +38,13 @@ def new_manifest(
         class_names=_names(class_names),
         versions={"ckd": __version__} | {name: metadata.version(name) for name in _PACKAGES},
     )
+    try:
+        parse_object(encode(manifest))
+    except JsonError as error:
+        raise BankError(
+            f"teacher, preprocessing, dataset, fingerprint or class_names cannot be stored: {error}"
+        ) from error
+    return manifest
 
 
 def positive(name: str, value: Any) -> int:
@@ -45,8 +53,8 @@ def positive(name: str, value: Any) -> int:
         number = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = 0
-    if number < 1:
-        raise BankError(f"{name} must be an integer of at least 1, got {value!r}")
+    if not 1 <= number < INTEGER_LIMIT:
+        raise BankError(f"{name} must be an integer of at least 1, got {brief(value)}")
     return number
 
 
@@ -58,7 +66,7 @@ def _mapping(name: str, value: Mapping[str, Any] | None) -> dict[str, Any] | Non
         raise BankError(f"{name} must be a mapping, got {type(value).__name__}")
     try:
         return json.loads(json.dumps(dict(value), allow_nan=False, sort_keys=True))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BankError(f"{name} must hold plain JSON values: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import stat
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ckd._files import LFS_POINTER, holds_lfs_pointer
+from ckd._files import LFS_POINTER, holds_lfs_pointer, open_regular
 from ckd.bank.manifest import BankError, ShardRecord, shard_name
 
 _READ_BYTES = 4 << 20
@@ -71,7 +71,8 @@ def map_shard(folder: Path, record: ShardRecord, dim: int, verify: str) -> Shard
             "and build it again"
         ) from None
     except (OSError, SafetensorError) as error:
-        raise BankError(f"{path} cannot be read ({record.span}): {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BankError(f"{path} cannot be read ({record.span}): {reason}") from error
 
 
 def _layout(rows: int, dim: int) -> dict[str, tuple[str, list[int]]]:
@@ -92,20 +93,19 @@ def _damaged(path: Path, record: ShardRecord, what: str) -> BankError:
 
 def _check_size(path: Path, record: ShardRecord) -> None:
     # Before anything is mapped: touching a mapping beyond the end of its file kills the process.
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _damaged(path, record, "it is not a regular file")
-    if status.st_size != record.bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if size != record.bytes:
         if holds_lfs_pointer(path):
             raise BankError(f"{path} cannot be read ({record.span}): {LFS_POINTER}")
-        how = "truncated" if status.st_size < record.bytes else "too long"
-        sizes = f"{status.st_size} bytes where the manifest says {record.bytes}"
+        how = "truncated" if size < record.bytes else "too long"
+        sizes = f"{size} bytes where the manifest says {record.bytes}"
         raise _damaged(path, record, f"{how}, {sizes}")
 
 
 def _check_hashes(path: Path, record: ShardRecord, *, full: bool) -> None:
     xxh3, sha256 = xxhash.xxh3_64(), hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_READ_BYTES):
             xxh3.update(block)
             if full:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
-from ckd.bank.manifest import SCHEMA_VERSION
+from ckd.bank.manifest import INTEGER_LIMIT, SCHEMA_VERSION
 from ckd.bank.reader import EmbeddingBank
 
 # With more classes than this, rows per class are given as a range and a median.
@@ -73,7 +73,7 @@ def _savings(bank: EmbeddingBank, classes: int) -> dict[str, int] | None:
     """Compute and memory of the teacher, reads and memory of the bank; None if not recorded."""
     teacher = bank.meta["teacher"] or {}
     flops, weights = teacher.get("flops_per_image"), teacher.get("weights_bytes")
-    if not isinstance(flops, int) or not isinstance(weights, int):
+    if not _is_count(flops) or not _is_count(weights):
         return None
     return {
         "teacher_flops_per_image": flops,
@@ -85,13 +85,17 @@ def _savings(bank: EmbeddingBank, classes: int) -> dict[str, int] | None:
     }
 
 
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < INTEGER_LIMIT
+
+
 def _teacher_line(teacher: dict[str, Any] | None) -> str:
     if not teacher:
         return "not recorded"
     text = str(teacher.get("name", "unnamed"))
     if "pool" in teacher:
         text += f" ({teacher['pool']})"
-    if isinstance(teacher.get("parameters"), int):
+    if _is_count(teacher.get("parameters")):
         text += f", {teacher['parameters']:,} parameters"
     if "weights_sha256" in teacher:
         text += f", weights {str(teacher['weights_sha256'])[:12]}"
