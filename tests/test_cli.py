@@ -17,6 +17,7 @@ import ckd
 from ckd import cli
 from ckd.bank.__main__ import main as bank_main
 from ckd.cli.command import parse, run
+from ckd.cli.status import printable_output
 from ckd.train import Interrupted, demo
 from ckd.train import __main__ as train_command
 from tests.train_runs import tiny_config
@@ -290,3 +291,30 @@ def test_a_command_imports_no_other(line: list[str], left_out: list[str]) -> Non
     code += f"sys.exit([m for m in {left_out} if m in sys.modules] or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202etxt\rover"
+
+
+def test_names_in_files_cannot_command_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [HOSTILE, "b"]
+    with ckd.BankWriter(tmp_path / "bank", 4, teacher=HOSTILE, class_names=names) as writer:
+        writer.write(torch.arange(3), torch.ones(3, 4), torch.tensor([0, 0, 1]))
+    assert cli.main(["bank", "info", str(tmp_path / "bank")]) == 0
+    assert cli.main(["bank", "info", str(tmp_path / HOSTILE)]) == 2
+    out, err = capsys.readouterr()
+    escaped = HOSTILE.encode("unicode_escape").decode()
+    assert out.count(escaped) == 2
+    assert escaped.replace("\\r", " ") in err  # an error is one line
+    assert not set(out + err) & (set(HOSTILE) - set(escaped))
+
+
+def test_the_progress_bar_may_return_to_the_start_of_its_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with printable_output():
+        print("\tbar\r\x1b[A", file=sys.stderr)
+        print("\ttable\r")
+    assert capsys.readouterr() == ("\ttable\\r\n", "\tbar\r\\x1b[A\n")

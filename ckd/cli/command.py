@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ckd._files import user_path
-from ckd.cli.status import exit_status
+from ckd.cli.status import exit_status, printable_output
 
 
 class Command(Protocol):
@@ -27,7 +27,13 @@ def run(
 
     interruption: the keyword arguments of `exit_status`.
     """
-    return exit_status(lambda: parse(sys.argv[1:] if argv is None else argv).run(), **interruption)
+
+    def call() -> None:
+        command = parse(sys.argv[1:] if argv is None else argv)  # prints --help, in colours
+        with printable_output():
+            command.run()
+
+    return exit_status(call, **interruption)
 
 
 def parse(command: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:

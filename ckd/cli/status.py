@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 from ckd._errors import CkdError
 
 # Errors that a user can cause, whose message explains them; others are bugs and keep the traceback.
 USER_ERRORS = (CkdError, ImportError, OSError)
+# ASCII's and Unicode's control characters less tab and newline, and the marks that reorder text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 CLOSED_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ends
 
 
@@ -55,9 +58,42 @@ def exit_status(
             _discard_unwritten(stream)
 
 
+@contextlib.contextmanager
+def printable_output() -> Iterator[None]:
+    """Within this block, stdout and stderr write control characters as escapes.
+
+    Files choose the names of classes and teachers, and such a name must not command the terminal.
+    """
+    # The progress bar returns to the start of its line.
+    replaced: tuple[Any, Any] = (_Printable(sys.stdout), _Printable(sys.stderr, keep="\r"))
+    with contextlib.redirect_stdout(replaced[0]), contextlib.redirect_stderr(replaced[1]):
+        yield
+
+
+class _Printable:
+    """A text stream whose `write` escapes control characters other than those in `keep`."""
+
+    def __init__(self, stream: TextIO, keep: str = "") -> None:
+        self._stream, self._keep = stream, keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._stream.write(_escaped(text, self._keep))
+        return len(text)
+
+
+def _escaped(text: str, keep: str = "") -> str:
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        text,
+    )
+
+
 def _say(message: str) -> None:
     with contextlib.suppress(OSError):  # stderr may be the same closed pipe
-        print(message, file=sys.stderr)
+        print(_escaped(message), file=sys.stderr)
 
 
 def _discard_unwritten(stream: TextIO) -> None:
