@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ckd._files import read_regular
+
 # Forked data workers share the lock and outlive a killed parent by up to 5 s (the interval at which
 # they check it), so a process waits longer than that before it reports the lock as taken.
 LOCK_PATIENCE_S = 6.0
@@ -26,20 +28,29 @@ _NO_FLOCK = {
 
 @contextlib.contextmanager
 def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of an existing folder.
+    """Hold the lock of a folder, which is made if it is missing.
 
     flock leaves nothing behind: the system releases it when the process dies. On a file system
     without flock, the lock is the file LOCK_FILE, which names its process; if that process ran on
     this machine and has died, its lock is taken over.
 
     Raises BlockingIOError, whose `strerror` is the remedy, if another process holds the lock for
-    LOCK_PATIENCE_S, or the system's OSError.
+    LOCK_PATIENCE_S; FileExistsError if `path` is a file; the system's OSError, which names the
+    folder. A folder that was made is then removed.
     """
     owner = os.getpid()
     folder = Path(path).absolute()
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        release = _acquire(folder, descriptor)
+        try:
+            release = _acquire(folder, descriptor)
+        except BaseException:
+            if made:
+                with contextlib.suppress(OSError):  # another process may use it already
+                    folder.rmdir()
+            raise
         try:
             yield
         finally:
@@ -70,7 +81,7 @@ def _try_once(folder: Path, descriptor: int) -> Callable[[], None]:
         raise BlockingIOError(error.errno, "wait for it to end", str(folder)) from None
     except OSError as error:
         if error.errno not in _NO_FLOCK:
-            raise
+            raise OSError(error.errno, error.strerror, str(folder)) from error
     else:
         return functools.partial(fcntl.flock, descriptor, fcntl.LOCK_UN)
     file = folder / LOCK_FILE
@@ -78,7 +89,7 @@ def _try_once(folder: Path, descriptor: int) -> Callable[[], None]:
         raise BlockingIOError(
             errno.EWOULDBLOCK,
             f"wait for it to end (its lock is {file}, of {_owner(file)}; "
-            "if that process is dead, delete the file)",
+            f"if that process is dead, delete the files {LOCK_FILE}* there)",
             str(folder),
         )
     return functools.partial(file.unlink, missing_ok=True)
@@ -99,9 +110,11 @@ def _create(file: Path) -> bool:
 
 def _owner(file: Path) -> str:
     try:
-        owner = file.read_text(errors="replace")
+        owner = read_regular(file, 1 << 16).decode(errors="replace")
     except FileNotFoundError:
         return "a process that has just ended"
+    except OSError as error:
+        return f"an unknown process ({error.strerror})"
     return owner or "a process that has not written its name yet"
 
 

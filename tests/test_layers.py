@@ -25,7 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._hints": {"ckd._errors"},
     "ckd._files": set(),
     "ckd._json": {"ckd._files"},
-    "ckd._lock": set(),
+    "ckd._lock": {"ckd._files"},
     "ckd._version": set(),
     "ckd._C": set(),
     "ckd._triton": set(),

@@ -47,7 +47,7 @@ def leave_lock(folder: Path, process: int, machine: str | None = None) -> Path:
 def test_a_bank_without_flock_has_one_writer_and_the_same_files(tmp_path, no_flock):
     ids, embeddings, _ = sample()
     with BankWriter(tmp_path / "bank", DIM) as writer:
-        holder = rf"bank/\.ckd-lock, of process {os.getpid()} on .* delete the file"
+        holder = rf"bank/\.ckd-lock, of process {os.getpid()} on .* delete the files \.ckd-lock\*"
         with pytest.raises(BankError, match=holder), BankWriter(tmp_path / "bank", DIM):
             pass
         writer.write(ids, embeddings)
@@ -58,7 +58,7 @@ def test_a_run_folder_without_flock_has_one_trainer(tmp_path, no_flock):
     config = Config(method="plain", out=str(tmp_path))
     with (
         run_folder(config, resume=False),
-        pytest.raises(TrainError, match=r"another process.*\.ckd-lock.*delete the file"),
+        pytest.raises(TrainError, match=r"another process.*\.ckd-lock.*delete the files \.ckd-lock\*"),
         run_folder(config, resume=False),
     ):
         pass
@@ -144,6 +144,19 @@ def test_another_error_of_flock_is_raised(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match="Input/output"):
-        _lock.locked_folder(tmp_path).__enter__()
+    descriptors = len(os.listdir("/dev/fd"))
+    with pytest.raises(OSError, match="Input/output") as caught:
+        _lock.locked_folder(tmp_path / "new").__enter__()
+    assert caught.value.filename == str(tmp_path / "new")
     assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with pytest.raises(OSError, match="Input/output"):
+        BankWriter(tmp_path / "old", DIM).__enter__()
+    assert os.listdir(tmp_path) == ["old"]
+    assert len(os.listdir("/dev/fd")) == descriptors
+
+
+def test_a_lock_file_that_is_a_fifo_is_not_waited_for(tmp_path, no_flock):
+    os.mkfifo(tmp_path / _lock.LOCK_FILE)
+    with pytest.raises(BlockingIOError, match=r"unknown process \(it is a FIFO"):
+        _lock.locked_folder(tmp_path).__enter__()

@@ -332,16 +332,14 @@ class BankWriter:
 
 
 def _lock(path: Path) -> ExitStack:
-    """Create the folder if it is missing, and hold its lock until the result is closed."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise BankError(f"{path} is a file; a bank is a folder, choose another path") from None
+    """Hold the lock of the folder, made if it is missing, until the result is closed."""
     lock = ExitStack()
     try:
         lock.enter_context(locked_folder(path))
     except BlockingIOError as error:
         raise BankError(f"{path} is being written by another process; {error.strerror}") from None
+    except FileExistsError:
+        raise BankError(f"{path} is a file; a bank is a folder, choose another path") from None
     return lock
 
 

@@ -91,10 +91,6 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
     settings; TrainError if another process trains in it.
     """
     folder = config.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise ConfigError(f"--out {folder} is a file; name a folder") from error
     with ExitStack() as stack:
         try:
             stack.enter_context(locked_folder(folder))
@@ -102,6 +98,8 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise TrainError(
                 f"another process is training in {folder}; {error.strerror}"
             ) from error
+        except FileExistsError as error:
+            raise ConfigError(f"--out {folder} is a file; name a folder") from error
         # A run without a checkpoint (it failed early, say) may be overwritten.
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
             config.save(folder / CONFIG)
