@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import xxhash
 
 from ckd._files import LFS_POINTER, is_lfs_pointer, read_regular
+
+_T = TypeVar("_T")
 
 LIMIT_BYTES = 4 << 20
 MAX_DEPTH = 64  # of nested arrays and objects; the parser recurses
@@ -87,6 +90,28 @@ def unsealed(values: dict[str, Any], data: bytes) -> dict[str, Any]:
     if CHECKSUM not in values or sealed(rest) != data:
         raise JsonError(f"its content does not match its own checksum {values.get(CHECKSUM)!r}")
     return rest
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, other than NaN and infinity, that a float can hold."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def as_dataclass(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """The dataclass `kind` with these fields. Raises JsonError for fields that are missing,
+    unknown or of another type, except that any string passes for a Literal."""
+    hints = get_type_hints(kind)
+    if misfits := sorted(values.keys() ^ hints.keys()):
+        raise JsonError(f"missing or unknown fields: {', '.join(misfits)}")
+    for name, value in values.items():
+        literal = any(get_origin(hint) is Literal for hint in (hints[name], *get_args(hints[name])))
+        if not (literal and isinstance(value, str)):
+            try:
+                check_types(value, hints[name])
+            except JsonError as error:
+                raise JsonError(f"{name}: {error}") from error
+    return kind(**values)
 
 
 def check_types(values: Any, shape: Any) -> Any:

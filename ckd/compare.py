@@ -28,7 +28,7 @@ from ckd.train.figures import (
     save_figure,
 )
 from ckd.train.report import markdown
-from ckd.train.run import read_config, read_result
+from ckd.train.run import read_result, stored_config
 
 METHOD_COLOURS = {
     "plain": GREY,
@@ -97,7 +97,7 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for folder in runs:
         result = read_result(folder)
-        settings = {**read_config(folder), "seed": None, "out": None}
+        settings = {**stored_config(folder).to_dict(), "seed": None, "out": None}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append((folder.name, result))
     named: dict[str, list[dict[str, Any]]] = {}
     for members in groups.values():

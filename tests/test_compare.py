@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ckd._json import sealed
 from ckd.compare import draw, group_seeds, main, memory_mib, seed_table, table
+from ckd.train import Config
 
-CPU = {"device": "A CPU", "threads": 2, "torch": "2.6"}
+CPU = {"device": "A CPU", "threads": 2, "torch": "2.6", "python": "3.12", "system": "Linux"}
 
 
 def result(method: str = "plain", **changes: Any) -> dict[str, Any]:
     base = {
         "run": f"{method}-seed0",
+        "schema_version": 1,
         "method": method,
         "student": "vit",
+        "data": "digits",
+        "seed": 0,
+        "epochs": 3,
         "parameters": 4_800_000,
         "test_accuracy": 0.5123,
+        "test_loss": 1.25,
+        "best_test_accuracy": 0.5123,
+        "best_epoch": 3,
         "time_per_epoch_s": 54.25,
+        "train_time_s": 162.75,
         "images_per_s": 921.6,
         "peak_rss_mib": 900.0,
         "start_rss_mib": 300.0,
@@ -31,7 +41,8 @@ def result(method: str = "plain", **changes: Any) -> dict[str, Any]:
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
     folder.mkdir()
-    (folder / "result.json").write_text(json.dumps(content))
+    stored = {name: value for name, value in content.items() if name != "run"}
+    (folder / "result.json").write_bytes(sealed(stored))
     return folder
 
 
@@ -93,11 +104,42 @@ def test_a_run_that_cannot_be_compared_is_one_line_and_status_2(tmp_path, capsys
     assert "result.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": None}, "method"),
+        ({"test_accuracy": "high"}, "test_accuracy"),
+        ({"time_per_epoch_s": math.nan}, "time_per_epoch_s is nan"),
+        ({"images_per_s": 10**400}, "images_per_s is 10000"),
+        ({"hardware": {**CPU, "device": 5}}, "device"),
+        ({"hardware": {}}, "hardware"),
+        ({"peak_cuda_mib": 1.0}, "peak memory"),
+        ({"extra": 1}, "extra"),
+        ({"schema_version": 2}, "schema version 2"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path, capsys, changes, says):
+    folder = write(tmp_path / "run", result(**changes))
+    assert main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "result.json" in error
+    assert says in error
+    assert "delete it, and resume" in error
+
+
+def test_every_flipped_byte_of_a_result_is_noticed(tmp_path, capsys):
+    file = write(tmp_path / "run", result()) / "result.json"
+    data = file.read_bytes()
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        assert main([str(file.parent)]) == 2
+        assert "result.json" in capsys.readouterr().err
+
+
 def write_run(folder: Path, seed: int, accuracy: float, **settings: Any) -> Path:
     content = result(test_accuracy=accuracy, train_time_s=100.0 + seed)
     write(folder, content)
-    config = {"seed": seed, "out": str(folder), "lr": 0.1, **settings}
-    (folder / "config.json").write_text(json.dumps(config))
+    Config(seed=seed, out=str(folder), **settings).save(folder / "config.json")
     return folder
 
 

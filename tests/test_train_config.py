@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 
+from ckd._json import sealed
 from ckd.train import Config, ConfigError
 from ckd.train.config import MAY_DIFFER_ON_RESUME, MethodName, differences
 from ckd.train.methods import METHODS
@@ -67,9 +68,39 @@ def test_a_damaged_config_json_is_an_error_that_names_it(tmp_path, text):
 
 def test_a_field_of_another_version_is_named(tmp_path):
     settings = Config().to_dict() | {"momentum": 0.9}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_bytes(sealed(settings))
     with pytest.raises(ConfigError, match=r"another version.*momentum"):
         Config.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"epochs": None}, "epochs"),
+        ({"epochs": 1.5}, "epochs"),
+        ({"epochs": 10**400}, "--epochs must be at least 1"),
+        ({"lr": math.nan}, "--lr must be above 0"),
+        ({"flip": 1}, "flip"),
+        ({"out": ["x"]}, "out"),
+        ({"method": []}, "method"),
+        ({"method": "embed-dk"}, "unknown method"),
+        ({"pool": "no"}, "unknown pool"),
+        ({"data": "a\0b"}, "NUL"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path, changes, says):
+    (tmp_path / "config.json").write_bytes(sealed(Config().to_dict() | changes))
+    with pytest.raises(ConfigError, match=rf"config\.json.*{says}"):
+        Config.load(tmp_path / "config.json")
+
+
+def test_every_flipped_byte_of_a_config_is_noticed(tmp_path):
+    Config().save(file := tmp_path / "config.json")
+    data = file.read_bytes()
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+            Config.load(file)
 
 
 def test_differences_name_fields_with_both_values():

@@ -19,7 +19,7 @@ from ckd.train import Config, TrainError, checkpoint, evaluate, train
 from ckd.train import loop as loop_module
 from ckd.train.device import torch_state
 from ckd.train.methods import METHODS, method_class
-from ckd.train.run import run_folder, set_up
+from ckd.train.run import read_result, run_folder, set_up
 from tests.train_runs import tiny_config, tiny_data
 
 
@@ -50,7 +50,7 @@ def test_leaves_the_files_that_are_promised(tmp_path):
     names = {path.name for path in config.folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "curves.png", "student.safetensors", "checkpoint"}
     assert names == expected | {"result.json"}
-    assert json.loads((config.folder / "result.json").read_text()) == result
+    assert read_result(config.folder) == result
     lines = [json.loads(x) for x in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["step"] for line in lines] == [7, 14]

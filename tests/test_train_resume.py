@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from ckd import _lock
+from ckd._json import sealed
 from ckd.train import (
     CheckpointError,
     ConfigError,
@@ -28,6 +30,9 @@ from ckd.train import (
     train,
 )
 from ckd.train import loop as loop_module
+from ckd.train.__main__ import main
+from ckd.train.metrics import MetricsLog
+from tests.test_files import make_odd_file
 from tests.train_runs import outcome, resume_in_process, tiny_config, tiny_data
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -240,6 +245,121 @@ def test_a_shortened_log_is_refused(tmp_path, monkeypatch):
     (config.folder / "metrics.jsonl").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl has 0 bytes"):
         train(config, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "folder", "link to a fifo"])
+def test_a_damaged_log_is_found_before_the_first_step(tmp_path, monkeypatch, damage):
+    config = tiny_config(tmp_path)
+    interrupt_at(monkeypatch, {9})
+    with pytest.raises(Interrupted):
+        train(config, verbose=False)
+    file = config.folder / "metrics.jsonl"
+    data = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "flip":
+        data[data.index(b"test_accuracy")] ^= 1
+        file.write_bytes(data)
+    elif damage != "delete":
+        make_odd_file(damage, file)
+    monkeypatch.setattr(loop_module, "optimizer_step", lambda *_: pytest.fail("trained"))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        train(config, resume=True)
+
+
+def test_a_log_that_is_damaged_during_training_is_not_read(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    write = MetricsLog.write
+
+    def damaging(self, record):
+        written = write(self, record)
+        self.path.write_bytes(b"\xff" * written[0])
+        return written
+
+    monkeypatch.setattr(MetricsLog, "write", damaging)
+    assert train(config, verbose=False)["epochs"] == 2
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"null", "flip", "link to a fifo"])
+def test_a_damaged_config_json_is_restored_from_the_checkpoint(tmp_path, monkeypatch, damage):
+    config = tiny_config(tmp_path)
+    train(replace(config, out=str(tmp_path / "whole")), verbose=False)
+    interrupt_at(monkeypatch, {9})
+    with pytest.raises(Interrupted):
+        train(config, verbose=False)
+    file = config.folder / "config.json"
+    data = file.read_bytes()
+    file.unlink()
+    if isinstance(damage, bytes):
+        file.write_bytes(damage)
+    elif damage == "flip":
+        file.write_bytes(data.replace(b"14,", b"15,"))
+    elif damage:
+        make_odd_file(damage, file)
+    with warnings.catch_warnings(record=True) as caught:
+        assert main(["--resume", str(config.folder)]) == 0
+    assert bool(caught) == (damage is not None)
+    assert file.read_bytes() == data
+    assert outcome(config.folder) == outcome(tmp_path / "whole")
+
+
+def test_the_folder_on_the_command_line_is_the_run(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    train(config, verbose=False)
+    file = config.folder / "config.json"
+    replace(config, out=str(tmp_path / "elsewhere")).save(file)
+    (config.folder / "result.json").unlink()
+    before = set(tmp_path.iterdir())
+    assert main(["--resume", str(config.folder)]) == 0
+    assert (config.folder / "result.json").exists()
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("config", {}),
+        ("config", []),
+        ("inputs", {"training data": 1}),
+        ("inputs", {}),
+        ("progress", {"epoch": 1}),
+        *(("epoch", value) for value in (-1, 3, 10**400, None, "1", 0)),
+        *(("rows", value) for value in (-1, 90, 1 << 63)),
+        ("step", 1 << 63),
+        ("metrics_bytes", -1),
+        ("metrics_bytes", 1 << 62),
+        ("sums", {"loss": 10**400}),
+        ("sums", {"loss": []}),
+    ],
+)
+def test_state_that_fits_its_checksum_but_not_the_run_is_refused(
+    tmp_path, monkeypatch, name, value
+):
+    config = tiny_config(tmp_path)
+    interrupt_at(monkeypatch, {9})
+    with pytest.raises(Interrupted):
+        train(config, verbose=False)
+    file = checkpoint.latest(config.folder) / checkpoint.STATE
+    content = json.loads(file.read_text())
+    del content["checksum"]
+    state = content["state"]
+    (state if name in state else state["progress"])[name] = value
+    file.write_bytes(sealed(content))
+    with pytest.raises((CheckpointError, ConfigError), match=r"step-00000010|metrics"):
+        train(config, resume=True, verbose=False)
+
+
+def test_a_resume_sweeps_what_a_kill_left(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path)
+    interrupt_at(monkeypatch, {9})
+    with pytest.raises(Interrupted):
+        train(config, verbose=False)
+    left = [config.folder / ".tmp-student.safetensors", config.folder / ".tmp-result.json"]
+    for file in left:
+        file.write_text("half")
+    left.append(config.folder / checkpoint.FOLDER / ".tmp-step-00000007")
+    left[-1].mkdir()
+    train(config, resume=True, verbose=False)
+    assert not [file for file in left if file.exists()]
 
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path, monkeypatch):

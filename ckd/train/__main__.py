@@ -20,7 +20,7 @@ from ckd.train.demo import Demo
 from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
-from ckd.train.run import CONFIG
+from ckd.train.run import CONFIG, is_run, stored_config
 
 PROG = "python -m ckd.train"
 
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str], prog: str = PROG) -> Command:
     folder = stored_run(command)
     if folder is None:
         return command
-    stored = Config.load(folder / CONFIG)
+    stored = stored_config(folder)
     if command.eval is not None:  # the student, to which the settings of its teacher do not apply
         stored = dataclasses.replace(stored, teacher_weights=None, teacher_classes=None, pool=None)
     if command.resume is not None:
@@ -96,11 +96,11 @@ def stored_run(command: Command) -> Path | None:
     """The folder whose config.json gives the defaults of this command, if there is one."""
     if command.eval is not None:
         folder = user_path(command.eval)
-        return folder if (folder / CONFIG).exists() else None
+        return folder if is_run(folder) else None
     if command.resume is None:
         return None
     folder = user_path(command.resume) if command.resume else command.config.folder
-    if (folder / CONFIG).exists():
+    if is_run(folder):
         return folder
     if command.resume:
         raise ConfigError(

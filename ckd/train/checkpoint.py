@@ -4,16 +4,19 @@
                                  state.json             all other state, and the checksums
 
 A checkpoint is written under a temporary name, fsynced and renamed; only then is the older one
-removed. A kill or a full disk at any moment leaves the older or the newer one intact.
+removed, under a temporary name too. A kill or a full disk at any moment leaves the older or the
+newer one intact, and no half of one.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import safetensors
 import safetensors.torch
@@ -21,10 +24,17 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from ckd._files import TEMPORARY_PREFIX, atomic_folder, durable_write
+from ckd._files import (
+    TEMPORARY_PREFIX,
+    atomic_folder,
+    durable_write,
+    fsync_folder,
+    open_regular,
+)
+from ckd._json import JsonError, check_types, read_object, sealed, unsealed
 from ckd.train.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER, TENSORS, STATE = "checkpoint", "tensors.safetensors", "state.json"
 
 
@@ -33,6 +43,16 @@ class Checkpoint(NamedTuple):
 
     path: Path
     tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Content(TypedDict):
+    """state.json, beside its checksum."""
+
+    format: int
+    step: int
+    tensors_bytes: int
+    tensors_xxh3: str
     state: dict[str, Any]
 
 
@@ -46,14 +66,13 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
     path = folder / f"step-{step:08d}"
     # Clones: safetensors refuses tensors that share memory, such as tied weights.
     blob = safetensors.torch.save({k: _plain(v) for k, v in tensors.items()})
-    content = {
+    content: Content = {
         "format": FORMAT,
         "step": step,
         "tensors_bytes": len(blob),
         "tensors_xxh3": xxhash.xxh3_64_hexdigest(blob),
         "state": dict(state),
     }
-    content["xxh3"] = _digest(content)
     older = _existing(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +80,26 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
             return path
         with atomic_folder(path) as temporary:
             durable_write(temporary / TENSORS, blob)
-            durable_write(temporary / STATE, (json.dumps(content, indent=1) + "\n").encode())
+            durable_write(temporary / STATE, sealed(content))
     except OSError as error:
         kept = f"the checkpoint {older[-1]} is intact" if older else "there is no older one"
         raise CheckpointError(f"cannot save the checkpoint {path}: {error}; {kept}") from error
-    for leftover in [*older, *folder.glob(TEMPORARY_PREFIX + "*")]:
-        # A folder that cannot be removed does no harm: `latest` takes the newest.
-        shutil.rmtree(leftover, ignore_errors=True)
+    for old in older:
+        _remove(old)
+    sweep(run)
     return path
+
+
+def sweep(run: Path) -> None:
+    """Remove what a kill left under temporary names, in the run's folder and in that of the
+    checkpoints. Without effect where the system refuses: nothing reads it."""
+    for place in (run, run / FOLDER):
+        for leftover in place.glob(TEMPORARY_PREFIX + "*"):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
 
 
 def latest(run: Path) -> Path | None:
@@ -79,34 +110,27 @@ def latest(run: Path) -> Path | None:
 
 def load(path: Path) -> Checkpoint:
     """Read and verify a checkpoint. Raises CheckpointError naming the damaged file."""
+    content = _read_content(path)
     try:
-        blob, text = (path / TENSORS).read_bytes(), (path / STATE).read_bytes()
+        with open_regular(path / TENSORS) as file:
+            size, wanted = os.fstat(file.fileno()).st_size, content["tensors_bytes"]
+            if size != wanted:
+                raise _damaged(path / TENSORS, f"has {size} bytes, {wanted} were written")
+            blob = file.read()
     except OSError as error:
-        raise _damaged(path, f"cannot be read: {error}") from error
-    try:
-        content = json.loads(text)
-        stored = content.pop("xxh3")
-        found, state = content["format"], content["state"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path / STATE, f"is not a checkpoint's state ({error!r})") from error
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{path / STATE} has format {found}, this version of ckd reads {FORMAT}; "
-            "resume with the version that wrote it"
-        )
-    if stored != _digest(content):
-        raise _damaged(path / STATE, "does not match its checksum")
-    if len(blob) != content["tensors_bytes"]:
-        raise _damaged(
-            path / TENSORS, f"has {len(blob)} bytes, {content['tensors_bytes']} were written"
-        )
+        raise _damaged(path / TENSORS, f"cannot be read: {error.strerror}") from error
     if xxhash.xxh3_64_hexdigest(blob) != content["tensors_xxh3"]:
         raise _damaged(path / TENSORS, "does not match its checksum")
     try:
         tensors = safetensors.torch.load(blob)
     except safetensors.SafetensorError as error:
         raise _damaged(path / TENSORS, f"is not a safetensors file ({error})") from error
-    return Checkpoint(path, tensors, state)
+    return Checkpoint(path, tensors, content["state"])
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The verified state alone, without the tensors. Raises CheckpointError as `load` does."""
+    return _read_content(path)["state"]
 
 
 def pack(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -129,6 +153,17 @@ def unpack(
 
     Raises CheckpointError if a name or a shape does not fit.
     """
+    try:
+        _unpack(checkpoint, modules, optimizer)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{checkpoint.path} does not fit the optimizer: {error}") from error
+
+
+def _unpack(
+    checkpoint: Checkpoint, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> None:
     for prefix, module in modules.items():
         start = prefix + "."
         own = {k[len(start) :]: v for k, v in checkpoint.tensors.items() if k.startswith(start)}
@@ -176,16 +211,43 @@ def _numbers(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict
 
 
 def _existing(run: Path) -> list[Path]:
-    """Checkpoint folders, oldest first: the names sort by step."""
-    return sorted((run / FOLDER).glob("step-*"))
+    """Checkpoint folders, oldest first."""
+    found = [p for p in (run / FOLDER).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
+    return sorted(
+        (p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: int(p.name[5:])
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, under a temporary name first: a kill leaves no half that `latest` finds.
+
+    One that cannot be removed does no harm, since `latest` takes the newest.
+    """
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(path, temporary)
+        fsync_folder(path.parent)
+        shutil.rmtree(temporary)
+
+
+def _read_content(path: Path) -> Content:
+    try:
+        values, data = read_object(path / STATE)
+        if (found := values.get("format")) != FORMAT:
+            raise CheckpointError(
+                f"{path / STATE} has format {found!r}, this version of ckd reads {FORMAT}; "
+                "resume with the version that wrote it"
+            )
+        return check_types(unsealed(values, data), Content)
+    except JsonError as error:
+        raise _damaged(path / STATE, f"is not what was written: {error}") from error
+    except OSError as error:
+        raise _damaged(path / STATE, f"cannot be read: {error.strerror}") from error
 
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
+from ckd._json import JsonError, as_dataclass, is_number, read_object, sealed, unsealed
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
 
@@ -172,7 +172,7 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write config.json. Raises OSError."""
-        atomic_write(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        atomic_write(path, sealed(self.to_dict()))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], source: Path) -> Config:
@@ -181,22 +181,24 @@ class Config:
         if settings.keys() != known:
             misfits = ", ".join(sorted(settings.keys() ^ known))
             raise ConfigError(f"{source} was written by another version of ckd (fields: {misfits})")
-        config = cls(**settings)
         try:
-            check_choices(config)
-        except ConfigError as error:
+            config = as_dataclass(cls, settings)
+            config.check()
+        except (JsonError, ConfigError) as error:
             raise ConfigError(f"{source}: {error}") from error
         return config
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """Read config.json. Raises ConfigError or OSError, both naming the file."""
+        """Read config.json. Raises ConfigError or FileNotFoundError, both naming the file."""
         try:
-            settings = json.loads(path.read_bytes())
-        except ValueError as error:
+            settings = unsealed(*read_object(path))
+        except JsonError as error:
             raise ConfigError(f"{path} is damaged: {error}") from error
-        if not isinstance(settings, dict):
-            raise ConfigError(f"{path} is damaged: expected the settings of a run as an object")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         return cls.from_dict(settings, path)
 
 
@@ -220,7 +222,7 @@ class _Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        if not math.isfinite(value):
+        if not is_number(value):
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)

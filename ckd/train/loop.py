@@ -27,7 +27,7 @@ from ckd import models
 from ckd._device import pick_device
 from ckd._files import atomic_write
 from ckd.data import Batch, epoch_order, step_generator, training_batches
-from ckd.train import report
+from ckd.train import checkpoint, report
 from ckd.train.config import Config
 from ckd.train.curves import draw_curves
 from ckd.train.device import autocast, torch_state
@@ -35,6 +35,7 @@ from ckd.train.errors import Interrupted, TrainError
 from ckd.train.evaluation import evaluate
 from ckd.train.interrupt import stop_on_signals
 from ckd.train.methods import method_class
+from ckd.train.metrics import MetricsLog
 from ckd.train.run import (
     STUDENT,
     Run,
@@ -71,7 +72,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
         run = set_up(config, device, method_type)
         if resume:
             restore(run)
-        log = report.MetricsLog(
+        log = MetricsLog(
             folder,
             keep_bytes=run.progress.metrics_bytes,
             tensorboard=config.tensorboard,
@@ -81,7 +82,8 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
             while run.progress.epoch < config.epochs:
                 train_epoch(run, stop, verbose)
                 record = end_epoch(run, memory)
-                run.progress.metrics_bytes = log.write(record)
+                run.records.append(record)
+                run.progress.metrics_bytes, run.progress.metrics_xxh3 = log.write(record)
                 save(run)
                 if verbose:
                     print(report.epoch_line(record, config.epochs), flush=True)
@@ -226,7 +228,8 @@ def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
     record = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
-        **{name: total / progress.rows for name, total in progress.sums.items()},
+        # In this order also after a resume: state.json sorts its names.
+        **{name: progress.sums[name] / progress.rows for name in sorted(progress.sums, key=_order)},
         "test_accuracy": scores.accuracy,
         "test_loss": scores.loss,
         "lr": run.optimizer.param_groups[0]["lr"],
@@ -239,6 +242,10 @@ def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
     progress.epoch += 1
     progress.rows, progress.sums, progress.time_s = 0, {}, 0.0
     return record
+
+
+def _order(term: str) -> tuple[bool, str]:
+    return term != "loss", term
 
 
 def refuse_nonfinite(run: Run, values: Mapping[str, float], group: Sequence[Batch]) -> None:
@@ -276,13 +283,13 @@ def finish(run: Run) -> dict[str, Any]:
     """Write student.safetensors, curves.png and, last, result.json, whose content is returned."""
     folder = run.config.folder
     models.save(run.evaluated, folder / STUDENT, class_names=run.train_set.class_names)
-    records = report.read_metrics(folder)
     title = f"{run.config.method}: {run.config.student} on {run.config.data}"
     try:
-        draw_curves(records, folder / "curves.png", title)
+        draw_curves(run.records, folder / "curves.png", title)
     except ImportError as error:
         print(f"no curves.png: {error}")
     parameters = models.parameter_count(run.evaluated)
-    result = report.summary(run.config, records, parameters, run.device)
+    result = report.summary(run.config, run.records, parameters, run.device)
     report.write_result(folder, result)
+    checkpoint.sweep(folder)
     return result

@@ -1,70 +1,63 @@
-"""The results of a run: metrics.jsonl, result.json, memory and hardware."""
+"""The result of a run: result.json, memory and hardware; tables of results."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
-import os
 import platform
 import resource
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from ckd._files import atomic_write
+from ckd._json import JsonError, check_types, is_number, read_object, sealed, unsealed
 from ckd.train.config import Config
+from ckd.train.errors import TrainError
 
-METRICS, RESULT = "metrics.jsonl", "result.json"
+RESULT = "result.json"
+SCHEMA_VERSION = 1
 MIB = 1 << 20
+MEMORY_KEYS = ("peak_cuda_mib", "peak_rss_mib", "start_rss_mib")
 
 
-class MetricsLog:
-    """metrics.jsonl, one line an epoch, and TensorBoard events if TensorBoard is installed."""
+class Machine(TypedDict):
+    """Where a run was measured."""
 
-    def __init__(self, run: Path, *, keep_bytes: int, tensorboard: bool, step: int) -> None:
-        """Truncate the log to `keep_bytes`, its size at the checkpoint that is resumed."""
-        self.path = run / METRICS
-        with open(self.path, "ab") as file:
-            file.truncate(keep_bytes)
-        self._board: Any = None
-        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def write(self, record: Mapping[str, Any]) -> int:
-        """Append a line durably; returns the new size of the file in bytes."""
-        with open(self.path, "ab") as file:
-            file.write((json.dumps(record) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        if self._board is not None:
-            for name, value in record.items():
-                self._board.add_scalar(name, value, record["step"])
-            self._board.flush()
-        return size
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+    device: str
+    threads: int
+    torch: str
+    python: str
+    system: str
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl. Raises ValueError naming the line that is damaged."""
-    records = []
-    lines = (run / METRICS).read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{run / METRICS}, line {number} is damaged: {error}") from error
-    return records
+class _Required(TypedDict):
+    schema_version: int
+    method: str
+    student: str
+    data: str
+    seed: int
+    epochs: int
+    parameters: int
+    test_accuracy: float
+    test_loss: float
+    best_test_accuracy: float
+    best_epoch: int
+    time_per_epoch_s: float
+    train_time_s: float
+    images_per_s: float
+    hardware: Machine
+
+
+class Result(_Required, total=False):
+    """result.json, beside its checksum: `peak_cuda_mib`, or both of the others."""
+
+    peak_cuda_mib: float
+    peak_rss_mib: float
+    start_rss_mib: float
 
 
 class PeakMemory:
@@ -100,7 +93,7 @@ def _peak_rss_mib() -> float:
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device) -> Machine:
     """The machine and the versions, to be stored with a measurement."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
@@ -125,12 +118,13 @@ def _cpu_name() -> str:
 def summary(
     config: Config, records: Sequence[Mapping[str, Any]], parameters: int, device: torch.device
 ) -> dict[str, Any]:
-    """result.json: the run in one object. Times and rates are medians over the epochs."""
+    """The run in one object. Times and rates are medians over the epochs."""
     last = records[-1]
     best = max(records, key=lambda record: record["test_accuracy"])
     memory_key = "peak_cuda_mib" if device.type == "cuda" else "peak_rss_mib"
     largest = max(records, key=lambda record: record.get(memory_key, 0.0))
     return {
+        "schema_version": SCHEMA_VERSION,
         "method": config.method,
         "student": config.student,
         "data": config.data,
@@ -149,12 +143,38 @@ def summary(
     }
 
 
-MEMORY_KEYS = ("peak_cuda_mib", "peak_rss_mib", "start_rss_mib")
-
-
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
     """Write result.json, which marks the run as finished. Raises OSError."""
-    atomic_write(run / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    atomic_write(run / RESULT, sealed(result))
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The content of result.json. Raises TrainError that names a damaged file, FileNotFoundError
+    if there is none."""
+    path = run / RESULT
+    try:
+        values, data = read_object(path)
+        if (version := values.get("schema_version")) != SCHEMA_VERSION:
+            raise TrainError(
+                f"{path} has schema version {version!r}, this version of ckd reads "
+                f"{SCHEMA_VERSION}; delete it, and resume the run to write it anew"
+            )
+        result = check_types(unsealed(values, data), Result)
+        memory = [key in result for key in MEMORY_KEYS]
+        if memory not in ([True, False, False], [False, True, True]):
+            raise JsonError("it has no peak memory, or that of two devices")
+        for name, value in result.items():
+            # A loss that the test data drive to infinity is a result too.
+            number = isinstance(value, int | float) and name != "test_loss"
+            if number and not is_number(value):
+                raise JsonError(f"{name} is {value}")
+        return result
+    except FileNotFoundError:
+        raise
+    except (JsonError, OSError) as error:
+        raise TrainError(
+            f"{path} is damaged or cannot be read ({error}); delete it, and resume the run"
+        ) from error
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int) -> str:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd import data, models
+from ckd._json import JsonError, as_dataclass, check_types, is_number
 from ckd._lock import locked_folder
 from ckd.data import Augment, Dataset
 from ckd.train import checkpoint, report
 from ckd.train.config import Config, differences
 from ckd.train.errors import CheckpointError, ConfigError, TrainError
 from ckd.train.methods import Method
+from ckd.train.metrics import read_metrics
 from ckd.train.schedule import parameter_groups
 
 CONFIG, STUDENT = "config.json", "student.safetensors"
@@ -38,6 +40,16 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)  # of each loss term over these images
     time_s: float = 0.0  # of training on them, without evaluation and checkpoints
     metrics_bytes: int = 0  # size of metrics.jsonl
+    metrics_xxh3: str = ""  # its hash; "" if there is no line
+
+
+class _State(TypedDict):
+    """What a checkpoint holds beside tensors."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    progress: dict[str, Any]
+    scaler: dict[str, Any]
 
 
 @dataclass
@@ -56,6 +68,7 @@ class Run:
     ema: AveragedModel | None
     augment: Augment
     progress: Progress = field(default_factory=Progress)
+    records: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -104,7 +117,11 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
             config.save(folder / CONFIG)
         elif resume:
-            _refuse_other_settings(folder, Config.load(folder / CONFIG), config)
+            _refuse_other_settings(folder, stored_config(folder), config)
+            try:
+                Config.load(folder / CONFIG)
+            except (ConfigError, FileNotFoundError):
+                config.save(folder / CONFIG)
         else:
             raise ConfigError(
                 f"{folder} already holds a run; go on with it: {resume_command(folder)}, "
@@ -166,7 +183,7 @@ def _average(student: nn.Module, decay: float) -> AveragedModel:
 
 def save(run: Run) -> None:
     """Save a checkpoint. Raises CheckpointError, which gives the command that resumes."""
-    state = {
+    state: _State = {
         "config": run.config.to_dict(),
         "inputs": run.inputs,
         "progress": dataclasses.asdict(run.progress),
@@ -191,58 +208,98 @@ def restore(run: Run) -> None:
     """
     folder = run.config.folder
     path = checkpoint.latest(folder)
+    checkpoint.sweep(folder)
     if path is None:
         return
     saved = checkpoint.load(path)
-    _refuse_other_settings(path, Config.from_dict(saved.state["config"], path), run.config)
-    for name, stored in saved.state["inputs"].items():
-        if run.inputs.get(name) != stored:
+    state = _checked_state(saved.state, path)
+    _refuse_other_settings(path, Config.from_dict(state["config"], path), run.config)
+    for name, now in run.inputs.items():
+        if (stored := state["inputs"].get(name)) != now:
             raise CheckpointError(
                 f"the {name} is not what {path} was trained with: hash {stored} then, "
-                f"{run.inputs.get(name)} now; restore it, or begin another run"
+                f"{now} now; restore it, or begin another run"
             )
-    progress = Progress(**saved.state["progress"])
-    metrics = folder / report.METRICS
-    size = metrics.stat().st_size if metrics.exists() else 0
-    if size < progress.metrics_bytes:
-        raise CheckpointError(
-            f"{metrics} has {size} bytes, it had {progress.metrics_bytes} at {path}; "
-            "restore it, or begin another run"
-        )
+    progress = _checked_progress(state["progress"], run, path)
+    run.records = read_metrics(folder, progress.metrics_bytes, progress.metrics_xxh3, path)
+    if len(run.records) != progress.epoch:
+        raise _misfit(path, f"{len(run.records)} lines of metrics for {progress.epoch} epochs")
     checkpoint.unpack(saved, run.modules, run.optimizer)
-    run.scaler.load_state_dict(saved.state["scaler"])
+    try:
+        run.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise _misfit(path, f"its scaler is {state['scaler']}") from error
     run.progress = progress
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """result.json of a finished run. Raises TrainError for any other folder."""
-    path = folder / report.RESULT
-    if not path.exists():
-        if (folder / CONFIG).exists():
+    try:
+        return report.read_result(folder)
+    except FileNotFoundError:
+        if is_run(folder):
             raise TrainError(
                 f"the run {folder} is not finished; go on with: {resume_command(folder)}"
-            )
-        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise TrainError(f"{path} is damaged ({error}); delete it, and resume the run") from error
+            ) from None
+        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a run, its settings. Raises TrainError for any other folder."""
-    path = folder / CONFIG
+def stored_config(folder: Path) -> Config:
+    """The settings of a run: config.json, or, if that is damaged, those in its checkpoint.
+
+    Raises TrainError for a folder without a run, ConfigError and CheckpointError for damage.
+    """
+    path = checkpoint.latest(folder)
     try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from error
-    except ValueError as error:
-        raise TrainError(f"{path} is damaged ({error})") from error
+        return Config.load(folder / CONFIG)
+    except FileNotFoundError:
+        if path is None:
+            raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
+    except ConfigError as error:
+        if path is None:
+            raise
+        warnings.warn(f"{error}; the settings are read from {path}", stacklevel=2)
+    return Config.from_dict(_checked_state(checkpoint.load_state(path), path)["config"], path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, finished or not."""
+    return (folder / CONFIG).exists() or checkpoint.latest(folder) is not None
 
 
 def resume_command(folder: Path) -> str:
     """The command that resumes a run."""
     return f"python -m ckd.train --resume {shlex.quote(str(folder))}"
+
+
+def _checked_progress(values: dict[str, Any], run: Run, path: Path) -> Progress:
+    try:
+        progress = as_dataclass(Progress, values)
+    except JsonError as error:
+        raise _misfit(path, f"its progress: {error}") from error
+    sizes = {
+        "epoch": run.config.epochs,
+        "rows": len(run.train_set) - 1,
+        "step": run.config.epochs * run.steps_per_epoch,
+    }
+    for name, most in sizes.items():
+        if not 0 <= (value := getattr(progress, name)) <= most:
+            raise _misfit(path, f"{name} {value} of {most}")
+    numbers = (progress.time_s, *progress.sums.values())
+    if progress.metrics_bytes < 0 or not all(map(is_number, numbers)):
+        raise _misfit(path, f"its progress is {values}")
+    return progress
+
+
+def _checked_state(state: dict[str, Any], path: Path) -> _State:
+    try:
+        return check_types(state, _State)
+    except JsonError as error:
+        raise _misfit(path, str(error)) from error
+
+
+def _misfit(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a checkpoint of this run: {what}; begin another run")
 
 
 def _refuse_other_settings(where: Path, old: Config, new: Config) -> None:

@@ -1,0 +1,96 @@
+"""metrics.jsonl: one line an epoch. A checkpoint holds the hash of the lines that precede it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckd._files import check_regular, open_regular
+from ckd._json import JsonError, is_number, parse_object
+from ckd.train.errors import CheckpointError
+
+METRICS = "metrics.jsonl"
+# What result.json and curves.png are made of. A loss may be infinite.
+_NUMBERS = ("epoch", "step", "test_accuracy", "lr", "time_s", "images_per_s")
+_REQUIRED = frozenset((*_NUMBERS, "loss", "test_loss"))
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, and to TensorBoard's events if TensorBoard is installed."""
+
+    def __init__(self, run: Path, *, keep_bytes: int, tensorboard: bool, step: int) -> None:
+        """Truncate the log to `keep_bytes`, its size at the checkpoint that is resumed."""
+        self.path = run / METRICS
+        self._digest = xxhash.xxh3_64()
+        if os.path.lexists(self.path):
+            check_regular(self.path)
+        with open(self.path, "a+b") as file:
+            file.truncate(keep_bytes)
+            file.seek(0)
+            self._digest.update(file.read())
+        self._board: Any = None
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> tuple[int, str]:
+        """Append a line durably; returns the new size of the file in bytes, and its xxh3."""
+        line = (json.dumps(record) + "\n").encode()
+        with open(self.path, "ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        self._digest.update(line)
+        if self._board is not None:
+            for name, value in record.items():
+                self._board.add_scalar(name, value, record["step"])
+            self._board.flush()
+        return size, self._digest.hexdigest()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(run: Path, size: int, xxh3: str, checkpoint: Path) -> list[dict[str, Any]]:
+    """The records in the first `size` bytes of metrics.jsonl, which `checkpoint` was made after.
+
+    Raises CheckpointError if they are not the bytes with this hash.
+    """
+    path = run / METRICS
+    remedy = "restore it, or begin another run"
+    if not size:
+        return []
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            data = file.read(size) if found >= size else b""
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+    if found < size:
+        raise CheckpointError(f"{path} has {found} bytes, it had {size} at {checkpoint}; {remedy}")
+    if xxhash.xxh3_64_hexdigest(data) != xxh3:
+        raise CheckpointError(
+            f"{path} is damaged: its first {size} bytes are not those it had at {checkpoint}; "
+            f"{remedy}"
+        )
+    records = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        try:
+            record = parse_object(line)
+            if missing := sorted(_REQUIRED - record.keys()):
+                raise JsonError(f"it has no {', '.join(missing)}")
+            if bad := [name for name in _NUMBERS if not is_number(record[name])]:
+                raise JsonError(f"{bad[0]} is {record[bad[0]]!r}")
+        except JsonError as error:
+            raise CheckpointError(f"{path}, line {number} is damaged: {error}; {remedy}") from error
+        records.append(record)
+    return records
