@@ -28,7 +28,7 @@ from ckd.train.figures import (
     save_figure,
 )
 from ckd.train.report import markdown
-from ckd.train.run import read_result, stored_config
+from ckd.train.stored import read_result, stored_config
 
 METHOD_COLOURS = {
     "plain": GREY,

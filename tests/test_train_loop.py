@@ -19,7 +19,8 @@ from ckd.train import Config, TrainError, checkpoint, evaluate, train
 from ckd.train import loop as loop_module
 from ckd.train.device import torch_state
 from ckd.train.methods import METHODS, method_class
-from ckd.train.run import read_result, run_folder, set_up
+from ckd.train.run import run_folder, set_up
+from ckd.train.stored import read_result
 from tests.train_runs import tiny_config, tiny_data
 
 

@@ -20,7 +20,7 @@ from ckd.train.demo import Demo
 from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
-from ckd.train.run import CONFIG, is_run, stored_config
+from ckd.train.stored import CONFIG, is_run, stored_config
 
 PROG = "python -m ckd.train"
 

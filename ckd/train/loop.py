@@ -36,17 +36,9 @@ from ckd.train.evaluation import evaluate
 from ckd.train.interrupt import stop_on_signals
 from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
-from ckd.train.run import (
-    STUDENT,
-    Run,
-    read_result,
-    restore,
-    resume_command,
-    run_folder,
-    save,
-    set_up,
-)
+from ckd.train.run import Run, restore, run_folder, save, set_up
 from ckd.train.schedule import learning_rate
+from ckd.train.stored import STUDENT, read_result, resume_command
 
 NONFINITE = "nonfinite.json"
 

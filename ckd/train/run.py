@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd import data, models
-from ckd._json import JsonError, as_dataclass, check_types, is_number
+from ckd._json import JsonError, as_dataclass, is_number
 from ckd._lock import locked_folder
 from ckd.data import Augment, Dataset
 from ckd.train import checkpoint, report
@@ -26,8 +24,14 @@ from ckd.train.errors import CheckpointError, ConfigError, TrainError
 from ckd.train.methods import Method
 from ckd.train.metrics import read_metrics
 from ckd.train.schedule import parameter_groups
-
-CONFIG, STUDENT = "config.json", "student.safetensors"
+from ckd.train.stored import (
+    CONFIG,
+    State,
+    checked_state,
+    misfit,
+    resume_command,
+    stored_config,
+)
 
 
 @dataclass
@@ -41,15 +45,6 @@ class Progress:
     time_s: float = 0.0  # of training on them, without evaluation and checkpoints
     metrics_bytes: int = 0  # size of metrics.jsonl
     metrics_xxh3: str = ""  # its hash; "" if there is no line
-
-
-class _State(TypedDict):
-    """What a checkpoint holds beside tensors."""
-
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    progress: dict[str, Any]
-    scaler: dict[str, Any]
 
 
 @dataclass
@@ -183,7 +178,7 @@ def _average(student: nn.Module, decay: float) -> AveragedModel:
 
 def save(run: Run) -> None:
     """Save a checkpoint. Raises CheckpointError, which gives the command that resumes."""
-    state: _State = {
+    state: State = {
         "config": run.config.to_dict(),
         "inputs": run.inputs,
         "progress": dataclasses.asdict(run.progress),
@@ -212,7 +207,7 @@ def restore(run: Run) -> None:
     if path is None:
         return
     saved = checkpoint.load(path)
-    state = _checked_state(saved.state, path)
+    state = checked_state(saved.state, path)
     _refuse_other_settings(path, Config.from_dict(state["config"], path), run.config)
     for name, now in run.inputs.items():
         if (stored := state["inputs"].get(name)) != now:
@@ -223,60 +218,20 @@ def restore(run: Run) -> None:
     progress = _checked_progress(state["progress"], run, path)
     run.records = read_metrics(folder, progress.metrics_bytes, progress.metrics_xxh3, path)
     if len(run.records) != progress.epoch:
-        raise _misfit(path, f"{len(run.records)} lines of metrics for {progress.epoch} epochs")
+        raise misfit(path, f"{len(run.records)} lines of metrics for {progress.epoch} epochs")
     checkpoint.unpack(saved, run.modules, run.optimizer)
     try:
         run.scaler.load_state_dict(state["scaler"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise _misfit(path, f"its scaler is {state['scaler']}") from error
+        raise misfit(path, f"its scaler is {state['scaler']}") from error
     run.progress = progress
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """result.json of a finished run. Raises TrainError for any other folder."""
-    try:
-        return report.read_result(folder)
-    except FileNotFoundError:
-        if is_run(folder):
-            raise TrainError(
-                f"the run {folder} is not finished; go on with: {resume_command(folder)}"
-            ) from None
-        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
-
-
-def stored_config(folder: Path) -> Config:
-    """The settings of a run: config.json, or, if that is damaged, those in its checkpoint.
-
-    Raises TrainError for a folder without a run, ConfigError and CheckpointError for damage.
-    """
-    path = checkpoint.latest(folder)
-    try:
-        return Config.load(folder / CONFIG)
-    except FileNotFoundError:
-        if path is None:
-            raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
-    except ConfigError as error:
-        if path is None:
-            raise
-        warnings.warn(f"{error}; the settings are read from {path}", stacklevel=2)
-    return Config.from_dict(_checked_state(checkpoint.load_state(path), path)["config"], path)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run, finished or not."""
-    return (folder / CONFIG).exists() or checkpoint.latest(folder) is not None
-
-
-def resume_command(folder: Path) -> str:
-    """The command that resumes a run."""
-    return f"python -m ckd.train --resume {shlex.quote(str(folder))}"
 
 
 def _checked_progress(values: dict[str, Any], run: Run, path: Path) -> Progress:
     try:
         progress = as_dataclass(Progress, values)
     except JsonError as error:
-        raise _misfit(path, f"its progress: {error}") from error
+        raise misfit(path, f"its progress: {error}") from error
     sizes = {
         "epoch": run.config.epochs,
         "rows": len(run.train_set) - 1,
@@ -284,22 +239,11 @@ def _checked_progress(values: dict[str, Any], run: Run, path: Path) -> Progress:
     }
     for name, most in sizes.items():
         if not 0 <= (value := getattr(progress, name)) <= most:
-            raise _misfit(path, f"{name} {value} of {most}")
+            raise misfit(path, f"{name} {value} of {most}")
     numbers = (progress.time_s, *progress.sums.values())
     if progress.metrics_bytes < 0 or not all(map(is_number, numbers)):
-        raise _misfit(path, f"its progress is {values}")
+        raise misfit(path, f"its progress is {values}")
     return progress
-
-
-def _checked_state(state: dict[str, Any], path: Path) -> _State:
-    try:
-        return check_types(state, _State)
-    except JsonError as error:
-        raise _misfit(path, str(error)) from error
-
-
-def _misfit(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} is not a checkpoint of this run: {what}; begin another run")
 
 
 def _refuse_other_settings(where: Path, old: Config, new: Config) -> None:

@@ -18,7 +18,7 @@ from ckd.bank import BankError, BankWriter
 from ckd.data import DataError
 from ckd.models import ModelError
 from ckd.train import CheckpointError, Config, ConfigError, TrainError, checkpoint, loop, train
-from ckd.train.run import read_result
+from ckd.train.stored import read_result
 from tests.bad_input import Case
 from tests.train_runs import tiny_bank, tiny_config, tiny_data, tiny_teacher
 

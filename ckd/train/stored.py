@@ -1,0 +1,75 @@
+"""Run folders as they are found on disk: whether one holds a run, its settings and its result."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any, TypedDict
+
+from ckd._json import JsonError, check_types
+from ckd.train import checkpoint, report
+from ckd.train.config import Config
+from ckd.train.errors import CheckpointError, ConfigError, TrainError
+
+CONFIG, STUDENT = "config.json", "student.safetensors"
+
+
+class State(TypedDict):
+    """What a checkpoint holds beside tensors."""
+
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    progress: dict[str, Any]
+    scaler: dict[str, Any]
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """result.json of a finished run. Raises TrainError for any other folder."""
+    try:
+        return report.read_result(folder)
+    except FileNotFoundError:
+        if is_run(folder):
+            raise TrainError(
+                f"the run {folder} is not finished; go on with: {resume_command(folder)}"
+            ) from None
+        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
+
+
+def stored_config(folder: Path) -> Config:
+    """The settings of a run: config.json, or, if that is damaged, those in its checkpoint.
+
+    Raises TrainError for a folder without a run, ConfigError and CheckpointError for damage.
+    """
+    path = checkpoint.latest(folder)
+    try:
+        return Config.load(folder / CONFIG)
+    except FileNotFoundError:
+        if path is None:
+            raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
+    except ConfigError as error:
+        if path is None:
+            raise
+        warnings.warn(f"{error}; the settings are read from {path}", stacklevel=2)
+    return Config.from_dict(checked_state(checkpoint.load_state(path), path)["config"], path)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, finished or not."""
+    return (folder / CONFIG).exists() or checkpoint.latest(folder) is not None
+
+
+def resume_command(folder: Path) -> str:
+    """The command that resumes a run."""
+    return f"python -m ckd.train --resume {shlex.quote(str(folder))}"
+
+
+def checked_state(state: dict[str, Any], path: Path) -> State:
+    try:
+        return check_types(state, State)
+    except JsonError as error:
+        raise misfit(path, str(error)) from error
+
+
+def misfit(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a checkpoint of this run: {what}; begin another run")
