@@ -194,7 +194,9 @@ class Config:
         try:
             settings = unsealed(*read_object(path))
         except JsonError as error:
-            raise ConfigError(f"{path} is damaged: {error}") from error
+            raise ConfigError(
+                f"{path} is damaged: {error}; restore it, or begin another run"
+            ) from error
         except FileNotFoundError:
             raise
         except OSError as error:

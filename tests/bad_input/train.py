@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,7 @@ def file_for_a_folder(tmp_path: Path) -> None:
 def damaged_config(tmp_path: Path) -> None:
     config = finished(tmp_path)
     (config.folder / "config.json").write_text("{")
+    shutil.rmtree(config.folder / "checkpoint")  # from which it would be restored
     train(config, resume=True)
 
 
@@ -224,7 +226,8 @@ CASES = [
          ("step-00000007/tensors.safetensors does not match its checksum",)),
     Case("damaged state of a checkpoint", damaged("state.json"), CheckpointError,
          ("step-00000007/state.json",)),
-    Case("damaged config.json", damaged_config, ConfigError, ("config.json is damaged",)),
+    Case("damaged config.json", damaged_config, ConfigError,
+         ("config.json is damaged", "begin another run")),
     Case("disk full at the first checkpoint", refused_by_the_system(errno.ENOSPC, False),
          CheckpointError, ("step-00000003", "No space left", "no older one", "--resume")),
     Case("disk full at a later checkpoint", refused_by_the_system(errno.ENOSPC, True),
