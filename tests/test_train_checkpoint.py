@@ -283,3 +283,15 @@ def test_an_optimizer_state_of_another_shape_is_refused(tmp_path):
     loaded = checkpoint.load(checkpoint.save(tmp_path, 1, packed, {}))
     with pytest.raises(CheckpointError, match="does not fit the optimizer"):
         checkpoint.unpack(loaded, modules, optimizer)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    for use in (lambda: checkpoint.latest(tmp_path), lambda: save(tmp_path, 2)):
+        with pytest.raises(CheckpointError, match="checkpoint cannot be listed: Permission denied"):
+            use()

@@ -103,7 +103,7 @@ def sweep(run: Path) -> None:
 
 
 def latest(run: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
+    """The newest checkpoint of a run, or None. Raises CheckpointError if the system refuses."""
     existing = _existing(run)
     return existing[-1] if existing else None
 
@@ -212,10 +212,15 @@ def _numbers(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict
 
 def _existing(run: Path) -> list[Path]:
     """Checkpoint folders, oldest first."""
-    found = [p for p in (run / FOLDER).glob("step-*") if re.fullmatch("step-[0-9]{8,18}", p.name)]
-    return sorted(
-        (p for p in found if p.is_dir() and not p.is_symlink()), key=lambda p: int(p.name[5:])
-    )
+    try:
+        with os.scandir(run / FOLDER) as entries:
+            found = [entry for entry in entries if re.fullmatch("step-[0-9]{8,18}", entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:  # a run whose checkpoints cannot be seen must not begin anew
+        raise CheckpointError(f"{run / FOLDER} cannot be listed: {error.strerror}") from error
+    names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+    return [run / FOLDER / name for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
 def _remove(path: Path) -> None:

@@ -171,10 +171,10 @@ def read_result(run: Path) -> dict[str, Any]:
         return result
     except FileNotFoundError:
         raise
-    except (JsonError, OSError) as error:
-        raise TrainError(
-            f"{path} is damaged or cannot be read ({error}); delete it, and resume the run"
-        ) from error
+    except OSError as error:
+        raise TrainError(f"{path} cannot be read: {error.strerror}") from error
+    except JsonError as error:
+        raise TrainError(f"{path} is damaged ({error}); delete it, and resume the run") from error
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
