@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from ckd.models import Model, ModelError, create, load, prepare, save, weights_hash
+from ckd import data
+from ckd.bank.build import build_bank
+from ckd.models import Model, ModelError, Resize, create, load, prepare, save, weights_hash
+from ckd.train.config import Config
+from ckd.train.evaluation import evaluate_source
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,7 +128,8 @@ def test_untrained_student_from_a_configuration(classifier, tmp_path: Path) -> N
     assert model(pixels(model)).logits.shape == (2, 7)
     assert model.mean == (pytest.approx(0.5),)
     save(model, tmp_path / "m.safetensors", class_names=list("abcdefg"))
-    assert weights_hash(load(tmp_path / "m.safetensors")) == weights_hash(model)
+    loaded = load(spec, weights=tmp_path / "m.safetensors")
+    assert weights_hash(loaded) == weights_hash(model)
 
 
 def test_pretrained_student_gets_a_new_classifier(classifier, tmp_path: Path) -> None:
@@ -141,6 +147,33 @@ def test_a_tilde_in_the_folders_name_is_the_home_folder(classifier, tmp_path, mo
     assert load("hf:~/mine").num_classes == 5
 
 
+def test_a_student_of_a_library_is_loaded_by_name_with_its_run(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path / "source")
+    model = create(spec, num_classes=10, image_size=8, in_channels=1, pool=None)
+    model.preprocess_with([0.1], [0.4], Resize(10, True, "bilinear"), False)
+    names = data.load("digits").class_names
+    save(model, tmp_path / "student.safetensors", class_names=names)
+    loaded = load(spec, weights=tmp_path)
+    assert (loaded.class_names, loaded.image_size, loaded.mean) == (names, 8, (0.1,))
+    assert loaded.resize == model.resize
+    assert weights_hash(loaded) == weights_hash(model)
+    config = Config(data="digits", device="cpu")
+    with pytest.raises(ModelError, match=f"--eval. {spec} --teacher-weights {tmp_path}"):
+        evaluate_source(config, str(tmp_path))
+    by_name = dataclasses.replace(config, teacher_weights=str(tmp_path))
+    assert f"{spec} on digits (test): accuracy" in evaluate_source(by_name, spec)
+    bank = build_bank(data.load("digits"), loaded, tmp_path / "bank", progress=False)
+    assert bank.dim == model.embedding_dim
+
+
+def test_a_stored_pool_is_that_of_the_loaded_model(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path / "source")
+    save(load(spec, pool="mean"), tmp_path / "m.safetensors")
+    assert load(spec, weights=tmp_path / "m.safetensors").pool == "mean"
+    with pytest.raises(ModelError, match="has pool mean, cls was asked for"):
+        load(spec, weights=tmp_path / "m.safetensors", pool="cls")
+
+
 def test_a_model_at_another_size_than_its_position_embeddings_is_not_saved(
     classifier, tmp_path: Path
 ) -> None:
@@ -149,7 +182,7 @@ def test_a_model_at_another_size_than_its_position_embeddings_is_not_saved(
         save(load(spec, image_size=24), tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
     save(load(spec), tmp_path / "m.safetensors")
-    assert load(tmp_path / "m.safetensors").num_classes == 5
+    assert load(spec, weights=tmp_path / "m.safetensors").num_classes == 5
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,21 @@ class Setting:
         return Path(self.folder) / "images.npz"
 
     @property
-    def teacher_file(self) -> str:
-        """The trainer's --teacher: the file of random weights, or the user's own path."""
-        if self.teacher in VITS or catalog.is_spec(self.teacher):
-            return f"{self.folder}/teacher.safetensors"
+    def teacher_spec(self) -> str:
+        """The trainer's --teacher: a model's name, or the user's own path."""
+        if self.teacher in VITS:
+            return f"hf:{_vit_folder(self.teacher, self.folder)}"
         return self.teacher
+
+    @property
+    def teacher_weights(self) -> str | None:
+        """The trainer's --teacher-weights: the file of random weights of a model by name."""
+        return f"{self.folder}/teacher.safetensors" if catalog.is_spec(self.teacher_spec) else None
+
+    @property
+    def teacher_file(self) -> str:
+        """The file of random weights, or the user's own path."""
+        return self.teacher_weights or self.teacher
 
 
 def write_images(setting: Setting) -> None:
@@ -145,7 +155,11 @@ def _spec(teacher: str, folder: str) -> str:
     """The model spec of a teacher; for one of VITS, hf: and a folder with its configuration."""
     if teacher not in VITS:
         return teacher
-    return _vit_spec(VITS[teacher], Path(folder) / teacher.replace("/", "-"))
+    return _vit_spec(VITS[teacher], _vit_folder(teacher, folder))
+
+
+def _vit_folder(teacher: str, folder: str) -> Path:
+    return Path(folder) / teacher.replace("/", "-")
 
 
 def _vit_spec(shape: tuple[int, int, int, int], folder: Path) -> str:
@@ -197,7 +211,7 @@ def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
     with contextlib.suppress(Enough):
         build_bank(
             dataset,
-            models.load(setting.teacher_file),
+            models.load(setting.teacher_spec, weights=setting.teacher_weights),
             f"{setting.folder}/teacher-bank",
             batch_size=setting.batch_size,
             device=device,
@@ -209,11 +223,13 @@ def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
 
 def config_of(method: str, setting: Setting) -> Config:
     """The settings that `python -m ckd.train` would get."""
+    runs_teacher = method in ("logit-kd", "teacher-kd")
     config = Config(
         method=method,  # type: ignore[arg-type]  # `check` refuses others
         data=str(setting.images),
         student=setting.student,
-        teacher=setting.teacher_file if method in ("logit-kd", "teacher-kd") else None,
+        teacher=setting.teacher_spec if runs_teacher else None,
+        teacher_weights=setting.teacher_weights if runs_teacher else None,
         bank=f"{setting.folder}/bank" if method == "embed-kd" else None,
         targets="centroids",  # as published: the paper's claims of cost are about them
         out=setting.folder,

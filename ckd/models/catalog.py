@@ -12,15 +12,15 @@ from ckd._hints import unknown
 from ckd.models import hf_models, timm_models
 from ckd.models.base import Model
 from ckd.models.resnet import ResNet
-from ckd.models.spec import POOLS, ModelError, Pool, parse
+from ckd.models.spec import LARGEST, POOLS, ModelError, Pool, Spec, parse
 from ckd.models.vit import ViT
 from ckd.models.weights import Weights
 
 
 class Family(NamedTuple):
     """A kind of built-in model. `pattern`: a regular expression for the name before the colon;
-    `model`: a subclass of Model with a static `shape_from_weights(spec, weights)`; `names`: those
-    listed in messages."""
+    `model`: a subclass of Model with the static methods `shape_from_weights(spec, weights)` and
+    `least_entries(spec)`; `names`: those listed in messages."""
 
     pattern: str
     model: type[Any]
@@ -79,13 +79,11 @@ def create(
     needed extra is missing.
     """
     parsed = parse(spec)
-    for name, value in (
-        ("num_classes", num_classes),
-        ("image_size", image_size),
-        ("in_channels", in_channels),
-    ):
-        if value is not None and value < 1:
-            raise ModelError(f"{name} must be at least 1, got {value}")
+    sizes = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
+    for name, value in sizes.items():
+        if value is not None and not 1 <= value <= LARGEST[name]:
+            largest = f"{LARGEST[name]:,}"
+            raise ModelError(f"{name} must be at least 1 and at most {largest}, got {value}")
     if pool is not None and pool not in POOLS:
         raise ModelError(unknown("pool", pool, POOLS))
     if parsed.family in LIBRARIES:
@@ -98,9 +96,7 @@ def create(
             weights=weights,
             pool=pool,
         )
-    network = _built_in(parsed.family)
-    if network is None:
-        raise ModelError(unknown("model", parsed.family, known()))
+    network = _network(parsed)
     if pretrained:
         raise ModelError(
             f"{spec!r} has no weights to download; use load({spec!r}, weights=FILE) instead"
@@ -129,9 +125,20 @@ def shape_from_weights(spec: str, weights: Mapping[str, Tensor]) -> dict[str, An
     Raises KeyError for a missing entry, IndexError for an entry of too few dimensions.
     """
     parsed = parse(spec)
-    network = _built_in(parsed.family)
-    assert network is not None, spec  # load() checked is_spec()
-    return network.shape_from_weights(parsed, weights)
+    return _network(parsed).shape_from_weights(parsed, weights)
+
+
+def least_entries(spec: str) -> int:
+    """How many entries the layers of this built-in model have in its state dict, at least."""
+    parsed = parse(spec)
+    return _network(parsed).least_entries(parsed)
+
+
+def _network(parsed: Spec) -> type[Any]:
+    """The class of a built-in model. Raises ModelError."""
+    if network := _built_in(parsed.family):
+        return network
+    raise ModelError(unknown("model", parsed.family, known()))
 
 
 def _built_in(family: str) -> type[Any] | None:

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+import torch
 
-from ckd._files import atomic_write, user_path
+from ckd._files import atomic_write, check_regular, user_path
 from ckd._hints import unknown
 from ckd._version import __version__
-from ckd.models import catalog
+from ckd.models import catalog, description
 from ckd.models.base import Model, check_teacher, first_line
+from ckd.models.description import Description
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
-from ckd.models.weights import Weights, fill, likely_cause, read_weights, shortened
+from ckd.models.weights import DAMAGE, Weights, fill, read_safetensors, read_weights, shortened
 
 STUDENT_FILE = "student.safetensors"  # in a run folder
-# One entry: safetensors writes several in no fixed order, but equal models must give equal files.
-_HEADER = "ckd_model"
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0  # not isinstance: True is an int too
-
-
-# Field of the header -> check of its value.
-_DESCRIPTION: dict[str, Callable[[Any], bool]] = {
-    "spec": lambda value: isinstance(value, str),
-    "num_classes": lambda value: value is None or _is_size(value),
-    "image_size": _is_size,
-    "in_channels": _is_size,
-    "class_names": lambda value: (
-        isinstance(value, list) and all(isinstance(name, str) for name in value)
-    ),
-}
+_SIZES = ("num_classes", "image_size", "in_channels")
 
 
 def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> None:
-    """Write weights and description to `path` (.safetensors), atomically.
+    """Write weights and description to `path` (.safetensors), atomically, with checksums.
 
     Equal weights and description give equal bytes. Raises ModelError unless `class_names` is empty
     or has one name per class, and the system's OSError.
@@ -58,28 +42,26 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
             f"{model.spec} is run at {model.image_size} pixels, with position embeddings of its "
             f"{model.native_size}, and cannot be saved so; load it by its name instead"
         )
-    description = {
-        "spec": model.spec,
-        "num_classes": model.num_classes,
-        "image_size": model.image_size,
-        "in_channels": model.in_channels,
-        "class_names": list(class_names),
-        # The argument for `create`; None where its default is meant (projection, classifier).
-        "pool": model.pool if model.pool in POOLS else None,
-        "preprocessing": {
-            "mean": model.mean,
-            "std": model.std,
-            "resize": asdict(model.resize),
-            "flip_channels": model.flip_channels,
-        },
-        "ckd_version": __version__,
-    }
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
     }
-    path = user_path(path)
-    header = {_HEADER: json.dumps(description, sort_keys=True)}
-    atomic_write(path, safetensors.torch.save(tensors, metadata=header))
+    metadata = description.header(
+        {
+            **{name: getattr(model, name) for name in ("spec", *_SIZES)},
+            # The argument for `create`; None where its default is meant (projection, classifier).
+            "pool": model.pool if model.pool in POOLS else None,
+            "class_names": list(class_names),
+            "preprocessing": {
+                "mean": model.mean,
+                "std": model.std,
+                "resize": asdict(model.resize),
+                "flip_channels": model.flip_channels,
+            },
+            "ckd_version": __version__,
+            "tensors": description.checksum(tensors),
+        }
+    )
+    atomic_write(user_path(path), safetensors.torch.save(tensors, metadata=metadata))
 
 
 def load(
@@ -97,25 +79,31 @@ def load(
     for `create`. A name needs `weights`; timm: and hf: have pretrained weights as default. The
     sizes are read from the source; a size that is passed must agree. `pool` is that of `create`.
 
-    `weights` is a state dict as .safetensors, or a file that torch.load reads with
-    weights_only=True, alone or in a training checkpoint (docs/teachers.md lists the wrappers and
-    other content that are known). The names are those of the network itself: those that timm or
-    transformers give it, or the built-in model's; prefixes `module.` and `_orig_mod.`, and
-    components in front that all names share, are removed. The number of classes is that of the
-    stored classifier.
+    `weights` is a file or run folder of `save`, which must be of that name; or a state dict as
+    .safetensors, or a file that torch.load reads with weights_only=True, alone or in a training
+    checkpoint (docs/teachers.md lists the wrappers and other content that are known). The names are
+    those of the network itself: those that timm or transformers give it, or the built-in model's;
+    prefixes `module.` and `_orig_mod.`, and components in front that all names share, are removed.
+    The number of classes is that of the stored classifier.
+
+    A file alone names built-in models only: those of libraries may be downloaded, or be any folder.
 
     Raises ModelError that names the file and the missing, unexpected or misshapen entries, or says
-    why the model cannot be a teacher (see `check_teacher`).
+    why the model cannot be a teacher (see `check_teacher`). Warns of a file of `save` without
+    checksums.
     """
-    asked = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
+    asked = {
+        **{"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels},
+        "pool": pool,
+    }
     text = str(source)
     if isinstance(source, Path) or not catalog.is_spec(text):
         for name, value in (("weights", weights), ("pool", pool)):
             if value is not None:
                 raise ModelError(f"{text} is not a model's name, so it cannot take {name}={value}")
-        model = _from_file(_file_of(source), asked)
+        model = _from_file(_source_file(source), asked)
     elif weights is not None:
-        model = _from_weights(text, user_path(weights), asked, pool)
+        model = _from_weights(text, user_path(weights), asked)
     elif catalog.is_library(text):
         model = catalog.create(
             text,
@@ -128,50 +116,82 @@ def load(
         _agree(text, asked, {"num_classes": model.num_classes})
     else:
         raise ModelError(f"{text!r} alone has no weights; pass weights=FILE (--teacher-weights)")
-    check_teacher(model)
+    # The forward of a built-in model has no random part, but it may take long: a file of a
+    # hundred kilobytes can ask for the attention of 65,000 tokens.
+    if catalog.is_library(model.spec):
+        check_teacher(model)
+    elif not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ModelError(f"{weights or source} cannot be a teacher: a weight is not finite")
     return model.eval().requires_grad_(False)
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
     """The class names stored in a file written by `save`, or in a run folder's student."""
-    return tuple(_describe(_file_of(path))["class_names"])
+    return tuple(_described(_source_file(path))["class_names"])
 
 
-def _file_of(source: str | Path) -> Path:
-    path = user_path(source)
-    if path.is_dir():
-        if (path / STUDENT_FILE).is_file():
-            return path / STUDENT_FILE
-        raise ModelError(f"{path} holds no {STUDENT_FILE}; pass a finished run's folder")
-    if path.is_file():
+def _source_file(source: str | Path) -> Path:
+    if path := _file(user_path(source)):
         return path
     message = unknown("model", str(source), catalog.known())
     raise ModelError(f"{message}; nor is there a file or run folder of that name")
 
 
-def _from_file(path: Path, asked: Mapping[str, int | None]) -> Model:
-    description = _describe(path)
-    shape: dict[str, Any] = {name: description[name] for name in asked}
-    _agree(path, asked, shape)
-    model = catalog.create(description["spec"], **shape, pool=description.get("pool"))
-    if stored := description.get("preprocessing"):  # files of earlier versions have none
-        model.preprocess_with(**{**stored, "resize": Resize(**stored["resize"])})
-    model.class_names = tuple(description["class_names"])
-    fill(model, read_weights(path, as_safetensors=True), model.spec)
-    return model
+def _file(path: Path) -> Path | None:
+    """`path`, or the student in a run folder; None if nothing is there. Raises ModelError."""
+    folder = None
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            folder, path = path, path / STUDENT_FILE
+        # The user may name a link; a run's file must lie in its folder.
+        check_regular(path, follow=folder is None)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL
+        if folder is None:
+            return None
+        raise ModelError(
+            f"{folder} holds no {STUDENT_FILE}; pass a finished run's folder"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    return path
 
 
-def _from_weights(
-    spec: str, path: Path, asked: Mapping[str, int | None], pool: Pool | None
-) -> Model:
+def _described(path: Path) -> Description:
+    if stored := description.read(path):
+        return stored
+    raise ModelError(
+        f"{path} does not say which model it holds (it was not written by ckd.models.save); "
+        f"pass a model's name and weights={str(path)!r}"
+    )
+
+
+def _from_file(path: Path, asked: Mapping[str, Any]) -> Model:
+    stored = _described(path)
+    spec = stored["spec"]
+    if catalog.is_library(spec):
+        raise ModelError(
+            f"{path} holds a model of a library, which a file does not choose: if you trust "
+            f"{spec!r}, pass it with the file as its weights: load({spec!r}, "
+            f"weights={str(path)!r}), --teacher (or --eval) {spec} --teacher-weights {path}"
+        )
+    return _restored(path, stored, asked)
+
+
+def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Model:
+    path = _file(given)
+    if path is None:
+        raise ModelError(f"{given} cannot be read (there is no such file)")
+    if path.suffix == ".safetensors" and (stored := description.read(path)):
+        if stored["spec"] != spec:
+            raise ModelError(f"{path} holds {stored['spec']!r}; {spec!r} was asked for")
+        return _restored(path, stored, asked)
     weights = read_weights(path)
     if catalog.is_library(spec):
-        sizes: dict[str, Any] = dict(asked)
-        model = catalog.create(spec, **sizes, weights=weights, pool=pool)
+        model = catalog.create(spec, **asked, weights=weights)
         _agree(path, asked, {"num_classes": model.num_classes})
         return model
     try:
-        weights, stored = _with_shape(spec, weights)
+        weights, own = _with_shape(spec, weights)
     except KeyError as error:
         raise ModelError(
             f"{path} has no {error.args[0]!r}, so it does not hold the weights of {spec!r}; "
@@ -182,11 +202,51 @@ def _from_weights(
             f"{path} has an entry of too few dimensions, so it does not hold the weights of "
             f"{spec!r}"
         ) from error
-    shape: dict[str, Any] = {
-        name: stored[name] if asked[name] is None else asked[name] for name in asked
-    }
-    model = catalog.create(spec, **shape, pool=pool)
+    sizes = {name: own[name] if asked[name] is None else asked[name] for name in own}
+    return _filled(spec, weights, {**sizes, "pool": asked["pool"]})
+
+
+def _restored(path: Path, stored: Description, asked: Mapping[str, Any]) -> Model:
+    """The model that `save` wrote to `path`."""
+    arguments = {name: value for name, value in stored.items() if name in asked}
+    _agree(path, asked, arguments)
+    weights = Weights(path, read_safetensors(path))
+    if stored["tensors"] not in (None, description.checksum(weights.tensors)):
+        raise ModelError(f"{path} is damaged: its tensors do not match their checksum")
+    model = _filled(stored["spec"], weights, arguments)
+    if own := stored["preprocessing"]:  # files of earlier versions have none
+        resize = Resize(**own["resize"])
+        model.preprocess_with(own["mean"], own["std"], resize, own["flip_channels"])
+    model.class_names = tuple(stored["class_names"])
+    return model
+
+
+def _filled(spec: str, weights: Weights, arguments: Mapping[str, Any]) -> Model:
+    """The model with these arguments of `create` and these weights, by the model's own names.
+
+    A built-in model gets memory once the weights are known to fit: its name and sizes may be those
+    of a hostile file.
+    """
+    path, tensors = weights
+    elements = [tensor.numel() for tensor in tensors.values()]
+    if catalog.is_library(spec):
+        if (arguments["num_classes"] or 0) > max(elements, default=0):
+            raise ModelError(f"{path} has too few weights for {arguments['num_classes']:,} classes")
+        model = catalog.create(spec, **arguments)
+        fill(model, weights, spec)
+        return model
+    try:
+        least = catalog.least_entries(spec)
+        if len(elements) < least:
+            raise ModelError(f"{spec!r} has at least {least:,} weights, not {len(elements):,}")
+        if sum(elements) > path.stat().st_size:
+            raise ModelError("its tensors share memory")
+        with torch.device("meta"):
+            model = catalog.create(spec, **arguments)
+    except DAMAGE as error:
+        raise ModelError(f"{path} does not fit {spec!r}: {first_line(error)}") from error
     fill(model, weights, spec)
+    model.preprocess_with(model.mean, model.std, model.resize, model.flip_channels)
     return model
 
 
@@ -201,33 +261,10 @@ def _with_shape(spec: str, weights: Weights) -> tuple[Weights, dict[str, Any]]:
                 raise
 
 
-def _agree(where: object, asked: Mapping[str, int | None], stored: Mapping[str, Any]) -> None:
+def _agree(where: object, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     for name, value in stored.items():
         if asked[name] is not None and asked[name] != value:
             raise ModelError(
                 f"{where} has {name} {value}, {asked[name]} was asked for; "
                 f"leave {name} out, or choose another model"
             )
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} cannot be read as safetensors ({first_line(error)}){likely_cause(path)}"
-        ) from error
-    if header is None:
-        raise ModelError(
-            f"{path} does not say which model it holds (it was not written by ckd.models.save); "
-            f"pass a model's name and weights={str(path)!r}"
-        )
-    try:
-        description = json.loads(header)
-        for name, fits in _DESCRIPTION.items():
-            if not fits(description[name]):
-                raise TypeError(f"{name} is {description[name]!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: its header's {_HEADER} is damaged ({error!r})") from error
-    return description

@@ -241,6 +241,7 @@ def _from_weights(
     network, report = type(network).from_pretrained(
         None,
         config=config,
+        trust_remote_code=False,
         state_dict=dict(weights.tensors),
         output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,10 +40,14 @@ def flops_per_image(model: Model) -> int:
 
 def weights_hash(model: nn.Module) -> str:
     """sha256 (hex) over name, dtype, shape and bytes of every entry of the state dict, by name."""
-    digest = hashlib.sha256()
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    for name, tensor in sorted(model.state_dict().items()):
+    return update_hash(hashlib.sha256(), model.state_dict()).hexdigest()
+
+
+def update_hash(digest: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """`digest`, updated with name, dtype, shape and bytes of every tensor, by name."""
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest

@@ -67,6 +67,12 @@ class ResNet(Model):
             "in_channels": weights["conv1.weight"].shape[1],
         }
 
+    @staticmethod
+    def least_entries(spec: Spec) -> int:
+        """The number of entries that the blocks have in the state dict, without the counters of
+        the batch norms, which published weights may lack."""
+        return 3 * 10 * _blocks_per_stage(spec)
+
 
 class Block(nn.Module):
     """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)), 3x3 convolutions without bias.

@@ -15,6 +15,8 @@ from ckd._hints import unknown
 #: or the output of its own pooling layer.
 Pool = Literal["cls", "mean", "pooler"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
+# Of a model's sizes: a file that names larger ones is no model's.
+LARGEST = {"num_classes": 2**31 - 1, "image_size": 4096, "in_channels": 4096}
 
 
 class ModelError(CkdError, ValueError):

@@ -82,6 +82,11 @@ class ViT(Model):
             "in_channels": weights["patch_embed.weight"].shape[1],
         }
 
+    @staticmethod
+    def least_entries(spec: Spec) -> int:
+        """The number of entries that the blocks have in the state dict."""
+        return 12 * spec.integers(DEFAULTS)["layers"]
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), on tokens [B, L, width]."""

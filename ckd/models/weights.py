@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import struct
 import types
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._files import LFS_POINTER, is_lfs_pointer, open_regular
 from ckd.models.base import first_line
 from ckd.models.spec import ModelError
 
@@ -64,6 +65,9 @@ DAMAGE = (
 )
 
 
+_ZIP_START = b"PK\x03\x04"
+
+
 class Weights(NamedTuple):
     """A state dict and the file it was read from."""
 
@@ -71,20 +75,21 @@ class Weights(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-def read_weights(path: Path, *, as_safetensors: bool | None = None) -> Weights:
+def read_weights(path: Path) -> Weights:
     """The state dict in a file, without wrappers around it and prefixes of names.
 
-    as_safetensors: how to read the file; None: by its suffix. Raises ModelError for a file that
-    cannot be read or holds anything else.
+    The tensors are mapped from the file where its format allows it. Raises ModelError for a file
+    that cannot be read or holds anything else.
     """
-    if as_safetensors is None:
-        as_safetensors = path.suffix == ".safetensors"
-    read = _read_safetensors if as_safetensors else _torch_load
+    read = read_safetensors if path.suffix == ".safetensors" else _torch_load
     return Weights(path, _checked(read(path), path))
 
 
 def fill(module: nn.Module, weights: Weights, spec: str) -> None:
-    """Copy the weights into `module`; ModelError names missing, unexpected and misshapen ones."""
+    """Copy the weights into `module`; ModelError names those that do not fit.
+
+    A module on the device meta gets memory, on torch's default device, once they are known to fit.
+    """
     own, (path, tensors) = module.state_dict(), weights
     # Only batch norms with momentum=None use this counter; many published weights lack it.
     missing = [
@@ -95,9 +100,24 @@ def fill(module: nn.Module, weights: Weights, spec: str) -> None:
         for name in sorted(own.keys() & tensors.keys())
         if tensors[name].shape != own[name].shape
     ]
+    # The other way round is no loss: some training code stores counters as floats.
+    mistyped = [
+        f"{name} {tensors[name].dtype} for {own[name].dtype}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].is_floating_point() and not tensors[name].is_floating_point()
+    ]
     refuse_misfits(
-        path, spec, missing=missing, unexpected=tensors.keys() - own.keys(), misshapen=misshapen
+        path,
+        spec,
+        missing=missing,
+        unexpected=tensors.keys() - own.keys(),
+        misshapen=misshapen,
+        mistyped=mistyped,
     )
+    if any(tensor.is_meta for tensor in own.values()):
+        module.to_empty(device=torch.get_default_device())
+        for buffer in module.buffers():
+            buffer.zero_()  # the counters, which may be missing
     module.load_state_dict(tensors, strict=False)
 
 
@@ -108,9 +128,13 @@ def refuse_misfits(
     missing: Iterable[str],
     unexpected: Iterable[str],
     misshapen: Iterable[str],
+    mistyped: Iterable[str] = (),
 ) -> None:
     """Raise ModelError that lists the entries of a file which do not fit a model, if any."""
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    problems = {
+        **{"missing": missing, "unexpected": unexpected},
+        **{"of another shape": misshapen, "of another type": mistyped},
+    }
     told = [
         f"{len(names)} {what} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for what, names in ((what, sorted(names)) for what, names in problems.items())
@@ -158,28 +182,49 @@ def classes_in(own: Mapping[str, Tensor], weights: Weights) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file, mapped into memory. Raises ModelError."""
     try:
         return safetensors.torch.load_file(path)
     except DAMAGE as error:
-        raise ModelError(
-            f"{path} cannot be read as safetensors ({first_line(error)}){likely_cause(path)}"
-        ) from error
+        raise not_safetensors(path, error) from error
+
+
+def not_safetensors(path: Path, error: Exception) -> ModelError:
+    """The error for a file that safetensors refuses."""
+    return ModelError(
+        f"{path} cannot be read as safetensors ({first_line(error)}){_likely_cause(path)}"
+    )
 
 
 def _torch_load(path: Path) -> Any:
     try:
+        # Mapped, so that what a file declares takes no memory; the format before torch 1.6 cannot.
+        mapped = _start(path).startswith(_ZIP_START)
+        if mapped:
+            _refuse_compressed(path)
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({first_line(error)})") from error
-    except DAMAGE as error:
+    except ModelError:
+        raise
+    except (zipfile.BadZipFile, *DAMAGE) as error:
         # Without torch's own message: for most foreign files it advises weights_only=False, which
         # lets the file run any code.
         raise ModelError(
             f"{path} cannot be read by torch.load with weights_only=True"
-            f"{likely_cause(path) or _foreign_objects(path)}"
+            f"{_likely_cause(path) or _foreign_objects(path)}"
         ) from error
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise ModelError for an archive with entries that torch.save did not write: mapped, they
+    would be read as they are stored."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ModelError(f"{path} is a compressed archive; store it as torch.save wrote it")
 
 
 def _foreign_objects(path: Path) -> str:
@@ -193,11 +238,15 @@ def _foreign_objects(path: Path) -> str:
     return "; it is damaged, or no state dict: save model.state_dict()"
 
 
-def likely_cause(path: Path) -> str:
+def _start(path: Path) -> bytes:
+    with open_regular(path, follow=True) as file:
+        return file.read(64)
+
+
+def _likely_cause(path: Path) -> str:
     """The end of a message: a guess at the real format of an unreadable file, or ""."""
     try:
-        with path.open("rb") as file:
-            start = file.read(64)
+        start = _start(path)
     except OSError:
         return ""
     if is_lfs_pointer(start):
@@ -223,6 +272,7 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
             f", but {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else ""
         )
         raise ModelError(f"{path} does not hold a state dict (names to tensors){found}")
+    size = path.stat().st_size
     for name, tensor in content.items():
         strided = tensor.layout == torch.strided and not tensor.is_nested
         if not strided or tensor.is_complex() or tensor.is_quantized:
@@ -232,6 +282,11 @@ def _checked(content: Any, path: Path) -> dict[str, Tensor]:
             )
         if tensor.is_meta:
             raise ModelError(f"{path}: {name} has a shape but no values (device meta)")
+        if tensor.numel() * tensor.element_size() > size:
+            raise ModelError(
+                f"{path}: {name} {list(tensor.shape)} is larger than its file, a repetition of "
+                "fewer values; store tensor.contiguous()"
+            )
     if any(name.startswith("module.") for name in content):
         content.pop("n_averaged", None)  # of torch's AveragedModel
     while content and all(name.startswith(_PREFIXES) for name in content):

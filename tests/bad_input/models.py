@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckd.models import ModelError, class_names, create, load, prepare, save
 from tests.bad_input import Case
+from tests.model_files import resealed
 
 _VIT = "vit:patch=4,width=16,layers=1,heads=2"
 
@@ -92,9 +91,7 @@ def _header(**changed: object) -> Callable[[Path], object]:
 
     def call(tmp_path: Path) -> object:
         path = _saved(tmp_path)
-        with safe_open(path, "pt") as file:
-            description = json.loads(file.metadata()["ckd_model"])
-        save_file(load_file(path), path, {"ckd_model": json.dumps({**description, **changed})})
+        save_file(load_file(path), path, {"ckd_model": resealed(path, **changed)})
         return load(path)
 
     return call
