@@ -105,7 +105,7 @@ def _parsed(data: bytes) -> tuple[Description, bool]:
     if len(data) > _LIMIT_BYTES:
         raise JsonError(f"it has {len(data):,} bytes, more than {_LIMIT_BYTES:,}")
     values = parse_object(data)
-    whole = CHECKSUM in values and "tensors" in values
+    whole = CHECKSUM in values and values.get("tensors") is not None
     if CHECKSUM in values:
         values = unsealed(values, data)
     values, kinds = {**_LATER, **values}, get_type_hints(Description)

@@ -28,6 +28,7 @@ from ckd.models.spec import ModelError
 # Under one of these a training checkpoint has its state dict. The average of the weights comes
 # first, as in timm: it is what its author evaluates.
 _WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net", "module")
+_ZIP_START = b"PK\x03\x04"
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, torch.compile
 _numpy_scalar, _numpy_array = (x.__reduce__()[0] for x in (np.float64(0), np.empty(0)))
 # Types that training code stores beside tensors, and that run no code when they are unpickled.
@@ -63,9 +64,6 @@ DAMAGE = (
     safetensors.SafetensorError,
     struct.error,
 )
-
-
-_ZIP_START = b"PK\x03\x04"
 
 
 class Weights(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,30 @@ def _header(**changed: object) -> Callable[[Path], object]:
     return call
 
 
+def _compressed_checkpoint(tmp_path: Path) -> object:
+    torch.save(create(_VIT, num_classes=2, image_size=8).state_dict(), tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for name in plain.namelist():
+            compressed.writestr(name, plain.read(name))
+    return load(_VIT, weights=tmp_path / "w.pt")
+
+
+def _header_renamed(tmp_path: Path) -> object:
+    path = _saved(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"ckd_model"', b'"ckd_mobel"'))
+    return load(_VIT, weights=path)
+
+
+def _infinite(tmp_path: Path) -> object:
+    model = create(_VIT, num_classes=2, image_size=8)
+    torch.nn.init.constant_(model.get_parameter("norm.bias"), float("nan"))
+    save(model, tmp_path / "m.safetensors")
+    return load(tmp_path / "m.safetensors")
+
+
 def _renamed(tmp_path: Path) -> object:
     return load(_VIT, weights=_saved(tmp_path).rename(tmp_path / "w.pt"))
 
@@ -189,6 +214,19 @@ CASES = [
     Case("weights without values",
          _checkpoint("position", torch.zeros(1, 5, 16, device="meta")), ModelError,
          ("position", "no values", "meta")),
+    Case("weights that repeat a value",
+         _checkpoint("position", torch.zeros(1).expand(1, 1 << 40, 16)), ModelError,
+         ("w.pt", "position", "larger than its file", "contiguous()")),
+    Case("weights of integers", _checkpoint("position", torch.zeros(1, 5, 16, dtype=torch.int32)),
+         ModelError, ("w.pt", "1 of another type", "position torch.int32 for torch.float32")),
+    Case("compressed checkpoint", _compressed_checkpoint, ModelError,
+         ("w.pt", "compressed archive")),
+    Case("weights that are not finite", _infinite, ModelError,
+         ("m.safetensors", "cannot be a teacher", "not finite")),
+    Case("header under another name", _header_renamed, ModelError,
+         ("m.safetensors", "header is damaged")),
+    Case("images of a million pixels a side", _create("vit", image_size=1_000_000), ModelError,
+         ("image_size", "at most 4,096", "1000000")),
     Case("header with a number as the model", _header(spec=5), ModelError,
          ("m.safetensors", "header", "spec is 5")),
     Case("header with text as a number", _header(num_classes="3"), ModelError,
