@@ -166,6 +166,18 @@ def test_a_student_of_a_library_is_loaded_by_name_with_its_run(classifier, tmp_p
     assert bank.dim == model.embedding_dim
 
 
+def test_the_folder_of_a_model_may_have_been_moved(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path / "source")
+    model = create(spec, num_classes=7, image_size=8, in_channels=3)
+    save(model, tmp_path / "m.safetensors", class_names=list("abcdefg"))
+    (tmp_path / "source").rename(tmp_path / "moved")
+    loaded = load(f"hf:{tmp_path / 'moved'}", weights=tmp_path / "m.safetensors")
+    assert loaded.class_names == tuple("abcdefg")
+    assert weights_hash(loaded) == weights_hash(model)
+    with pytest.raises(ModelError, match="was asked for"):
+        load("hf:elsewhere", weights=tmp_path / "m.safetensors")
+
+
 def test_a_stored_pool_is_that_of_the_loaded_model(classifier, tmp_path: Path) -> None:
     spec = store(classifier, tmp_path / "source")
     save(load(spec, pool="mean"), tmp_path / "m.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -117,6 +118,11 @@ def is_spec(text: str) -> bool:
 def is_library(spec: str) -> bool:
     """Whether the model's weights come from a library."""
     return spec.partition(":")[0] in LIBRARIES
+
+
+def is_folder(spec: str) -> bool:
+    """Whether this is the name of a model whose configuration lies in a folder of the user's."""
+    return is_library(spec) and Path(parse(spec).name.removeprefix("local-dir:")).is_dir()
 
 
 def shape_from_weights(spec: str, weights: Mapping[str, Tensor]) -> dict[str, Any]:

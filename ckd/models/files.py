@@ -79,8 +79,8 @@ def load(
     for `create`. A name needs `weights`; timm: and hf: have pretrained weights as default. The
     sizes are read from the source; a size that is passed must agree. `pool` is that of `create`.
 
-    `weights` is a file or run folder of `save`, which must be of that name; or a state dict as
-    .safetensors, or a file that torch.load reads with weights_only=True, alone or in a training
+    `weights` is a file or run folder of `save`, which must be of that name (a folder of a model may
+    have been moved); or a state dict as .safetensors, or a file that torch.load reads with weights_only=True, alone or in a training
     checkpoint (docs/teachers.md lists the wrappers and other content that are known). The names are
     those of the network itself: those that timm or transformers give it, or the built-in model's;
     prefixes `module.` and `_orig_mod.`, and components in front that all names share, are removed.
@@ -182,9 +182,9 @@ def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Model:
     if path is None:
         raise ModelError(f"{given} cannot be read (there is no such file)")
     if path.suffix == ".safetensors" and (stored := description.read(path)):
-        if stored["spec"] != spec:
+        if stored["spec"] != spec and not catalog.is_folder(spec):
             raise ModelError(f"{path} holds {stored['spec']!r}; {spec!r} was asked for")
-        return _restored(path, stored, asked)
+        return _restored(path, {**stored, "spec": spec}, asked)
     weights = read_weights(path)
     if catalog.is_library(spec):
         model = catalog.create(spec, **asked, weights=weights)

@@ -58,7 +58,7 @@ class Config:
     teacher: str | None = None
     """logit-kd and teacher-kd: a model spec, a run folder or a .safetensors file."""
     teacher_weights: str | None = None
-    """The weights of a --teacher or --eval that is a model spec."""
+    """The weights of a --teacher or --eval that is a model's name: a file, or a run folder."""
     pool: Pool | None = None
     """teacher-kd: how an hf: teacher's tokens become its embedding, as in `ckd bank build`."""
     teacher_classes: str | None = None
