@@ -80,11 +80,12 @@ def load(
     sizes are read from the source; a size that is passed must agree. `pool` is that of `create`.
 
     `weights` is a file or run folder of `save`, which must be of that name (a folder of a model may
-    have been moved); or a state dict as .safetensors, or a file that torch.load reads with weights_only=True, alone or in a training
-    checkpoint (docs/teachers.md lists the wrappers and other content that are known). The names are
-    those of the network itself: those that timm or transformers give it, or the built-in model's;
-    prefixes `module.` and `_orig_mod.`, and components in front that all names share, are removed.
-    The number of classes is that of the stored classifier.
+    have been moved); or a state dict as .safetensors, or a file that torch.load reads with
+    weights_only=True, alone or in a training checkpoint (docs/teachers.md lists the wrappers and
+    other content that are known). The names are those of the network itself: those that timm or
+    transformers give it, or the built-in model's; prefixes `module.` and `_orig_mod.`, and
+    components in front that all names share, are removed. The number of classes is that of the
+    stored classifier.
 
     A file alone names built-in models only: those of libraries may be downloaded, or be any folder.
 
