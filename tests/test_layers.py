@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "ckd"
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
 BASE = {
     *("ckd._device", "ckd._errors", "ckd._files", "ckd._hints"),
-    *("ckd._json", "ckd._lock", "ckd._version"),
+    *("ckd._json", "ckd._lock", "ckd._npy", "ckd._version"),
 }
 LAYERS: dict[str, set[str]] = {
     "ckd._errors": set(),
@@ -26,6 +26,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._files": set(),
     "ckd._json": {"ckd._files"},
     "ckd._lock": {"ckd._files"},
+    "ckd._npy": set(),
     "ckd._version": set(),
     "ckd._C": set(),
     "ckd._triton": set(),

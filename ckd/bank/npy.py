@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tokenize
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from ckd._files import LFS_POINTER, holds_lfs_pointer, read_lines, user_path
+from ckd import _npy
+from ckd._files import LFS_POINTER, holds_lfs_pointer, open_regular, read_lines, user_path
 from ckd.bank import arrays
 from ckd.bank.manifest import BankError, RowError
 from ckd.bank.reader import EmbeddingBank
@@ -82,9 +82,12 @@ def import_npy(
 
 def _map(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
     path = user_path(path)
+    with open_regular(path, follow=True) as file:
+        head, size = file.read(_npy.HEAD_BYTES), file.seek(0, os.SEEK_END)
     try:
+        _npy.check_header(head, size)
         return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, SyntaxError, tokenize.TokenError) as error:  # a header is a Python literal
+    except _npy.DAMAGE as error:
         reason = str(error)
         if "Python objects" in reason:
             reason = "it holds Python objects, which are not unpickled; save an array of numbers"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import struct
-import tokenize
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from numpy.lib.npyio import NpzFile
+from numpy.lib.format import MAGIC_PREFIX, read_array
 from PIL import Image
 from torch import Tensor
 
+from ckd import _npy
+from ckd._files import open_regular
 from ckd.data import splits
 from ckd.data.dataset import (
     DataError,
@@ -28,22 +29,10 @@ from ckd.data.dataset import (
 from ckd.data.decode import fit
 
 _DIGITS_TRAIN = 1437
-# Errors of numpy and zipfile on damaged and foreign files (MemoryError: a damaged shape is huge).
-_DAMAGE = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    KeyError,
-    SyntaxError,
-    RuntimeError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# Errors of numpy and zipfile on damaged and foreign files.
+_DAMAGE = (*_npy.DAMAGE, zipfile.BadZipFile, zlib.error)
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DEFLATE_RATIO = 1032  # the most that deflate compresses
 
 
 def load_digits(split: str, image_size: int | None) -> MemoryImages:
@@ -112,33 +101,47 @@ class _Arrays:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._opened() as file:
-            self.names: list[str] = file.files
+        with open_regular(path, follow=True) as stream:
+            if stream.read(len(MAGIC_PREFIX)) == MAGIC_PREFIX:
+                raise DataError(
+                    f"{path} holds one array without a name (it is an .npy file); "
+                    "write images and labels with numpy.savez"
+                )
+            try:
+                with zipfile.ZipFile(stream) as file:
+                    entries = file.infolist()
+            except _DAMAGE as error:
+                raise unreadable(path, "an .npz", error) from error
+        self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+        self.names = list(self._entries)
 
     def read(self, name: str) -> np.ndarray:
-        with self._opened() as file:
-            try:
-                return file[name]
-            except _DAMAGE as error:
-                reason = f"({error})"
-                if str(error).startswith("Object arrays"):
-                    reason += "; save it with a dtype other than object: "
-                    reason += (
-                        "str" if name == "class_names" else "uint8 for images, int64 for labels"
-                    )
-                raise DataError(f"{self.path}: array {name!r} cannot be read {reason}") from error
-
-    def _opened(self) -> NpzFile:
+        entry = self._entries[name]
         try:
-            file = np.load(self.path, allow_pickle=False)
+            with open_regular(self.path, follow=True) as stream, zipfile.ZipFile(stream) as file:
+                _check_sizes(entry, stream.seek(0, os.SEEK_END))
+                with file.open(entry) as array:
+                    _npy.check_header(array.read(_npy.HEAD_BYTES), entry.file_size)
+                with file.open(entry) as array:
+                    return read_array(array)
         except _DAMAGE as error:
-            raise unreadable(self.path, "an .npz", error) from error
-        if isinstance(file, np.ndarray):
-            raise DataError(
-                f"{self.path} holds one array without a name (it is an .npy file); "
-                "write images and labels with numpy.savez"
-            )
-        return file
+            reason = f"({error})"
+            if str(error).startswith("Object arrays"):
+                reason += "; save it with a dtype other than object: "
+                reason += "str" if name == "class_names" else "uint8 for images, int64 for labels"
+            raise DataError(f"{self.path}: array {name!r} cannot be read {reason}") from error
+
+
+def _check_sizes(entry: zipfile.ZipInfo, size: int) -> None:
+    """ValueError unless a file of `size` bytes may hold the entry at its declared size."""
+    if entry.compress_type not in _METHODS:
+        raise ValueError("its compression is not numpy's; write it with numpy.savez_compressed")
+    ratio = _DEFLATE_RATIO if entry.compress_type == zipfile.ZIP_DEFLATED else 1
+    if entry.compress_size > size or entry.file_size > ratio * entry.compress_size:
+        raise ValueError(
+            f"{entry.compress_size:,} compressed bytes in a file of {size:,} cannot become the "
+            f"{entry.file_size:,} that are declared"
+        )
 
 
 def _pairs(arrays: _Arrays) -> dict[str, tuple[str, str]]:
@@ -167,6 +170,8 @@ def _channels_first(path: Path, key: str, images: np.ndarray) -> Tensor:
             f"{path}: {key} must be [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, "
             f"got shape {images.shape}"
         )
+    if 0 in images.shape[1:]:
+        raise DataError(f"{path}: {key} of shape {images.shape} have no pixels")
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
@@ -182,12 +187,14 @@ def _labels(path: Path, key: str, labels: np.ndarray) -> Tensor:
 
 
 def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
-    if names.dtype.kind == "S":
-        try:
+    try:
+        if names.dtype.kind == "S":
             names = np.char.decode(names, "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: class_names are not UTF-8 ({error})") from error
-    class_names = tuple(str(name) for name in names.ravel())
+        class_names = tuple(str(name) for name in names.ravel())
+        "".join(class_names).encode()
+    # ValueError: not UTF-8, or half of a surrogate pair; SystemError: no code point.
+    except (ValueError, SystemError) as error:
+        raise DataError(f"{path}: class_names are not UTF-8 or Unicode ({error})") from error
     composed(class_names, f"{path}: the class names")
     return class_names
 
