@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,37 @@ def test_unreadable_image_in_a_stream_is_one_line_that_names_it(
     with pytest.raises(DataError, match=r"2\.png: cannot be read") as caught:
         list(stream.batches(torch.arange(4), 2, workers=workers))
     assert "\n" not in str(caught.value)
+
+
+AFTER_A_FORK = """
+import os, signal, sys, torch, ckd
+from ckd.data import load, stream
+
+def compute():
+    student, bank = torch.randn(64, 32), torch.randn(4096, 32).half()
+    ckd.contrastive_cross_entropy(student, bank, torch.arange(64), weight=torch.randn(32, 32))
+    torch.rand(1 << 20).exp()
+
+torch.set_num_threads(2)
+compute()
+data = load(sys.argv[1], holdout=0, memory_limit=0)
+assert sum(len(batch.labels) for batch in data.batches(torch.arange(6), 2, workers=2)) == 6
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    stream._start_worker(0)
+    compute()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "hung"
+"""
+
+
+def test_workers_start_after_a_parallel_region(tmp_path: Path) -> None:
+    """libgomp's threads do not survive a fork: a worker that waited for them would hang."""
+    write_images(tmp_path / "a", pixels(6))
+    command = [sys.executable, "-c", AFTER_A_FORK, str(tmp_path)]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_many_images_are_decoded_in_order_by_several_threads(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class FileImages(Dataset):
             sampler=groups,
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=photo.ignore_warnings if workers else None,
+            worker_init_fn=_start_worker if workers else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else DataLoader draws from the default generator
         )
@@ -57,6 +57,12 @@ class FileImages(Dataset):
 
     def to(self, device: str | torch.device) -> FileImages:
         return self
+
+
+def _start_worker(_number: int) -> None:
+    # The threads of a parallel region do not survive a fork: libgomp would wait for them for ever.
+    torch.set_num_threads(1)
+    photo.ignore_warnings()
 
 
 class _Decoder(data.Dataset):
