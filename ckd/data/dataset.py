@@ -22,6 +22,20 @@ from ckd._files import LFS_POINTER, holds_lfs_pointer
 class DataError(CkdError, ValueError):
     """Unusable data or a wrong argument; the message names the file, row or argument."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with escapes, as repr writes them, for control characters and others that a terminal
+    does not show: the names of files and classes may hold any."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def warn(message: str, stacklevel: int) -> None:
+    """`warnings.warn`, `printable`; the stack is counted from the caller."""
+    warnings.warn(printable(message), stacklevel=stacklevel + 1)
+
 
 class Batch(NamedTuple):
     """`images` uint8 [B, C, H, W], `labels` int64 [B], `sample_ids` int64 [B], on one device."""
@@ -228,7 +242,7 @@ def warn_of_copies(digests: bytes, where: Callable[[int], str]) -> None:
     original = first[which]
     copies = np.flatnonzero(original != np.arange(len(hashes)))
     if len(copies):
-        warnings.warn(
+        warn(
             f"{len(copies)} of {len(hashes)} images are copies of others (first: "
             f"{where(int(copies[0]))} of {where(int(original[copies[0]]))}); copies count "
             "more than once, and a contrastive loss pushes them apart",

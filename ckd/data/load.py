@@ -56,6 +56,8 @@ def load(
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise DataError(f"{error.filename or path}: {reason}") from error
+    where = f"{path} ({split})"
+    check_rows(source.labels, source.sample_ids, source.class_names, len(source), where)
     # resolve() gives "." the name of its folder.
     name = path.resolve().stem if path.is_file() else path.resolve().name
     with warnings.catch_warnings():
@@ -84,9 +86,6 @@ def _open(path: Path, split: str, holdout: float) -> EncodedImages:
 def _from_encoded(
     source: EncodedImages, name: str, split: str, image_size: int | None, memory_limit: int
 ) -> Dataset:
-    check_rows(
-        source.labels, source.sample_ids, source.class_names, len(source), f"{name} ({split})"
-    )
     channels, height, width = decode(source, 0, image_size).shape
     if len(source) * channels * height * width > memory_limit:
         return FileImages(source, name=name, split=split, image_size=image_size)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ckd import _json
+from ckd._files import check_regular
 from ckd._hints import require
 from ckd.data import splits, walk
-from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable
+from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable, warn
 from ckd.data.decode import EncodedImages
 
 IMAGE_COLUMNS = ("img", "image")
@@ -76,7 +76,7 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
     others = [name for name in names if name not in (None, chosen)]
     validation = splits.choose([name for name in others if name], split, path)
     if validation and all((file.labels < 0).all() for file in files):
-        warnings.warn(
+        warn(
             f"{path}: the {chosen} files have no labels (all are negative): {validation} is read",
             stacklevel=4,
         )
@@ -175,20 +175,22 @@ class _ParquetFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_regular(path, follow=True)
         parquet = require("pyarrow.parquet", extra="parquet", purpose="reading parquet files")
         try:
             file = parquet.ParquetFile(path)
             schema = file.schema_arrow
             self._image = self._find(schema, IMAGE_COLUMNS, "image")
             label = self._find(schema, LABEL_COLUMNS, "label")
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            self.group_rows = [group.num_rows for group in groups]
+            self.group_bytes = [group.total_byte_size for group in groups]
+            self._check_counts(file.metadata)
             self.labels = self._read_labels(file, label)
         except DataError:
             raise
         except _DAMAGE as error:
             raise unreadable(path, "a parquet", error) from error
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        self.group_rows = [group.num_rows for group in groups]
-        self.group_bytes = [group.total_byte_size for group in groups]
         self.class_names = _hugging_face_names(schema.metadata or {}, label)
         composed(self.class_names, f"{path}: the class names")
 
@@ -201,11 +203,13 @@ class _ParquetFile:
             table = parquet.ParquetFile(self.path).read_row_group(
                 group, columns=[self._image], use_threads=False
             )
+            images = table.column(self._image).combine_chunks()
+            if len(images) != self.group_rows[group]:
+                raise ValueError(f"{len(images)} images in {self.group_rows[group]} rows")
         except _DAMAGE as error:
             raise DataError(
                 f"{self.path}: row group {group} is damaged ({_one_line(error)})"
             ) from error
-        images = table.column(self._image).combine_chunks()
         if arrow.types.is_struct(images.type):
             names = [field.name for field in images.type]
             if "bytes" not in names:
@@ -235,6 +239,16 @@ class _ParquetFile:
             )
         return found[0]
 
+    def _check_counts(self, metadata: Any) -> None:
+        """ValueError for counts of rows that contradict each other, or that no file of images of
+        this size can have: the reader trusts them, until memory is full."""
+        # Not the counts of columns: pyarrow aborts where the metadata of one are damaged.
+        total, size = sum(self.group_rows), self.path.stat().st_size
+        if total > size:
+            raise ValueError(f"{total:,} rows of images in {size:,} bytes")
+        if min(self.group_rows, default=0) < 0 or total != metadata.num_rows:
+            raise ValueError(f"{metadata.num_rows:,} rows in all, {total:,} in its row groups")
+
     def _read_labels(self, file: Any, column: str) -> np.ndarray:
         arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
         labels = file.read(columns=[column]).column(column)
@@ -246,6 +260,8 @@ class _ParquetFile:
             raise DataError(
                 f"{self.path}: column {column!r} has {labels.null_count} rows without a label"
             )
+        if len(labels) != sum(self.group_rows):
+            raise ValueError(f"{len(labels)} labels in {sum(self.group_rows)} rows")
         return labels.to_numpy().astype(np.int64)
 
 
@@ -256,9 +272,9 @@ def _one_line(error: Exception) -> str:
 def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
     """Class names from the ClassLabel feature that Hugging Face datasets writes, or ()."""
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(str(name) for name in features[label]["names"])
-    except (KeyError, TypeError, ValueError):  # ValueError: neither JSON nor UTF-8
+        features = _json.parse_object(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(map(str, _json.check_types(features[label]["names"], list[str | int])))
+    except (KeyError, TypeError, _json.JsonError):  # foreign metadata
         return ()
 
 
