@@ -73,7 +73,7 @@ def read_regular(path: str | os.PathLike[str], limit: int, *, follow: bool = Fal
         if size > limit:
             reason = f"it has {size:,} bytes; such a file has at most {limit:,}"
             raise OSError(errno.EFBIG, reason, os.fspath(path))
-        return file.read(limit)
+        return file.read(size)  # not limit, which would be allocated
 
 
 def is_lfs_pointer(start: bytes) -> bool:

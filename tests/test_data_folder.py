@@ -110,6 +110,15 @@ def test_ordinary_links_are_followed(flowers: Path, tmp_path: Path) -> None:
     assert load(linked).class_names == ("plant", "tulip")
 
 
+def test_a_farm_of_links_is_read_as_its_files(flowers: Path, tmp_path: Path) -> None:
+    farm = tmp_path / "farm"
+    for path in flowers.rglob("*.png"):
+        link = farm / path.relative_to(flowers)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert load(farm).fingerprint == load(flowers).fingerprint
+
+
 def test_file_names_need_not_be_utf8(tmp_path: Path) -> None:
     write_images(tmp_path / "cat", pixels(2))
     before = load(tmp_path, holdout=0)
@@ -396,3 +405,27 @@ def test_a_folder_named_after_both_splits_is_held_out_from(tmp_path: Path) -> No
     write_layout(tmp_path / "train_val_images", "cat", "dog")
     data = load(tmp_path / "train_val_images", holdout=0.0)
     assert (len(data), data.class_names) == (4, ("cat", "dog"))
+
+
+def test_no_message_or_warning_has_control_characters(tmp_path: Path) -> None:
+    """A terminal obeys them. The names themselves stay as they are."""
+    odd = "a\x1b[31m\r\n\a\x9b\u202e\u2028b"
+    write_images(tmp_path / odd / odd, pixels(3)[[0, 1, 1]])
+    write_images(tmp_path / odd / "c", pixels(1, seed=1))
+    write_images(tmp_path / "more" / odd, pixels(1))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert load(tmp_path / odd, holdout=0).class_names == (odd, "c")
+        load(tmp_path, holdout=0)
+    texts = [str(warning.message) for warning in warned]
+    (tmp_path / odd / odd / "1.png").write_bytes(b"\x89PNG broken")
+    names = np.array([odd, odd])
+    np.savez(tmp_path / odd / "a.npz", images=pixels(3), labels=np.arange(3), class_names=names)
+    for path in (tmp_path / odd, tmp_path / odd / "a.npz", tmp_path / odd / "nowhere"):
+        with pytest.raises(DataError) as caught:
+            load(path, holdout=0)
+        texts.append(str(caught.value))
+    assert len(texts) == 5
+    for text in texts:
+        assert text.isprintable()
+        assert r"a\x1b[31m\r\n\x07\x9b\u202e\u2028b" in text

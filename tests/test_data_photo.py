@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 import warnings
 import zlib
@@ -14,9 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ckd.data import DataError, load
+from ckd.data import DataError, load, photo
 from ckd.data.decode import EncodedImages, decode
-from tests.image_files import pixels
+from tests.image_files import encoded, pixels, write_parquet
 
 ORIENTATION, X_RESOLUTION, EXIF_FOLDER = 0x0112, 0x011A, 0x8769
 PICTURE = Image.fromarray(pixels(1, size=16)[0]).resize((24, 16))  # wider than high
@@ -170,6 +171,8 @@ def test_large_text_beside_the_pixels_of_a_png() -> None:
     with pytest.raises(ValueError, match=r"(?i)too large"):
         Image.open(io.BytesIO(data)).load()
     np.testing.assert_array_equal(upright(data), np.asarray(PICTURE))
+    with pytest.raises(DataError, match="24 x 16 pixels are more than 383"):
+        photo.read(data, max_pixels=383)  # decoded without its metadata
 
 
 MAKE, XMP, GPS_FOLDER = 271, 700, 0x8825
@@ -260,3 +263,99 @@ def test_a_damaged_file_is_decoded_or_named(name: str) -> None:
                 named += "photo.jpg" in str(error)
     assert decoded + named == 300
     assert named > 0
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_are_counted_before_they_are_decoded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Image.open(io.BytesIO(FILES[name])) as image:
+        kind, (width, height) = type(image), image.size
+    assert photo.read(FILES[name], max_pixels=width * height).size in ((24, 16), (16, 24))
+    monkeypatch.setattr(kind, "load", lambda image: pytest.fail("pixels were decoded"))
+    with pytest.raises(DataError, match=rf"{width} x {height} .* 383; .*--max-image-pixels"):
+        photo.read(FILES[name], max_pixels=383)
+
+
+def huge_png() -> bytes:
+    """30000 x 30000 pixels, as Pillow's own limit refuses them."""
+    head = b"IHDR" + struct.pack(">II", 30000, 30000) + bytes((8, 2, 0, 0, 0))
+    chunk = struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return FILES["png"][:8] + chunk + FILES["png"][33:]
+
+
+def tiff_with_a_tile(side: int) -> bytes:
+    """8 x 8 pixels in one compressed tile of `side` x `side`."""
+    data = zlib.compress(bytes(side * side))
+    sizes = {256: 8, 257: 8, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side}
+    entries = sizes | {324: 8 + 2 + 12 * 10 + 4, 325: len(data)}
+    packed = (struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", 10) + b"".join(packed) + bytes(4) + data
+
+
+# In a GIF file a frame may be larger than the canvas that the file's head declares.
+WIDE_GIF = b"GIF89a\x01\0\x01\0\0\0\0,\0\0\0\0\x30\x75\x30\x75\0\x02\0;"
+BOMBS = {
+    "png": huge_png(),
+    "ppm": b"P6 30000 30000 255\n",
+    "pgm of text": b"P2 30000 30000 255\n",
+    "bmp": FILES["bmp"][:18] + struct.pack("<ii", 30000, -30000) + FILES["bmp"][26:],
+    "gif": WIDE_GIF,
+    "jpeg": re.sub(
+        rb"(\xff\xc0...)....",
+        rb"\1" + struct.pack(">HH", 30000, 30000),
+        FILES["jpeg"],
+        flags=re.DOTALL,
+    ),
+    "tile of a tiff": tiff_with_a_tile(16384),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_with_many_pixels_is_refused(name: str) -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match=r"photo\.jpg: \d+ x \d+ pixels are more than 67,108,864"):
+        upright(BOMBS[name])
+    assert before == Image.MAX_IMAGE_PIXELS
+    if name == "tile of a tiff":
+        small = photo.read(BOMBS[name], max_pixels=1 << 28)
+        assert (small.size, small.getextrema()) == ((8, 8), ((0, 0),) * 3)
+
+
+def test_a_tile_larger_than_its_tiff_file_is_read() -> None:
+    assert upright(tiff_with_a_tile(64)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("limit", [100, 300])  # Pillow raises above twice its limit, and warns
+@pytest.mark.parametrize("name", FILES)
+def test_pillows_limit_gives_way(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = upright(FILES[name])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        np.testing.assert_array_equal(upright(FILES[name]), expected)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("storage", ["folder", "parquet"])
+def test_the_limit_holds_wherever_images_are_decoded(
+    tmp_path: Path, storage: str, workers: int
+) -> None:
+    files = [encoded(image) for image in pixels(6)] + [saved("PNG")]
+    if storage == "parquet":
+        pytest.importorskip("pyarrow")
+        write_parquet(tmp_path / "train.parquet", files, [0] * 7)
+    else:
+        (tmp_path / "train" / "a").mkdir(parents=True)
+        for i, data in enumerate(files):
+            (tmp_path / "train" / "a" / f"{i}.png").write_bytes(data)
+    where = "train.parquet, row 6" if storage == "parquet" else r"6\.png"
+    message = rf"{where}: 24 x 16 pixels are more than 383; .*max_pixels \(--max-image-pixels\)"
+    options = {"image_size": 8, "max_pixels": 383}
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, **options)
+    stream = load(tmp_path, memory_limit=0, **options)
+    with pytest.raises(DataError, match=message):
+        list(stream.batches(torch.arange(7), 3, workers=workers))
+    assert len(load(tmp_path, **options | {"max_pixels": 384})) == 7

@@ -20,12 +20,13 @@ from ckd.bank.npy import import_npy
 from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
 from ckd.cli.command import parse, run
+from ckd.data import MAX_PIXELS
 
 DESCRIPTION = "Build, describe or verify a bank of teacher embeddings."
 
 _TEACHER_FLAGS = {
     *("teacher", "teacher_weights", "teacher_image_size", "pool", "data", "split"),
-    *("image_size", "batch_size", "device", "workers"),
+    *("image_size", "max_image_pixels", "batch_size", "device", "workers"),
 }
 _IMPORT_FLAGS = {"labels", "ids", "class_names", "teacher_name"}
 
@@ -54,6 +55,8 @@ class Build:
     """The split of the data set."""
     image_size: int | None = None
     """Resize and centre-crop the images to this size, as in training; default: their own."""
+    max_image_pixels: int = MAX_PIXELS
+    """Refuse encoded images of more pixels than this (default: 2^26) before decoding them."""
 
     from_npy: Path | None = None
     """Import embeddings instead: a .npy file, floating point [N, D]."""
@@ -104,7 +107,12 @@ class Build:
             raise BankError("build needs --teacher and --data, or --from-npy")
         _refuse(self, _IMPORT_FLAGS, "goes with --from-npy only")
         device = pick_device(self.device)  # fails before the slow steps
-        dataset = data.load(self.data, self.split, image_size=self.image_size)
+        dataset = data.load(
+            self.data,
+            self.split,
+            image_size=self.image_size,
+            max_pixels=self.max_image_pixels,
+        )
         return build_bank(
             dataset,
             models.load(

@@ -4,9 +4,11 @@ from ckd.data.augment import Augment
 from ckd.data.dataset import Batch, DataError, Dataset, MemoryImages
 from ckd.data.load import load
 from ckd.data.order import epoch_order, step_generator, training_batches
+from ckd.data.photo import MAX_PIXELS
 from ckd.data.stream import FileImages
 
 __all__ = [
+    "MAX_PIXELS",
     "Augment",
     "Batch",
     "DataError",

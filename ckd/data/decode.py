@@ -26,6 +26,8 @@ class EncodedImages(ABC):
     labels: Tensor
     sample_ids: Tensor
     class_names: tuple[str, ...]
+    max_pixels: int = photo.MAX_PIXELS
+    """Larger images are refused."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +68,7 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
     """
     encoded = source.read(position)
     try:
-        image = photo.read(encoded)
+        image = photo.read(encoded, source.max_pixels)
         pixels = np.asarray(image if image_size is None else fit(image, image_size))
     except DataError as error:
         raise DataError(f"{source.where(position)}: {error}") from None

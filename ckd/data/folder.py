@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ckd.data import splits, walk
-from ckd.data.dataset import DataError, composed
+from ckd._files import read_regular
+from ckd.data import photo, splits, walk
+from ckd.data.dataset import DataError, composed, warn
 from ckd.data.decode import EncodedImages
 
 SUFFIXES = frozenset(
@@ -75,7 +76,8 @@ class FolderImages(EncodedImages):
 
     def read(self, position: int) -> bytes:
         try:
-            return (self._root / self._paths[position]).read_bytes()
+            path, limit = self._root / self._paths[position], photo.max_bytes(self.max_pixels)
+            return read_regular(path, limit, follow=True)
         except OSError as error:
             raise self._unreadable(position, error) from error
 
@@ -92,9 +94,10 @@ class FolderImages(EncodedImages):
         return sizes
 
     def _unreadable(self, position: int, error: OSError) -> DataError:
-        return DataError(
-            f"{self.where(position)}: cannot be read ({error.strerror}); replace or remove it"
-        )
+        reason = f"{self.where(position)}: cannot be read ({error.strerror}); replace or remove it"
+        if error.errno == errno.EFBIG:
+            reason += ", or raise the limit with max_pixels (--max-image-pixels)"
+        return DataError(reason)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -135,7 +138,7 @@ def _unwrapped(folder: Path) -> Path:
     split = splits.name_and_rest(folder.name)
     inner = walk.subfolders(folder)
     while len(inner) == 1 and splits.name_and_rest(inner[0].name) == split:
-        warnings.warn(f"{inner[0]} is read: it is all that {folder} holds", stacklevel=5)
+        warn(f"{inner[0]} is read: it is all that {folder} holds", stacklevel=5)
         folder = inner[0]
         inner = walk.subfolders(folder)
     return folder
@@ -149,7 +152,7 @@ def _with_classes(folders: dict[str, Path]) -> dict[str, Path]:
     if len(bare) in (0, len(tests)):
         return folders
     for name in bare:
-        warnings.warn(f"{folders[name]} holds no class folders and is passed over", stacklevel=5)
+        warn(f"{folders[name]} holds no class folders and is passed over", stacklevel=5)
     return {name: folder for name, folder in folders.items() if name not in bare}
 
 
@@ -180,9 +183,7 @@ def _root_of_splits(root: Path) -> Path:
         inner = [folder for folder in walk.subfolders(place) if _holds_images(folder)]
     if len(inner) == 1:
         if place != root:
-            warnings.warn(
-                f"{root} holds its split folders one level deeper: {place} is read", stacklevel=5
-            )
+            warn(f"{root} holds its split folders one level deeper: {place} is read", stacklevel=5)
         return place
     divided = [str(folder) for folder in inner if _both(list(_split_folders(folder).items()))]
     if divided:
@@ -215,7 +216,7 @@ def _classes(folder: Path) -> dict[str, Path]:
             )
     composed(classes, f"{folder}: the class folders")
     if loose := _images_in(folder):
-        warnings.warn(
+        warn(
             f"{folder}: images that lie beside the class folders are left out ({len(loose)}, such "
             f"as {loose[0]!r})",
             stacklevel=5,
@@ -241,7 +242,7 @@ def _warn_of_one_class(classes: dict[str, Path]) -> None:
     inner = walk.subfolders(folder)
     if others or len(inner) < 2 or _images_in(folder):
         return
-    warnings.warn(
+    warn(
         f"{folder.parent} holds one class, {name!r}; if the {len(inner)} folders in it are "
         f"classes, such as {inner[0].name!r}, pass {folder}",
         stacklevel=5,

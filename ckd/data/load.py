@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ckd._files import user_path
+from ckd._files import check_regular, user_path
 from ckd._hints import unknown
 from ckd.data import arrays, folder, parquet, photo, splits, walk
 from ckd.data.dataset import DataError, Dataset, MemoryImages, check_rows
@@ -22,6 +22,7 @@ def load(
     image_size: int | None = None,
     holdout: float = 0.1,
     memory_limit: int = 2 << 30,
+    max_pixels: int = photo.MAX_PIXELS,
 ) -> Dataset:
     """The `split` ("train" or "test") of a data set.
 
@@ -35,6 +36,9 @@ def load(
     would take more than `memory_limit` bytes decoded are decoded on demand (FileImages) instead of
     once (MemoryImages).
 
+    An encoded image of more than `max_pixels` is refused before it is decoded, as is an image file
+    of more than 8 bytes for each of these plus 64 MiB.
+
     Warns of images with the same content within the split (unless the images exceed 2 GiB), and of
     folders that may not be meant as they are read.
 
@@ -44,18 +48,23 @@ def load(
         raise DataError(unknown("split", split, splits.NAMES_ON_DISK))
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1, got {image_size}")
+    if max_pixels < 1:
+        raise DataError(f"max_pixels must be at least 1, got {max_pixels}")
     if not 0.0 <= holdout < 1.0:
         raise DataError(f"holdout must be at least 0 and below 1, got {holdout}")
     if spec == "digits":
         return arrays.load_digits(split, image_size)
     path = user_path(spec)
     try:
-        if path.suffix.lower() == ".npz" and path.is_file():
-            return arrays.load_npz(path, split, image_size, holdout)
+        if path.exists() and not path.is_dir():
+            check_regular(path, follow=True)
+            if path.suffix.lower() == ".npz":
+                return arrays.load_npz(path, split, image_size, holdout)
         source = _open(path, split, holdout)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise DataError(f"{error.filename or path}: {reason}") from error
+        reason = error.strerror or str(error)
+        raise DataError(f"{error.filename or path}: {reason[:1].lower()}{reason[1:]}") from error
+    source.max_pixels = max_pixels
     where = f"{path} ({split})"
     check_rows(source.labels, source.sample_ids, source.class_names, len(source), where)
     # resolve() gives "." the name of its folder.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
+import math
 import struct
+import threading
 import warnings
 import zlib
 from typing import Any
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from ckd.data.dataset import DataError
 
@@ -31,11 +32,14 @@ DAMAGE = (
     ValueError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+MAX_PIXELS = 1 << 26  # 256 MiB as Pillow holds them; a photograph of 64 megapixels fits
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_BOMB_LOCK = threading.Lock()
 # Without this list Pillow tries dozens of readers in turn: half the time of a small image.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
+_TILE_SIDES = (322, 323)  # TIFF tags
 _TIFF_ORDER = {b"II*\0": "<", b"MM\0*": ">"}
 # Baseline: sizes, bits, compression, colours, orientation, strips. Then: planes, fax options,
 # predictor, colour map, tiles, extra samples, sample format, JPEG tables, YCbCr.
@@ -53,35 +57,64 @@ _TURNS = {
 }
 
 
-def read(encoded: bytes | memoryview) -> Image.Image:
+def read(encoded: bytes | memoryview, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The pixels as RGB, turned as ImageOps.exif_transpose turns them.
 
     Metadata that Pillow cannot read are passed over: the orientation alone is used. Raises one of
-    DAMAGE for pixels that cannot be read, DataError for more than 8 bits per channel.
+    DAMAGE for pixels that cannot be read, DataError for more than 8 bits per channel, and, before
+    a pixel is decoded, for more than `max_pixels`.
     """
     try:
-        return _read(encoded)
+        return _read_either(encoded, max_pixels)
+    except _BOMB:
+        # Pillow has a limit of its own, for the whole process: lifted while `max_pixels` decides.
+        with _BOMB_LOCK:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return _read_either(encoded, max_pixels)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
+def max_bytes(max_pixels: int) -> int:
+    """The most bytes of an image file: 16-bit RGBA without compression, and metadata."""
+    return 8 * max_pixels + (64 << 20)
+
+
+def ignore_warnings() -> None:
+    """Ignore Pillow's warnings in this process: odd metadata, which come for every image, and its
+    own limit of pixels."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _read_either(encoded: bytes | memoryview, max_pixels: int) -> Image.Image:
+    """The image, with or without its metadata."""
+    try:
+        return _read(encoded, max_pixels)
     except DataError:
         raise
     except DAMAGE as error:
         refused = error  # says more than that of the second try
-    with contextlib.suppress(*DAMAGE):
+    try:
         bare, exif = _without_metadata(bytes(encoded))
         if bare is not None:
-            return _read(bare, exif)
+            return _read(bare, max_pixels, exif)
+    except DataError:
+        raise
+    except DAMAGE:
+        pass
     raise refused
 
 
-def ignore_warnings(_: object = None) -> None:
-    """Ignore Pillow's warnings of odd metadata, which come for every image, in this process.
-
-    The argument is the number of a DataLoader's worker, which calls this at its start.
-    """
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-def _read(encoded: bytes | memoryview, exif: bytes | None = None) -> Image.Image:
+def _read(encoded: bytes | memoryview, max_pixels: int, exif: bytes | None = None) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+        width, height = _decoded_size(image)
+        if width * height > max_pixels:
+            raise DataError(
+                f"{width} x {height} pixels are more than {max_pixels:,}; scale the image down, or "
+                "raise the limit with max_pixels (--max-image-pixels)"
+            )
         if image.mode.startswith(("I", "F")):
             raise DataError(
                 f"pixels of mode {image.mode!r} do not fit 8 bits; convert the image to 8 bits per "
@@ -94,6 +127,15 @@ def _read(encoded: bytes | memoryview, exif: bytes | None = None) -> Image.Image
         turn = None if image.format == "TIFF" else _turn(image)
         rgb = image if image.mode == "RGB" else image.convert("RGB")
         return rgb if turn is None else rgb.transpose(turn)
+
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """The size of the image, or of the tiles of a TIFF file, which may be larger."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        wide, high = (image.tag_v2.get(tag) for tag in _TILE_SIDES)
+        if isinstance(wide, int) and isinstance(high, int):
+            return max(image.size, (wide, high), key=math.prod)
+    return image.size
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

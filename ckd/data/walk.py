@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ckd._files import read_regular
 from ckd.data.dataset import DataError
 
 # Folders that systems put beside or into a user's, with thumbnails or forks of the user's files.
 _OF_SYSTEMS = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"))
+_REVISION_BYTES = 4096  # of refs/main, which holds a name
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -59,16 +61,15 @@ def hub_snapshot(folder: Path) -> Path:
     """The snapshot to read if `folder` is a data set in the cache of Hugging Face's hub.
 
     That is datasets--ORG--NAME with blobs/, refs/ and snapshots/REVISION/: the revision that
-    refs/main names, else the only one. Any other folder is returned as it is.
+    refs/main names, else the only one. Any other folder is returned as it is. Raises OSError if
+    refs/main cannot be read.
     """
     snapshots, main = folder / "snapshots", folder / "refs" / "main"
     if not (snapshots.is_dir() and (folder / "blobs").is_dir()):
         return folder
     found = subfolders(snapshots)
-    current = [
-        place for place in found if main.is_file() and place.name == main.read_text().strip()
-    ]
-    chosen = current or found
+    revision = read_regular(main, _REVISION_BYTES, follow=True).strip() if main.exists() else b""
+    chosen = [place for place in found if os.fsencode(place.name) == revision] or found
     if len(chosen) != 1:
         raise DataError(
             f"{folder} is a cache of Hugging Face's hub with {len(found)} snapshots"

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
 from ckd._json import JsonError, as_dataclass, is_number, read_object, sealed, unsealed
+from ckd.data import MAX_PIXELS
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
 
@@ -33,10 +34,14 @@ PAPER_SETTINGS: Mapping[str, Any] = {
     "crop_padding": 0,
 }
 
-# A run may be resumed with other values of these: they say where and how fast it runs, not what
-# it computes. (Another device or --compile rounds differently; the run goes on all the same.)
+# A run may be resumed with other values of these: they say where and how fast it runs and what it
+# refuses, not what it computes. (Another device or --compile rounds differently; the run goes on
+# all the same.)
 MAY_DIFFER_ON_RESUME = frozenset(
-    {"out", "device", "workers", "compile", "checkpoint_minutes", "checkpoint_steps", "tensorboard"}
+    {
+        *("out", "device", "workers", "compile", "max_image_pixels"),
+        *("checkpoint_minutes", "checkpoint_steps", "tensorboard"),
+    }
 )
 
 
@@ -51,6 +56,8 @@ class Config:
     """The data set: digits, an image folder, parquet file(s) or .npz."""
     image_size: int | None = None
     """Resize and centre-crop the images to this many pixels; default: their own size."""
+    max_image_pixels: int = MAX_PIXELS
+    """Refuse encoded images of more pixels than this (default: 2^26) before decoding them."""
     student: str = "vit"
     """The student model, NAME[:key=value,...]; vit is the paper's (patch 4, width 256)."""
     bank: str | None = None
@@ -239,6 +246,7 @@ class _Range:
 
 _RANGES: Mapping[str, _Range] = {
     "image_size": _Range(1),
+    "max_image_pixels": _Range(1),
     "epochs": _Range(1),
     "batch_size": _Range(1),
     "accumulate": _Range(1),

@@ -63,7 +63,12 @@ def evaluate_source(config: Config, source: str) -> str:
     """`--eval`: score a run folder, a .safetensors file or a model spec on config.data's test
     split; returns a line of text. Raises ConfigError, DataError or ModelError."""
     device = pick_device(config.device)
-    dataset = data.load(config.data, "test", image_size=config.image_size).to(device)
+    dataset = data.load(
+        config.data,
+        "test",
+        image_size=config.image_size,
+        max_pixels=config.max_image_pixels,
+    ).to(device)
     model = models.load(source, weights=config.teacher_weights).to(device)
     if model.num_classes is None:
         raise ConfigError(f"{source} has no classifier, so it has no accuracy")

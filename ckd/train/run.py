@@ -128,7 +128,12 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
 def set_up(config: Config, device: torch.device, method_type: type[Method]) -> Run:
     """Load the data and make the student, its method and its optimizer on `device`."""
     train_set, test_set = (
-        data.load(config.data, split, image_size=config.image_size).to(device)
+        data.load(
+            config.data,
+            split,
+            image_size=config.image_size,
+            max_pixels=config.max_image_pixels,
+        ).to(device)
         for split in ("train", "test")
     )
     channels, height, width = train_set.image_shape

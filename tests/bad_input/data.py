@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,48 @@ def _dangling(folder: Path) -> None:
     (folder / "dog" / "9.png").symlink_to(folder / "nowhere.png")
 
 
+def _special(place: str, make: Callable[[Path], object] = os.mkfifo) -> Callable[[Path], object]:
+    """Load an image folder, or the file at `place`, after `make` at that place."""
+
+    def call(tmp_path: Path) -> object:
+        write_images(tmp_path / "cat", pixels(2))
+        make(tmp_path / place)
+        return load(tmp_path if "/" in place else tmp_path / place, holdout=0.0)
+
+    return call
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        here = os.getcwd()
+        os.chdir(path.parent)  # the path of a socket has at most 107 bytes
+        try:
+            server.bind(path.name)
+        finally:
+            os.chdir(here)
+
+
+def _hub(make: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Load a cache of Hugging Face's hub after `make` of its refs/main."""
+
+    def call(tmp_path: Path) -> object:
+        write_images(tmp_path / "snapshots" / "1111" / "cat", pixels(2))
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "refs").mkdir()
+        make(tmp_path / "refs" / "main")
+        return load(tmp_path, holdout=0.0)
+
+    return call
+
+
+def _sparse(size: int) -> Callable[[Path], object]:
+    return lambda path: (path.touch(), os.truncate(path, size))
+
+
+def _link(target: str) -> Callable[[Path], object]:
+    return lambda path: path.symlink_to(target)
+
+
 def _flat_splits(tmp_path: Path) -> object:
     for name in ("train", "test"):
         write_images(tmp_path / name, pixels(1))
@@ -206,6 +249,33 @@ CASES = [
          ("dog/9.png", "cannot be read", "No such file")),
     Case("dangling link in a folder", _folder(_dangling), DataError,
          ("dog/9.png", "cannot be read")),
+    Case("FIFO among images", _special("cat/x.png"), DataError,
+         ("cat/x.png", "cannot be read", "a FIFO, not a regular file", "remove it")),
+    Case("link to a device among images", _special("cat/x.png", _link("/dev/zero")), DataError,
+         ("cat/x.png", "a device, not a regular file")),
+    Case("socket among images", _special("cat/x.png", _socket), DataError,
+         ("cat/x.png", "cannot be read")),
+    Case("FIFO in a streamed folder", _folder(lambda f: os.mkfifo(f / "cat" / "x.png"),
+         memory_limit=0), DataError, ("cat/x.png", "a FIFO, not a regular file")),
+    Case("FIFO in place of an npz", _special("x.npz"), DataError, ("x.npz", "a FIFO")),
+    Case("device in place of an npz", _special("x.npz", _link("/dev/zero")), DataError,
+         ("x.npz", "a device, not a regular file")),
+    Case("FIFO in place of a parquet", _special("x.parquet"), DataError, ("x.parquet", "a FIFO")),
+    Case("FIFO among parquet files", _special("cat/x.parquet"), DataError,
+         ("cat/x.parquet", "a FIFO")),
+    Case("link to a device among parquet files", _special("cat/x.parquet", _link("/dev/zero")),
+         DataError, ("cat/x.parquet", "a device, not a regular file")),
+    Case("FIFO of another kind", _special("x"), DataError, ("/x: ", "a FIFO, not a regular file")),
+    Case("FIFO in the hub's cache", _hub(os.mkfifo), DataError, ("refs/main", "a FIFO")),
+    Case("device in the hub's cache", _hub(_link("/dev/zero")), DataError,
+         ("refs/main", "a device")),
+    Case("large revision in the hub's cache", _hub(_sparse(1 << 33)), DataError,
+         ("refs/main", "8,589,934,592 bytes", "at most 4,096")),
+    Case("huge file among images", _special("cat/x.png", _sparse(1 << 33)), DataError,
+         ("cat/x.png", "8,589,934,592 bytes", "at most 603,979,776", "--max-image-pixels")),
+    Case("too many pixels", _folder(lambda f: None, max_pixels=63), DataError,
+         ("cat/0.png: 8 x 8 pixels", "more than 63", "max_pixels (--max-image-pixels)")),
+    Case("pixel limit of zero", _digits(max_pixels=0), DataError, ("max_pixels", "at least 1")),
     Case("split folders without class folders", _flat_splits, DataError,
          ("train", "no class folders")),
     Case("dangling link in place of a class", _folder(lambda f: (f / "emu").symlink_to(f / "gone")),
