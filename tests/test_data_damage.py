@@ -123,6 +123,7 @@ def stored_npz() -> bytes:
 
 
 def stored_parquet(tmp_path: Path) -> bytes:
+    pytest.importorskip("pyarrow")
     rows: list[bytes | None] = [encoded(image) for image in pixels(7, size=4)]
     options = {"class_names": ["a", "b"], "row_group_size": 3}
     path = write_parquet(tmp_path / "whole", rows, [0, 1, 0, 1, 0, 1, 0], **options)
@@ -132,8 +133,6 @@ def stored_parquet(tmp_path: Path) -> bytes:
 @pytest.mark.parametrize("suffix", ["npz", "parquet"])
 def test_a_damaged_file_is_read_or_named(tmp_path: Path, suffix: str) -> None:
     """Nothing but a DataError that names the file escapes."""
-    if suffix == "parquet":
-        pytest.importorskip("pyarrow")
     data = stored_npz() if suffix == "npz" else stored_parquet(tmp_path)
     path, draw = tmp_path / f"a.{suffix}", random.Random(suffix)
     errors = []
@@ -195,23 +194,38 @@ def i64(number: int) -> bytes:
 COUNTS = {"file": (7, b"\x19"), "group": (3, b"&"), "column": (3, b"\x16")}
 
 
-@pytest.mark.parametrize("count", [-1, 0, 2, 8, 1 << 20, 1 << 40, (1 << 63) - 1])
-@pytest.mark.parametrize("places", [["file"], ["group"], ["column"], [*COUNTS]])
-def test_counts_of_a_parquet_that_are_wrong(tmp_path: Path, places: list[str], count: int) -> None:
-    pytest.importorskip("pyarrow")
-    data = stored_parquet(tmp_path)
+def with_counts(data: bytes, **counts: int) -> bytes:
+    """The file `stored_parquet` with other counts of its rows."""
     size = int.from_bytes(data[-8:-4], "little") + 8
     body, footer = data[:-size], data[-size:-8]
-    for place in places:
+    for place, count in counts.items():
         old, end = COUNTS[place]
         assert i64(old) + end in footer
         footer = footer.replace(i64(old) + end, i64(count) + end)
-    data = body + footer + struct.pack("<I", len(footer)) + data[-4:]
-    (tmp_path / "a.parquet").write_bytes(data)
+    return body + footer + struct.pack("<I", len(footer)) + data[-4:]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 2, 8, 1 << 20, 1 << 40, (1 << 63) - 1])
+@pytest.mark.parametrize("place", COUNTS)
+def test_counts_of_a_parquet_that_contradict_each_other(
+    tmp_path: Path, place: str, count: int
+) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(with_counts(stored_parquet(tmp_path), **{place: count}))
     with deadline():
-        if places == ["column"]:  # pyarrow may do without
+        if place == "column":  # pyarrow may do without
             with contextlib.suppress(DataError):
-                assert load(tmp_path / "a.parquet", holdout=0).labels.tolist() == [0, 1] * 3 + [0]
+                assert load(path, holdout=0).labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
             return
         with pytest.raises(DataError, match=r"a\.parquet"):
-            load(tmp_path / "a.parquet", holdout=0)
+            load(path, holdout=0)
+
+
+@pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 62) - 1])
+def test_more_rows_of_a_parquet_than_bytes(tmp_path: Path, count: int) -> None:
+    """The counts agree; the reader would trust them, until memory is full."""
+    path, total = tmp_path / "a.parquet", 2 * count + 1
+    data = stored_parquet(tmp_path)
+    path.write_bytes(with_counts(data, file=total, group=count, column=count))
+    with deadline(), pytest.raises(DataError, match=rf"a\.parquet.*{total:,} rows of images in"):
+        load(path, holdout=0)

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from ckd.bank import __main__ as bank
 from ckd.data import DataError, load, photo
 from ckd.data.decode import EncodedImages, decode
+from ckd.train import __main__ as train
 from tests.image_files import encoded, pixels, write_parquet
 
 ORIENTATION, X_RESOLUTION, EXIF_FOLDER = 0x0112, 0x011A, 0x8769
@@ -359,3 +361,23 @@ def test_the_limit_holds_wherever_images_are_decoded(
     with pytest.raises(DataError, match=message):
         list(stream.batches(torch.arange(7), 3, workers=workers))
     assert len(load(tmp_path, **options | {"max_pixels": 384})) == 7
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "build"])
+def test_the_limit_is_a_flag(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "set" / split / "a").mkdir(parents=True)
+        (tmp_path / "set" / split / "a" / "1.png").write_bytes(saved("PNG"))
+    flags = ["--data", str(tmp_path / "set"), "--max-image-pixels", "383", "--device", "cpu"]
+    flags += ["--out", str(tmp_path / "out")]
+    if command == "build":
+        status = bank.main(["build", "--teacher", "resnet20", *flags])
+    else:
+        what = ["--eval", "resnet20"] if command == "evaluate" else ["--method", "plain"]
+        status = train.main([*flags, *what])
+    assert status != 0
+    error = capsys.readouterr().err
+    assert "1.png: 24 x 16 pixels are more than 383" in error
+    assert "--max-image-pixels" in error
