@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import re
+
+# Control characters less tab and newline; the marks of Unicode that separate lines or reorder text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, other than those in `keep`, as escapes.
+
+    Files choose the names of classes and teachers, and such a name must not command the terminal.
+    """
+    return _CONTROL.sub(
+        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
+        text,
+    )
+
 
 class CkdError(Exception):
     """Base class of the errors that ckd defines, each of which is also a ValueError or a
-    RuntimeError. The caller can correct the cause; the message says how."""
+    RuntimeError. The caller can correct the cause; the message, which is printable, says how."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(a) if isinstance(a, str) else a for a in arguments))
 
 
 class ConfigError(CkdError, ValueError):

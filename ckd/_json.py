@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import numpy as np
 import xxhash
 
+from ckd._errors import CkdError
 from ckd._files import LFS_POINTER, is_lfs_pointer, read_regular
 
 _T = TypeVar("_T")
@@ -22,7 +23,7 @@ CHECKSUM = "checksum"
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
-class JsonError(ValueError):
+class JsonError(CkdError, ValueError):
     """The content of a file is not the JSON that was written; the message says in what."""
 
 

@@ -307,7 +307,7 @@ def test_names_in_files_cannot_command_the_terminal(
     out, err = capsys.readouterr()
     escaped = HOSTILE.encode("unicode_escape").decode()
     assert out.count(escaped) == 2
-    assert escaped.replace("\\r", " ") in err  # an error is one line
+    assert escaped in err
     assert not set(out + err) & (set(HOSTILE) - set(escaped))
 
 

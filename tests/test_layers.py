@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._device": {"ckd._errors"},
     "ckd._hints": {"ckd._errors"},
     "ckd._files": set(),
-    "ckd._json": {"ckd._files"},
+    "ckd._json": {"ckd._errors", "ckd._files"},
     "ckd._lock": {"ckd._files"},
     "ckd._npy": set(),
     "ckd._version": set(),

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from ckd._errors import CkdError
+from ckd._errors import CkdError, printable
 
 # Errors that a user can cause, whose message explains them; others are bugs and keep the traceback.
 USER_ERRORS = (CkdError, ImportError, OSError)
-# ASCII's and Unicode's control characters less tab and newline, and the marks that reorder text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 CLOSED_PIPE = 128 + 13  # what a shell reports for a program that SIGPIPE ends
 
 
@@ -60,10 +57,7 @@ def exit_status(
 
 @contextlib.contextmanager
 def printable_output() -> Iterator[None]:
-    """Within this block, stdout and stderr write control characters as escapes.
-
-    Files choose the names of classes and teachers, and such a name must not command the terminal.
-    """
+    """Within this block, what is written to stdout and stderr is `printable`."""
     # The progress bar returns to the start of its line.
     replaced: tuple[Any, Any] = (_Printable(sys.stdout), _Printable(sys.stderr, keep="\r"))
     with contextlib.redirect_stdout(replaced[0]), contextlib.redirect_stderr(replaced[1]):
@@ -71,7 +65,7 @@ def printable_output() -> Iterator[None]:
 
 
 class _Printable:
-    """A text stream whose `write` escapes control characters other than those in `keep`."""
+    """A text stream to which `write` writes what is `printable`."""
 
     def __init__(self, stream: TextIO, keep: str = "") -> None:
         self._stream, self._keep = stream, keep
@@ -80,20 +74,13 @@ class _Printable:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._stream.write(_escaped(text, self._keep))
+        self._stream.write(printable(text, self._keep))
         return len(text)
-
-
-def _escaped(text: str, keep: str = "") -> str:
-    return _CONTROL.sub(
-        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
-        text,
-    )
 
 
 def _say(message: str) -> None:
     with contextlib.suppress(OSError):  # stderr may be the same closed pipe
-        print(_escaped(message), file=sys.stderr)
+        print(printable(message), file=sys.stderr)
 
 
 def _discard_unwritten(stream: TextIO) -> None:

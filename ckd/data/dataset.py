@@ -15,21 +15,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ckd._errors import CkdError
+from ckd._errors import CkdError, printable
 from ckd._files import LFS_POINTER, holds_lfs_pointer
 
 
 class DataError(CkdError, ValueError):
     """Unusable data or a wrong argument; the message names the file, row or argument."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """`text` with escapes, as repr writes them, for control characters and others that a terminal
-    does not show: the names of files and classes may hold any."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def warn(message: str, stacklevel: int) -> None:
