@@ -121,11 +121,21 @@ def read_lines(path: str | os.PathLike[str], error: type[Exception]) -> list[str
     return lines
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the path to an OSError without one: failed writes and syncs (disk full) carry none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`: temporary name, fsync, rename, fsync of the folder.
 
-    Raises the system's OSError (disk full, permission denied); an existing file then keeps its
-    content, and the temporary file is removed.
+    Raises the system's OSError (disk full, permission denied) with the temporary name; an existing
+    file then keeps its content, and the temporary file is removed.
     """
     path = Path(path)
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
@@ -134,7 +144,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         durable_write(temporary, data)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error says more
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -166,7 +177,7 @@ def durable_write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises the system's OSError, also if the name is taken: a link would lead elsewhere.
     """
-    with open(path, "xb") as file:
+    with naming(path), open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -186,4 +197,5 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
+            error.filename = error.filename or os.fspath(path)
             raise

@@ -157,3 +157,15 @@ def test_a_temporary_name_that_is_taken_leads_nowhere(tmp_path, kind):
     _files.atomic_write(tmp_path / "file", b"data")
     assert (tmp_path / "file").read_bytes() == b"data"
     assert not (tmp_path / "nothing").exists()
+
+
+def test_an_error_without_a_path_gets_that_of_the_file(tmp_path, monkeypatch):
+    def failing(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(_files.os, "fsync", failing)
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path}/\.tmp-file'"):
+        _files.atomic_write(tmp_path / "file", b"data")
+    with pytest.raises(OSError, match=rf"No space left.*{tmp_path}'"):
+        _files.fsync_folder(tmp_path)
+    assert os.listdir(tmp_path) == []

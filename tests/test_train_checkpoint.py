@@ -250,10 +250,13 @@ def test_a_kill_while_the_older_one_is_removed_leaves_no_half(tmp_path, monkeypa
 def test_checkpoints_are_ordered_by_step_and_other_names_passed_over(tmp_path):
     save(tmp_path, 99_999_999)
     newest = save(tmp_path, 100_000_000)
-    for name in ("step-", "step-x", "step-2000000000", "step-00000001.bak"):
-        (newest.parent / name).mkdir() if name != "step-2000000000" else None
-    (newest.parent / "step-2000000000").symlink_to(newest)
+    for name in ("step-", "step-x", "step-00000001.bak"):
+        (newest.parent / name).mkdir()
+    (newest.parent / "step-00000001").touch()
     assert checkpoint.latest(tmp_path) == newest
+    (newest.parent / "step-00000002").symlink_to(newest)
+    with pytest.raises(CheckpointError, match="step-00000002 is a symbolic link"):
+        checkpoint.latest(tmp_path)
 
 
 @pytest.mark.parametrize("name", [checkpoint.TENSORS, checkpoint.STATE])
@@ -276,10 +279,16 @@ def test_values_of_another_kind_are_errors(tmp_path, change):
         checkpoint.load(path)
 
 
-def test_an_optimizer_state_of_another_shape_is_refused(tmp_path):
+@pytest.mark.parametrize("change", ["shape", "missing", "step"])
+def test_an_optimizer_state_of_another_shape_is_refused(tmp_path, change):
     modules, optimizer = trained(0, 1)
     packed = checkpoint.pack(modules, optimizer)
-    packed["optimizer.method.bias.exp_avg"] = torch.zeros(3, 3)
+    if change == "shape":
+        packed["optimizer.method.bias.exp_avg"] = torch.zeros(3, 3)
+    elif change == "missing":
+        del packed["optimizer.method.bias.exp_avg"]
+    else:
+        packed["optimizer.method.bias.step"] = torch.zeros(2)
     loaded = checkpoint.load(checkpoint.save(tmp_path, 1, packed, {}))
     with pytest.raises(CheckpointError, match="does not fit the optimizer"):
         checkpoint.unpack(loaded, modules, optimizer)
@@ -295,3 +304,12 @@ def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(tmp_path, monk
     for use in (lambda: checkpoint.latest(tmp_path), lambda: save(tmp_path, 2)):
         with pytest.raises(CheckpointError, match="checkpoint cannot be listed: Permission denied"):
             use()
+
+
+def test_a_step_saved_again_removes_the_older_ones_too(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sweep", lambda run: None)  # killed before it
+        save(tmp_path, 2)
+    save(tmp_path, 2)
+    assert [p.name for p in (tmp_path / checkpoint.FOLDER).iterdir()] == ["step-00000002"]

@@ -198,7 +198,7 @@ class BankWriter:
                 "choose another path"
             )
         self._remove_leftovers()
-        _write(self.path / MANIFEST_NAME, encode(self._manifest))
+        atomic_write(self.path / MANIFEST_NAME, encode(self._manifest))
         fsync_folder(self.path.parent)
 
     def _resume(self, found: Manifest) -> None:
@@ -206,7 +206,7 @@ class BankWriter:
         if not found.shards:
             # There are no rows to lose, so the settings may be corrected.
             self._remove_leftovers()
-            _write(self.path / MANIFEST_NAME, encode(self._manifest))
+            atomic_write(self.path / MANIFEST_NAME, encode(self._manifest))
             return
         self._check_settings(found)
         if found.complete:
@@ -299,8 +299,8 @@ class BankWriter:
         record = record_of(len(manifest.shards), manifest.rows, len(label), data)
         manifest = replace(manifest, shards=(*manifest.shards, record), complete=complete)
         try:
-            _write(self.path / record.file, data)
-            _write(self.path / MANIFEST_NAME, encode(manifest))
+            atomic_write(self.path / record.file, data)
+            atomic_write(self.path / MANIFEST_NAME, encode(manifest))
         except BaseException:
             # The disk may be ahead of this object's state: only a resume reads it back.
             self._release()
@@ -323,7 +323,7 @@ class BankWriter:
         if self._pending_rows:
             self._write_shard(complete=True)
         else:
-            _write(self.path / MANIFEST_NAME, encode(replace(self._manifest, complete=True)))
+            atomic_write(self.path / MANIFEST_NAME, encode(replace(self._manifest, complete=True)))
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -341,12 +341,3 @@ def _lock(path: Path) -> ExitStack:
     except FileExistsError:
         raise BankError(f"{path} is a file; a bank is a folder, choose another path") from None
     return lock
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        atomic_write(path, data)
-    except OSError as error:
-        # The system's error of a failed write or fsync (disk full) carries no file name.
-        error.filename = error.filename or str(path)
-        raise

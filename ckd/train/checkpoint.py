@@ -76,23 +76,23 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
     older = _existing(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path in older:  # the same step, saved again after a resume: the same content
-            return path
-        with atomic_folder(path) as temporary:
-            durable_write(temporary / TENSORS, blob)
-            durable_write(temporary / STATE, sealed(content))
+        if path not in older:  # else saved again after a resume, with the same content
+            with atomic_folder(path) as temporary:
+                durable_write(temporary / TENSORS, blob)
+                durable_write(temporary / STATE, sealed(content))
     except OSError as error:
         kept = f"the checkpoint {older[-1]} is intact" if older else "there is no older one"
         raise CheckpointError(f"cannot save the checkpoint {path}: {error}; {kept}") from error
-    for old in older:
-        _remove(old)
     sweep(run)
     return path
 
 
 def sweep(run: Path) -> None:
-    """Remove what a kill left under temporary names, in the run's folder and in that of the
-    checkpoints. Without effect where the system refuses: nothing reads it."""
+    """Remove all checkpoints but the newest, and what a kill left under temporary names, in the
+    run's folder and in that of the checkpoints. Where the system refuses, it stays: no one reads
+    it."""
+    for old in _existing(run)[:-1]:
+        _remove(old)
     for place in (run, run / FOLDER):
         for leftover in place.glob(TEMPORARY_PREFIX + "*"):
             if leftover.is_dir() and not leftover.is_symlink():
@@ -178,13 +178,20 @@ def _unpack(
     for name, parameter in _optimized(modules, optimizer):
         start = f"optimizer.{name}."
         own = {
-            # In the parameter's memory format: fused optimizers read both in memory order.
-            key[len(start) :]: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
+            key[len(start) :]: tensor
             for key, tensor in checkpoint.tensors.items()
             if key.startswith(start)
         }
-        if own:  # none before the first step
-            state["state"][numbers[parameter]] = own
+        if not own:  # none before the parameter's first gradient
+            continue
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if {key: tensor.shape for key, tensor in own.items()} != shapes:
+            raise ValueError(f"{start}* must be {', '.join(shapes)}, got {', '.join(own)}")
+        # In the parameter's memory format: fused optimizers read both in memory order.
+        state["state"][numbers[parameter]] = {
+            key: torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor
+            for key, tensor in own.items()
+        }
     optimizer.load_state_dict(state)
 
 
@@ -219,7 +226,12 @@ def _existing(run: Path) -> list[Path]:
         return []
     except OSError as error:  # a run whose checkpoints cannot be seen must not begin anew
         raise CheckpointError(f"{run / FOLDER} cannot be listed: {error.strerror}") from error
-    names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
+    for entry in found:
+        if entry.is_symlink():
+            raise CheckpointError(
+                f"{entry.path} is a symbolic link; put the folder itself in its place"
+            )
+    names = [entry.name for entry in found if entry.is_dir()]
     return [run / FOLDER / name for name in sorted(names, key=lambda name: int(name[5:]))]
 
 

@@ -158,7 +158,7 @@ class Config:
         for name, expected in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not expected.holds(value):
-                raise ConfigError(f"{flag(name)} must be {expected.words}, got {value}")
+                raise ConfigError(f"{flag(name)} must be {expected.words(value)}, got {value}")
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
@@ -221,6 +221,9 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
+_SIZE, _COUNT = 4096, 2**31 - 1  # the most pixels of a model's side; of anything counted
+
+
 @dataclass(frozen=True)
 class _Range:
     """An interval of finite numbers, which holds its ends unless `open_low` or `open_high`."""
@@ -236,33 +239,33 @@ class _Range:
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
-    @property
-    def words(self) -> str:
-        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
-        if self.high == math.inf:
+    def words(self, value: Any) -> str:
+        """What is expected in place of `value`; without a high end that it is far from."""
+        low = f"{'above' if self.open_low else 'at least'} {self.low}"
+        if self.high >= _COUNT and not (is_number(value) and value > self.high):
             return low
-        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:,}"
 
 
 _RANGES: Mapping[str, _Range] = {
-    "image_size": _Range(1),
-    "max_image_pixels": _Range(1),
-    "epochs": _Range(1),
-    "batch_size": _Range(1),
-    "accumulate": _Range(1),
+    "image_size": _Range(1, _SIZE),
+    "max_image_pixels": _Range(1, _COUNT),
+    "epochs": _Range(1, _COUNT),
+    "batch_size": _Range(1, _COUNT),
+    "accumulate": _Range(1, _COUNT),
     "lr": _Range(0, open_low=True),
     "weight_decay": _Range(0),
     "warmup_epochs": _Range(0),
     "clip_norm": _Range(0),
     "label_smoothing": _Range(0, 1, open_high=True),
     "ema": _Range(0, 1, open_high=True),
-    "crop_padding": _Range(0),
+    "crop_padding": _Range(0, _SIZE),
     "distill_weight": _Range(0),
-    "centroids_per_class": _Range(1),
+    "centroids_per_class": _Range(1, _COUNT),
     "logit_scale": _Range(0, 100, open_low=True),
     "temperature": _Range(0, open_low=True),
-    "seed": _Range(0),
-    "workers": _Range(0),
+    "seed": _Range(0, 2**63 - 1),
+    "workers": _Range(0, _COUNT),
     "checkpoint_minutes": _Range(0, open_low=True),
-    "checkpoint_steps": _Range(0),
+    "checkpoint_steps": _Range(0, _COUNT),
 }

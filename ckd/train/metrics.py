@@ -11,14 +11,15 @@ from typing import Any
 
 import xxhash
 
-from ckd._files import check_regular, open_regular
+from ckd._files import check_regular, naming, open_regular
 from ckd._json import JsonError, is_number, parse_object
 from ckd.train.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
-# What result.json and curves.png are made of. A loss may be infinite.
-_NUMBERS = ("epoch", "step", "test_accuracy", "lr", "time_s", "images_per_s")
-_REQUIRED = frozenset((*_NUMBERS, "loss", "test_loss"))
+# What result.json and curves.png are made of.
+_REQUIRED = frozenset(
+    ("epoch", "step", "test_accuracy", "lr", "time_s", "images_per_s", "loss", "test_loss")
+)
 
 
 class MetricsLog:
@@ -30,7 +31,7 @@ class MetricsLog:
         self._digest = xxhash.xxh3_64()
         if os.path.lexists(self.path):
             check_regular(self.path)
-        with open(self.path, "a+b") as file:
+        with naming(self.path), open(self.path, "a+b") as file:
             file.truncate(keep_bytes)
             file.seek(0)
             self._digest.update(file.read())
@@ -43,7 +44,7 @@ class MetricsLog:
     def write(self, record: Mapping[str, Any]) -> tuple[int, str]:
         """Append a line durably; returns the new size of the file in bytes, and its xxh3."""
         line = (json.dumps(record) + "\n").encode()
-        with open(self.path, "ab") as file:
+        with naming(self.path), open(self.path, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -88,8 +89,10 @@ def read_metrics(run: Path, size: int, xxh3: str, checkpoint: Path) -> list[dict
             record = parse_object(line)
             if missing := sorted(_REQUIRED - record.keys()):
                 raise JsonError(f"it has no {', '.join(missing)}")
-            if bad := [name for name in _NUMBERS if not is_number(record[name])]:
-                raise JsonError(f"{bad[0]} is {record[bad[0]]!r}")
+            for name, value in record.items():
+                # The test data may drive a loss to infinity.
+                if not (is_number(value) or (name == "test_loss" and isinstance(value, float))):
+                    raise JsonError(f"{name} is {value!r}")
         except JsonError as error:
             raise CheckpointError(f"{path}, line {number} is damaged: {error}; {remedy}") from error
         records.append(record)

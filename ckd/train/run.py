@@ -208,8 +208,8 @@ def restore(run: Run) -> None:
     """
     folder = run.config.folder
     path = checkpoint.latest(folder)
-    checkpoint.sweep(folder)
     if path is None:
+        checkpoint.sweep(folder)
         return
     saved = checkpoint.load(path)
     state = checked_state(saved.state, path)
@@ -230,6 +230,7 @@ def restore(run: Run) -> None:
     except (RuntimeError, KeyError, TypeError) as error:
         raise misfit(path, f"its scaler is {state['scaler']}") from error
     run.progress = progress
+    checkpoint.sweep(folder)  # not before: an older checkpoint may be the only one intact
 
 
 def _checked_progress(values: dict[str, Any], run: Run, path: Path) -> Progress:
