@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ckd._files import read_regular
+from ckd._files import naming, read_regular
 
 # Forked data workers share the lock and outlive a killed parent by up to 5 s (the interval at which
 # they check it), so a process waits longer than that before it reports the lock as taken.
@@ -98,7 +98,7 @@ def _try_once(folder: Path, descriptor: int) -> Callable[[], None]:
 def _create(file: Path) -> bool:
     """Create the lock file, with this process as its owner; False if it exists."""
     try:
-        with open(file, "x") as created:
+        with naming(file), open(file, "x") as created:
             created.write(f"process {os.getpid()} on {_machine()}")
     except FileExistsError:
         return False
