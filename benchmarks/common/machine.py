@@ -43,7 +43,8 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name and its numbers, since virtual machines often hide the name."""
+    """The processor's name and its numbers, as the kernel reports them: virtual machines often hide
+    the name, and may show other numbers than the processor's. What it can do is in `tiers`."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
