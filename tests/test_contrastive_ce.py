@@ -12,9 +12,11 @@ import torch.nn.functional as F
 
 import ckd
 from ckd.backends import reference
+from ckd.ops import _arguments
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
+from tests.scales import SCALES, check_at_scale, make_cases
 from tests.tolerance import Expected, Results, check, expected, within
 
 # (B, K, D, W); W None: no projection. One student, one bank row, primes, powers of two and their
@@ -327,3 +329,78 @@ def test_a_target_among_300_000_rows_is_found(backend: str) -> None:
         student, bank, torch.tensor([299_999]), logit_scale=20.0, backend=backend
     )
     assert loss.item() == pytest.approx(math.log1p(299_999 * math.exp(-20.0)), rel=1e-5)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("shape", [(40, 24, 16), (70, 24, None), (50, 24, 100)], ids=str)
+def test_any_scale(shape: tuple[int, ...], copies: int, backend: str) -> None:
+    case, once = make_cases(shape, copies)
+    for scale in SCALES:
+        check_at_scale(scale, case, once, backend, extra=math.log(copies))
+    smooth = {"label_smoothing": 0.1, "reduction": "none"}
+    check_at_scale(2.5e9, case, once, backend, extra=math.log(copies), **smooth)
+    check_at_scale(1e10, case, once, backend, extra=math.log(copies), reduction="sum")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_any_scale_with_rows_of_equal_cosines(half: bool, backend: str) -> None:
+    """Rows of +-1: unit rows and cosines are multiples of 1/8, which even half precision has. Many
+    rows have the same cosine."""
+    bank = torch.randint(2, (70, 16)) * 2.0 - 1
+    student = torch.cat([bank[:10], torch.randint(2, (10, 16)) * 2.0 - 1])
+    target = torch.randint(70, (20,))
+    target[:5] = torch.arange(5)
+    case = Case(student, bank.half(), target, torch.eye(16), torch.zeros(16), torch.tensor(1.0))
+    with torch.autocast(student.device.type, dtype=torch.bfloat16, enabled=half):
+        for scale in SCALES if not half else [1.0, 2.5e9, 1e30]:
+            limit = 4e-3 if half else 3e-6
+            check_at_scale(scale, case, case, backend, limit=limit)
+
+
+@pytest.mark.parametrize("scale", [1.3e30, 1e38, torch.tensor(1e38)])
+def test_scales_beyond_the_bound_are_refused(
+    scale: float | torch.Tensor, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(3, 4, 5, 6)
+    tensors = [x.cpu() for x in case.arguments[:5]]
+    for op in (ckd.contrastive_cross_entropy, ckd.normalized_similarity):
+        arguments = [
+            x for x in tensors if op is ckd.contrastive_cross_entropy or x.is_floating_point()
+        ]
+        with pytest.raises(ValueError, match=r"logit_scale must be .* at most 2\^100"):
+            op(*arguments, logit_scale=scale, backend="reference")
+    if backend == "cpu":  # it needs the scale's value, and so never sees one that is refused
+        return
+    monkeypatch.setattr(_arguments, "check_scale", lambda scale: None)
+    for value, refused in ((2.0**100, False), (scale, True)):
+        at = replace(case, logit_scale=torch.as_tensor(value, dtype=torch.float32))
+        loss = ckd.contrastive_cross_entropy(*at.arguments, backend=backend)
+        assert loss.isnan().item() == refused
+
+
+@pytest.mark.parametrize("student_dim", [1, None])
+def test_rows_of_one_element_have_no_gradient(student_dim: int | None, backend: str) -> None:
+    """Their unit rows are exactly +-1: an error in them would be multiplied by the scale."""
+    case = make_case(64, 100, 24 if student_dim else 1, student_dim)
+    case = replace(case, student=case.student.abs(), bank=case.bank.abs())
+    if case.weight is not None:
+        case = replace(case, weight=case.weight.abs(), bias=case.bias.abs())
+    result = by_op(case, backend)
+    assert result.pop("loss").item() == pytest.approx(math.log(100), rel=1e-6)
+    for name in result.keys() - {"logit_scale"}:
+        size = torch.linalg.vector_norm(result[name]).item()
+        within(size, 1e-8, f"{name}, rows of one element", backend)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("width", [8, 64])
+def test_rows_on_one_line_have_no_gradient(width: int, same: bool, backend: str) -> None:
+    """All rows are multiples of one vector, of one sign or of both. (The loss of equal logits has
+    one rounding error in all its terms: the model's are independent.)"""
+    line = torch.randn(width)
+    student, bank = torch.randn(64, 1) * line, torch.randn(100, 1) * line
+    if same:
+        student, bank = student.sign() * student, bank.sign() * bank
+    case = Case(student, bank, torch.randint(100, (64,)), None, None, torch.tensor(14.0))
+    wanted = expected(lambda dtype: by_oracle(case, dtype))
+    check({"student": by_op(case, backend)["student"]}, {"student": wanted["student"]}, backend)

@@ -7,6 +7,7 @@ the edges of its blocks, and guarantees that no other backend gives.
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from tests import oracle, tolerance
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
 from tests.rounding import Bfloat16Operands
+from tests.scales import SCALES, check_at_scale, make_cases
 
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
 
@@ -210,6 +212,26 @@ def test_shift_follows_the_largest_logit_anywhere_in_the_bank(
     case = replace(case, bank=bank, student=torch.ones(6, 8) + 0.1 * case.student)
     wanted = tolerance.expected(functools.partial(eager, case))
     tolerance.check(ours(case), wanted, f"cpu: {tier}")
+
+
+# A batch and a bank of one panel; and of several, the bank in several chunks and splits.
+@pytest.mark.parametrize("shape", [(40, 24, 16), (1500, 9, 33)], ids=str)
+def test_any_scale(shape: tuple[int, ...], tier: str) -> None:
+    case, once = make_cases(shape, copies=2)
+    for scale in [1023.0, 1025.0, *SCALES]:
+        check_at_scale(scale, case, once, "cpu", extra=math.log(2), tested=f"cpu: {tier}")
+
+
+def test_any_scale_in_bfloat16(half_tier: str) -> None:
+    """Rows of +-1, whose unit rows bfloat16 has: the ten best rows share the softmax."""
+    rows = torch.randint(2, (40, 16)) * 2.0 - 1
+    target = torch.randint(400, (40,))
+    case = Case(rows, rows.repeat(10, 1), target, torch.eye(16), None, torch.tensor(1.0))
+    once = replace(case, bank=rows, target=target % 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for scale in (1e4, 2.5e9, 1e30):
+            options = {"extra": math.log(10), "limit": 8e-3, "tested": f"cpu: {half_tier}"}
+            check_at_scale(scale, case, once, "cpu", **options)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])

@@ -179,6 +179,42 @@ def test_opposite_rows_survive_float16(gpu: Gpu) -> None:
         tolerance.within(error, limit, f"{name}, opposite rows", gpu.name)
 
 
+@pytest.mark.parametrize("blocks", ["one block", "several blocks"])  # of the width
+def test_any_scale_in_half_precision(gpu: Gpu, blocks: str, chunks: int) -> None:
+    """Rows of +-1, whose unit rows are exact in float16: copies of the best row share the softmax,
+    wherever they are, and a cosine has the same bits in every block, forward and backward."""
+    several = 1024 if gpu.name == "cuda" else 256
+    width = 16 if blocks == "one block" else several
+    rows = torch.randint(2, (10, width)) * 2.0 - 1
+    bank = rows.repeat(7, 1)  # each row in every chunk
+    target = torch.randint(70, (10,))
+    target[:5] = torch.arange(5) + 10 * torch.arange(5)
+    weight = torch.eye(width)
+    for scale in (1e4, 2.5e9, 1e30):
+        case = Case(rows, bank.half(), target, weight, torch.zeros(width), torch.tensor(scale))
+        once = replace(case, bank=rows, target=target % 10)
+        exact, result = eager(once), ours(gpu, case, half=True)
+        exact["loss"] += math.log(7)
+        for name, value in exact.items():
+            error = torch.linalg.vector_norm(result[name].double() - value).item()
+            size = torch.linalg.vector_norm(value).item()
+            tolerance.within(error, 2e-3 * size, f"{name}, any scale, half", gpu.name)
+
+
+def test_half_precision_has_no_gradient_along_the_rows(gpu: Gpu, chunks: int) -> None:
+    """All projected rows are multiples of one vector. Rounded, they are not of norm 1."""
+    line = torch.randn(8)
+    weight = torch.outer(line, torch.randn(24))
+    case = Case(
+        torch.randn(16, 1) * line, torch.randn(40, 24).half(), torch.randint(40, (16,)),
+        weight, torch.zeros(8), torch.tensor(14.0),
+    )  # fmt: skip
+    gradient = ours(gpu, case, half=True)["weight"]
+    along = torch.linalg.vector_norm(line / torch.linalg.vector_norm(line) @ gradient).item()
+    across = torch.linalg.vector_norm(gradient).item()  # of rounding the rows' direction
+    tolerance.within(along, 0.02 * across, "weight, along the rows", gpu.name)
+
+
 @pytest.fixture
 def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision("high")

@@ -26,6 +26,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 HEADROOM = tl.constexpr(13.0)
 # The maximum over no rows: below every cosine, and finite, so that rescaling gives no NaN.
 NO_COSINE = tl.constexpr(-2.0)
+# Up to this scale the loss takes the target's cosine from a sum in float32. Above it, the target's
+# counts as equal to the largest where rounding may be the only difference, so that rows equal to
+# the target's share its softmax. ROUNDING is of each product of 16 terms in tensor cores.
+MAX_EXACT_SCALE = tl.constexpr(1024.0)
+ROUNDING = tl.constexpr(2.0**-23)
 MIN_NORMAL = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -324,6 +329,8 @@ def combine_kernel(
             n_all = tl.load(n_sum + w, mask=w < width, other=0.0)
             mean += tl.sum(query.to(tl.float32) * n_all[None, :], 1)
     factor = load_scale(scale)
+    rounding = tl.where(factor > MAX_EXACT_SCALE, ROUNDING, 0.0) * (width // 16 + 8)
+    along = tl.where(tl.abs(highest - along) <= rounding, highest, along)
     l_y = along * factor
     odds = (highest - along) * factor + log_z  # -inf if the target is the bank's only row
     distance = tl.abs(odds)

@@ -23,11 +23,13 @@ from .rows import (
     MAX_FLOAT32,
     SMALLEST,
     add_product,
+    divide,
     half_scale,
     inverse_norm,
     load_gradients,
     load_scale,
     load_targets,
+    through_norm,
     to_operand,
 )
 
@@ -135,12 +137,16 @@ def student_factors_kernel(
         inside = here[:, None] & (w < student_dim)[None, :]
         s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
         total += tl.sum(s.to(tl.float32) * s.to(tl.float32), 1)
-    inverse = inverse_norm(total) * sign
+    norm, inverse = tl.sqrt(total), inverse_norm(total) * sign
     for start in range(0, width, BLOCK_WIDTH):
         w = start + tl.arange(0, BLOCK_WIDTH)
         inside = here[:, None] & (w < student_dim)[None, :]
         s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
-        unit = to_operand(s.to(tl.float32) * inverse[:, None], u.dtype.element_ty, PRECISION)
+        # As unit_rows_kernel computes it: p is exp of a difference from the forward's logits.
+        operand: tl.constexpr = u.dtype.element_ty
+        signed_norm = (norm * sign)[:, None]
+        unit = divide(s.to(tl.float32), signed_norm, inverse[:, None], operand, PRECISION)
+        unit = to_operand(unit, operand, PRECISION)
         tl.store(u + i[:, None] * width + w[None, :], unit, mask=(w < width)[None, :])
 
 
@@ -213,9 +219,9 @@ def bank_gradient_kernel(
     if WHOLE:
         # Loaded again: a tile kept in registers would not leave enough of them for the sums.
         tile = tl.load(n_at, mask=n_mask, other=0.0).to(tl.float32)
-        along = tl.sum(total * tile, 1)
+        along, squares = tl.sum(total * tile, 1), tl.sum(tile * tile, 1)
         scaled = up * tl.load(inverse + k, mask=here, other=0.0)
-        d_z = (total - along[:, None] * tile) * scaled[:, None]
+        d_z = through_norm(total, along, squares, tile) * scaled[:, None]
         # Past the bank cosines are 0, which may exceed a student's reference: p may be infinite.
         d_z = tl.where(here[:, None], d_z, 0.0)
         if HAS_SUMS:

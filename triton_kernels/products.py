@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import SMALLEST, add_product, inverse_norm, to_operand
+from .rows import SMALLEST, add_product, divide, inverse_norm, to_operand
 
 # Before a float32 operand is rounded to half precision it is scaled so that its largest element is
 # this: 2^34 times the smallest float16.
@@ -59,9 +59,11 @@ def project_kernel(
     if HAS_BIAS:
         total += tl.load(bias + w, mask=inside, other=0.0)[None, :]
     if FUSED:
-        scale = inverse_norm(tl.sum(total * total, 1))
+        squares = tl.sum(total * total, 1)
+        scale = inverse_norm(squares)
         tl.store(inverse + k, scale, mask=here)
-        total *= scale[:, None]
+        norm = tl.sqrt(squares)
+        total = divide(total, norm[:, None], scale[:, None], z.dtype.element_ty, PRECISION)
     at = z + k[:, None] * z_width + w[None, :]
     stored = here[:, None] & (w < z_width)[None, :]
     tl.store(at, to_operand(total, z.dtype.element_ty, PRECISION if FUSED else "ieee"), mask=stored)

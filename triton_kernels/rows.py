@@ -11,14 +11,15 @@ import triton.language as tl
 
 MIN_NORM = tl.constexpr(1e-6)
 SMALLEST = tl.constexpr(1e-30)  # the least scale of a float16 operand: its inverse is finite
+MAX_LOGIT_SCALE = tl.constexpr(2.0**100)
 MAX_FLOAT32 = tl.constexpr(3.4028234663852886e38)  # in float32; a larger literal would be float64
 
 
 @triton.jit
 def load_scale(scale):
-    """The scale; NaN if it is not positive and finite: an error would need a synchronisation."""
+    """The scale; NaN for one that the op refuses: an error would need a synchronisation."""
     value = tl.load(scale).to(tl.float32)
-    return tl.where((value > 0) & (value < float("inf")), value, float("nan"))
+    return tl.where((value > 0) & (value <= MAX_LOGIT_SCALE), value, float("nan"))
 
 
 @triton.jit
@@ -92,6 +93,25 @@ def inverse_norm(sum_of_squares):
     return tl.where(norm > MAX_FLOAT32, float("nan"), inverse)
 
 
+@triton.jit
+def divide(x, norm, inverse, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x / norm for a float32 operand, so that rows of one element are exactly +-1; an operand that
+    is rounded further is x inverse."""
+    quotient = x * inverse
+    if PRECISION == "ieee" and dtype == tl.float32:
+        return tl.fma(tl.fma(-quotient, norm, x), inverse, quotient)
+    else:
+        return quotient
+
+
+@triton.jit
+def through_norm(d, along, squares, unit):
+    """d - (d.unit) unit, for the rows' sums along = d.unit and squares = unit.unit. Division by
+    squares, which rounding keeps from 1, removes all of d along unit, however large."""
+    along = along / tl.where(squares == 0, 1.0, squares)
+    return d - along[:, None] * unit
+
+
 @triton.jit(do_not_specialize=["rows"])
 def unit_rows_kernel(
     x,  # [rows, width] any float, rows x_stride apart
@@ -115,16 +135,17 @@ def unit_rows_kernel(
         value = tl.load(x + i[:, None] * x_stride + w[None, :], mask=inside, other=0.0)
         value = value.to(tl.float32)
         total += tl.sum(value * value, 1)
-    scale = inverse_norm(total)
+    norm, scale = tl.sqrt(total), inverse_norm(total)
     tl.store(inverse + i, scale, mask=i < rows)
     for start in range(0, unit_width, BLOCK_WIDTH):
         w = start + column
         inside = here[:, None] & (w < width)[None, :]
         value = tl.load(x + i[:, None] * x_stride + w[None, :], mask=inside, other=0.0)
-        value = value.to(tl.float32) * scale[:, None]
+        operand: tl.constexpr = unit.dtype.element_ty
+        value = divide(value.to(tl.float32), norm[:, None], scale[:, None], operand, PRECISION)
         stored = (i < rows)[:, None] & (w < unit_width)[None, :]
         at = unit + i[:, None] * unit_width + w[None, :]
-        tl.store(at, to_operand(value, unit.dtype.element_ty, PRECISION), mask=stored)
+        tl.store(at, to_operand(value, operand, PRECISION), mask=stored)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -142,12 +163,14 @@ def bank_norm_backward_kernel(
     here = k < rows
     column = tl.arange(0, BLOCK_WIDTH)
     along = tl.zeros([BLOCK_ROWS], tl.float32)
+    squares = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         w = start + column
         inside = here[:, None] & (w < width)[None, :]
         at = k[:, None] * width + w[None, :]
         unit = tl.load(n + at, mask=inside, other=0.0).to(tl.float32)
         along += tl.sum(tl.load(d_n + at, mask=inside, other=0.0) * unit, 1)
+        squares += tl.sum(unit * unit, 1)
     scale = tl.load(inverse + k, mask=here, other=0.0)
     top = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
@@ -156,7 +179,7 @@ def bank_norm_backward_kernel(
         at = k[:, None] * width + w[None, :]
         unit = tl.load(n + at, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(d_n + at, mask=inside, other=0.0)
-        d_z = (d - along[:, None] * unit) * scale[:, None]
+        d_z = through_norm(d, along, squares, unit) * scale[:, None]
         top = tl.maximum(top, tl.max(tl.abs(d_z), 1))
         tl.store(d_n + at, d_z, mask=inside)
     tl.store(largest + k, top, mask=here)
@@ -274,12 +297,12 @@ def student_gradient_kernel(
                 w = start + column
                 inside = busy[:, None] & (w < width)[None, :]
                 s_at = student + i[:, None] * student_stride + w[None, :]
-                u = tl.load(s_at, mask=inside, other=0.0).to(tl.float32) * inverse[:, None]
+                s = tl.load(s_at, mask=inside, other=0.0).to(tl.float32)
                 slope = load_slope(
                     residual, attention, by_g, by_h, i, w, width, inside,
                     HAS_G, HAS_H, BLOCK_ROWS, BLOCK_WIDTH,
                 )  # fmt: skip
-                d = (slope - by_u[:, None] * u) * factor[:, None]
+                d = through_norm(slope, product, total, s) * factor[:, None]
                 stored = here[:, None] & (w < width)[None, :]
                 at = i[:, None] * width + w[None, :]
                 tl.store(d_student + at, d.to(d_student.dtype.element_ty), mask=stored)

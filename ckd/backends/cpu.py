@@ -90,15 +90,15 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Size of the forward's cache for the backward (Cache of csrc/cpu/arguments.h): a header, a
-    float for each student, and panels of projected bank rows. A panel takes 64 x `words` words of 4
-    bytes and 64 inverse norms. A word is one float32 or two bfloat16 (gemm.h), `words` their number
-    in a row of width W, padded as AMX needs it; other tiers may need less."""
+    """Size of the forward's cache for the backward (Cache of csrc/cpu/arguments.h): a header, two
+    floats for each student, and panels of projected bank rows. A panel takes 64 x `words` words of
+    4 bytes and 64 inverse norms. A word is one float32 or two bfloat16 (gemm.h), `words` their
+    number in a row of width W, padded as AMX needs it; other tiers may need less."""
     panels = (problem.bank_rows + PANEL - 1) // PANEL
     half = problem.allow_half and TIERS[_tier]
     words = 16 * ((problem.student_dim + 31) // 32) if half else problem.student_dim
     size = 4 * PANEL * (words + 1)
-    students = 64 * ((problem.batch + 15) // 16)
+    students = 64 * ((problem.batch + 7) // 8)
     return CACHE_HEADER_BYTES + students + min(panels, problem.cache_limit // size) * size
 
 

@@ -83,12 +83,23 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """Size of a cache for the whole projected bank and its inverse norms; 0 if that is beyond the
-    limit."""
+    """Size of a cache for two numbers of each student, and for the whole projected bank with its
+    inverse norms unless that is beyond the limit."""
     width = -(-problem.student_dim // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     pieces = 1 if problem.allow_half else 3
     needed = problem.bank_rows * (2 * pieces * width + 4)
-    return needed if needed <= problem.cache_limit else 0
+    return _reference_bytes(problem.batch) + (needed if needed <= problem.cache_limit else 0)
+
+
+def _reference_bytes(batch: int) -> int:
+    """Padded to the alignment of the projected bank, which follows in the cache."""
+    return -(-8 * batch // 256) * 256
+
+
+def _cache_parts(cache: Tensor, batch: int) -> tuple[int, int]:
+    """The addresses of both parts, 0 for a missing one."""
+    bank = cache[_reference_bytes(batch) :]
+    return cache.data_ptr(), bank.data_ptr() if len(bank) > 0 else 0
 
 
 def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
@@ -106,11 +117,13 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
     residual = call.empty(inputs.student.shape if keep.residual else 0)
     attention = call.empty(inputs.student.shape if keep.attention else 0)
     target = targets.target.contiguous()
+    reference, bank = _cache_parts(cache, batch)
     call.run(
         partial(
             _C.cuda_contrastive_ce_forward,
             targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
-            cache=cache.data_ptr(),
+            reference=reference,
+            cache=bank,
             nll=nll.data_ptr(),
             loss=loss.data_ptr(),
             kept=kept.data_ptr(),
@@ -132,11 +145,13 @@ def contrastive_ce_backward(
     call = _Call(inputs, plan)
     target = targets.target.contiguous()
     gradients = _Gradients(call, needs)
+    reference, bank = _cache_parts(saved.cache, len(inputs.student))
     call.run(
         partial(
             _C.cuda_contrastive_ce_backward,
             targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
-            cache=saved.cache.data_ptr(),
+            reference=reference,
+            cache=bank,
             d_nll=_strided(upstream.d_loss),
             kept=saved.kept.data_ptr(),
             d_lse=_strided(upstream.d_lse),

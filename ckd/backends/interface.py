@@ -43,6 +43,9 @@ def set_cache_limit(limit: int) -> None:
     invalidate_plans()
 
 
+# Below it neither logits, nor the sum of 2^26 losses, nor scale / norm overflow float32.
+MAX_LOGIT_SCALE = 2.0**100
+
 Reduction = Literal["none", "sum", "mean"]
 BackendName = Literal["auto", "triton", "cuda", "cpu", "reference"]
 

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ckd.backends.interface import (
+    MAX_LOGIT_SCALE,
     Forward,
     Gradients,
     Inputs,
@@ -33,6 +35,7 @@ from ckd.backends.interface import (
 )
 
 MIN_NORM = 1e-6
+NO_COSINE = -2.0  # the maximum over no rows: below every cosine, and finite
 TILE_ELEMENTS = 1 << 21  # in the largest array of a tile: 8 MiB in float32
 MIN_TILE_ROWS = 64  # with fewer, call overhead outweighs the matrix products
 
@@ -48,8 +51,8 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:
-    """0: the backward projects the bank again."""
-    return 0
+    """Two numbers for each student (see _lse_parts); the backward projects the bank again."""
+    return 2 * problem.batch * _accumulator(problem.student_dtype).itemsize
 
 
 def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
@@ -69,17 +72,22 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
         keep_values = keep.residual or keep.attention
         sums = _sum_over_bank(u, tau, targets.target, has_target, _tiles(u, inputs), keep_values)
 
-        log_other = sums.shift + sums.total.log()
-        log_odds = log_other - sums.l_target  # a in the docstring; +inf for a row without a target
+        l_target = tau * sums.cosine_target
+        log_total = sums.total.log()
+        # a in the docstring; +inf for a row without a target.
+        log_odds = tau * (sums.top - sums.cosine_target) + log_total
         p_other = torch.sigmoid(log_odds)
-        nll = torch.logaddexp(log_odds, torch.zeros_like(log_odds))
-        lse = torch.logaddexp(sums.l_target, log_other)
+        nll = _softplus(log_odds)
+        # lse = tau cosine + beyond. It is as large as tau; the backward needs the small number.
+        cosine = torch.where(log_odds < 0, sums.cosine_target, sums.top)
+        beyond = torch.where(log_odds < 0, nll, log_total + _softplus(-log_odds))
+        lse = tau * cosine + beyond
         n_other = sums.values / sums.total.masked_fill(sums.total == 0, 1)
         n_mean = sums.n_sum / bank_rows
         residual = p_other * (n_other - sums.n_target)
         if label_smoothing > 0:
             l_mean = tau * (u @ n_mean.unsqueeze(1))
-            nll = nll + label_smoothing * (sums.l_target - l_mean)
+            nll = nll + label_smoothing * (l_target - l_mean)
             residual = residual + label_smoothing * (sums.n_target - n_mean)
         residual = residual.masked_fill(~has_target.unsqueeze(1), 0)
         attention = p_other * n_other + (1 - p_other) * sums.n_target
@@ -94,17 +102,17 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
             p_other=p_other.squeeze(1),
             residual=residual if keep.residual else nothing,
             attention=attention if keep.attention else nothing.clone(),
-            cache=u.new_empty(keep.cache_bytes, dtype=torch.uint8),
+            cache=torch.stack([cosine, beyond]).view(-1).view(torch.uint8)[: keep.cache_bytes],
         )
 
 
 class _Sums(NamedTuple):
     """The sums of one pass over the bank, for each student row."""
 
-    shift: Tensor  # [B, 1] the maximum of l over k != y; -logit_scale if there is no such k
-    total: Tensor  # [B, 1] sum over k != y of exp(l - shift)
-    values: Tensor  # [B, W] sum over k != y of exp(l - shift) n; zero when not kept
-    l_target: Tensor  # [B, 1] l_y; -inf where there is no target
+    top: Tensor  # [B, 1] the largest cosine u.n over k != y; NO_COSINE if there is no such k
+    total: Tensor  # [B, 1] sum over k != y of exp(l - logit_scale top)
+    values: Tensor  # [B, W] the same sum of exp(...) n; zero when not kept
+    cosine_target: Tensor  # [B, 1] u.n_y; -inf where there is no target
     n_target: Tensor  # [B, W] n_y; zero where there is no target
     n_sum: Tensor  # [W] sum of all n
 
@@ -117,30 +125,30 @@ def _sum_over_bank(
     tiles: Iterator[_Tile],
     keep_values: bool,
 ) -> _Sums:
-    """The softmax sums without the target, relative to a running maximum (online softmax)."""
-    query = tau * u
-    shift = (-tau).expand(len(u), 1)  # l >= -tau always
+    """The softmax sums without the target, relative to a running maximum (online softmax). It is a
+    maximum of cosines: differences of close cosines are exact at any scale."""
     total = u.new_zeros(len(u), 1)
+    top = torch.full_like(total, NO_COSINE)
     values, n_target = torch.zeros_like(u), torch.zeros_like(u)
-    l_target = torch.full_like(total, -torch.inf)
+    cosine_target = torch.full_like(total, -torch.inf)
     n_sum = u.new_zeros(u.shape[1])
     for tile in tiles:
-        logits = query @ tile.n.T
+        cosines = u @ tile.n.T
         inside, column = tile.locate(target, has_target)
-        picked = logits.gather(1, column)
-        l_target = torch.where(inside, picked, l_target)
+        picked = cosines.gather(1, column)
+        cosine_target = torch.where(inside, picked, cosine_target)
         n_target = torch.where(inside, tile.n[column.squeeze(1)], n_target)
-        logits.scatter_(1, column, picked.masked_fill(inside, -torch.inf))
+        cosines.scatter_(1, column, picked.masked_fill(inside, -torch.inf))
 
-        new_shift = torch.maximum(shift, logits.amax(1, keepdim=True))
-        rescale = torch.exp(shift - new_shift)
-        p = logits.sub_(new_shift).exp_()
+        new_top = torch.maximum(top, cosines.amax(1, keepdim=True))
+        rescale = torch.exp(tau * (top - new_top))
+        p = cosines.sub_(new_top).mul_(tau).exp_()
         total = total * rescale + p.sum(1, keepdim=True)
         if keep_values:
             values = torch.addmm(values * rescale, p, tile.n)
         n_sum += tile.n.sum(0)
-        shift = new_shift
-    return _Sums(shift, total, values, l_target, n_target, n_sum)
+        top = new_top
+    return _Sums(top, total, values, cosine_target, n_target, n_sum)
 
 
 def contrastive_ce_backward(
@@ -175,11 +183,11 @@ def contrastive_ce_backward(
 
         projection = _ProjectionGradient(u, inputs, needs)
         if needs.weight or needs.bias:
-            query = tau * u
-            lse, p_other = (x.unsqueeze(1).masked_fill(idle, 0) for x in (saved.lse, saved.p_other))
+            p_other = saved.p_other.unsqueeze(1).masked_fill(idle, 0)
+            cosine, beyond = (x.masked_fill(idle, 0) for x in _lse_parts(saved))
             smooth = g * (label_smoothing / len(bank))
             for tile in _tiles(u, inputs):
-                p = (query @ tile.n.T).sub_(lse).exp_()
+                p = (u @ tile.n.T).sub_(cosine).mul_(tau).sub_(beyond).exp_()
                 inside, column = tile.locate(target, has_target.squeeze(1))
                 p_target = p.gather(1, column)
                 d_logits = (g + h) * p - smooth
@@ -231,6 +239,20 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
         )
 
 
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), where that of torch is x itself from 20 on."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def _lse_parts(saved: Saved) -> tuple[Tensor, Tensor]:
+    """A cosine and a small number, [B, 1] each, with lse = logit_scale cosine + number; 0 and lse
+    itself if the forward kept no cache."""
+    if len(saved.cache) == 0:
+        return torch.zeros_like(saved.lse).unsqueeze(1), saved.lse.unsqueeze(1)
+    cosine, beyond = saved.cache.view(saved.lse.dtype).view(2, -1, 1)
+    return cosine, beyond
+
+
 class _Tile(NamedTuple):
     """Consecutive bank rows: t [rows, D] as stored, n [rows, W] and 1/|z| [rows, 1]."""
 
@@ -258,7 +280,7 @@ def _tiles(u: Tensor, inputs: Inputs) -> Iterator[_Tile]:
     b = None if bias is None else bias.to(u.dtype)
     for start in range(0, len(bank), rows):
         t = bank[start : start + rows].to(u.dtype)
-        z = t if p is None else torch.nn.functional.linear(t, p, b)
+        z = t if p is None else F.linear(t, p, b)
         yield _Tile(start, t, *_unit_rows(z))
 
 
@@ -300,30 +322,34 @@ def _row_gradients(
 
 
 def _through_norm(d_unit: Tensor, unit: Tensor, inverse_norm: Tensor) -> Tensor:
-    """The gradient of x from d, that of unit = x/|x|: (d - (d.unit) unit) / |x|."""
-    return (d_unit - (d_unit * unit).sum(1, keepdim=True) * unit) * inverse_norm
+    """The gradient of x from d, that of unit = x/|x|: (d - (d.unit) unit) / |x|. Rounded units are
+    not exactly of norm 1: division by unit.unit removes all of d along them, however large."""
+    squares = unit.square().sum(1, keepdim=True)
+    along = (d_unit * unit).sum(1, keepdim=True) / squares.masked_fill(squares == 0, 1)
+    return (d_unit - along * unit) * inverse_norm
 
 
 def _student_rows(student: Tensor) -> tuple[Tensor, Tensor]:
     """u and 1/|s| in the accumulator's dtype. Always row-major: outputs take their strides from u,
     and these must match those of the op's fake."""
-    return _unit_rows(student.to(_accumulator(student)).contiguous())
+    return _unit_rows(student.to(_accumulator(student.dtype)).contiguous())
 
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x/|x| and 1/|x| [rows, 1] for each row: zeros if |x| < MIN_NORM, NaN if |x| overflows."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     inverse = norm.reciprocal().masked_fill(norm < MIN_NORM, 0).masked_fill(norm.isinf(), torch.nan)
-    return x * inverse, inverse
+    # A quotient: rows of one element are exactly +-1.
+    return (x / norm).masked_fill(inverse == 0, 0).masked_fill(inverse.isnan(), torch.nan), inverse
 
 
-def _accumulator(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
+def _accumulator(student: torch.dtype) -> torch.dtype:
+    return torch.float64 if student == torch.float64 else torch.float32
 
 
 def _positive(logit_scale: Tensor) -> Tensor:
-    """The scale, or NaN unless it is finite and > 0: so a GPU reports it without synchronising."""
-    return torch.where((logit_scale > 0) & logit_scale.isfinite(), logit_scale, torch.nan)
+    """The scale, or NaN for one that the op refuses: a GPU reports it without synchronising."""
+    return torch.where((logit_scale > 0) & (logit_scale <= MAX_LOGIT_SCALE), logit_scale, torch.nan)
 
 
 def _has_target(targets: Targets, bank_rows: int) -> Tensor:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import get_args
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ckd import _hints
-from ckd.backends.interface import Inputs, Reduction, Targets
+from ckd.backends.interface import MAX_LOGIT_SCALE, Inputs, Reduction, Targets
 from ckd.ops._gradients import BANK_GRADIENT
 
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,22 +97,22 @@ def scale_tensor(logit_scale: float | Tensor, student: Tensor) -> Tensor:
         raise TypeError(
             f"logit_scale must be a float or a 0-dim tensor, got {type(logit_scale).__name__}"
         )
-    if not 0 < logit_scale < math.inf:  # only comparisons: torch.compile can trace these
+    if not 0 < logit_scale <= MAX_LOGIT_SCALE:  # only comparisons: torch.compile can trace these
         raise ValueError(_scale_message(logit_scale))
     return torch.full((), logit_scale, dtype=dtype, device=student.device)
 
 
 def check_scale(logit_scale: Tensor) -> None:
-    """Raise ValueError for a scale that is not finite and > 0. On a GPU, where reading it would
-    synchronise, nothing is raised and the loss is NaN."""
-    if logit_scale.is_cpu and not 0 < logit_scale.item() < math.inf:
+    """Raise ValueError for a scale that is not > 0 and at most MAX_LOGIT_SCALE. On a GPU, where
+    reading it would synchronise, nothing is raised and the loss is NaN."""
+    if logit_scale.is_cpu and not 0 < logit_scale.item() <= MAX_LOGIT_SCALE:
         raise ValueError(_scale_message(logit_scale.item()))
 
 
 def _scale_message(value: float) -> str:
     return (
-        f"logit_scale must be finite and > 0, got {value}; it is the factor itself, not its "
-        "logarithm: pass log_scale.exp() if you hold the logarithm"
+        f"logit_scale must be finite, > 0 and at most 2^100 = {MAX_LOGIT_SCALE:.3g}, got {value}; "
+        "it is the factor itself, not its logarithm: pass log_scale.exp() if you hold the logarithm"
     )
 
 

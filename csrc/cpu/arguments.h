@@ -28,8 +28,8 @@ struct Inputs {
   int threads;  // the most that may be used
 };
 
-// Memory that the forward fills for the backward: a CacheHeader in 64 bytes; the rounding error of
-// each student's lse (B floats, padded to a multiple of 64 bytes); the first panels of the bank,
+// Memory that the forward fills for the backward: a CacheHeader in 64 bytes; each student's lse in
+// two numbers (2 B floats, padded to a multiple of 64 bytes); the first panels of the bank,
 // projected and normalised, in words (gemm.h), as many as there is room for; then their inverse
 // norms. A backward with words of another type (in another tier, say) ignores it.
 struct Cache {

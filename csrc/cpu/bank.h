@@ -16,6 +16,17 @@ struct Panel {
   const float* inverse;              // [64]: 1 / |z|; 0 for padding and for norms below 1e-6
 };
 
+// An lse in two float32 numbers, since the error of lse is a relative error of every exp(l - lse):
+// the nearest one and its rounding error. contrastive_ce.h has another form for large scales.
+struct Lse {
+  float high, low = 0;
+
+  explicit Lse(float lse) : high(lse) {}
+  explicit Lse(double lse)
+      : high(static_cast<float>(lse)), low(static_cast<float>(lse - static_cast<double>(high))) {}
+  Lse(float first, float second) : high(first), low(second) {}
+};
+
 template <class Type>
 class Bank {
  public:
@@ -69,11 +80,11 @@ class Bank {
     if (are_few()) project_few();
   }
 
-  // The rounding error of a student's lse in float32, which the cache takes to the backward.
-  void keep_rest(std::int64_t i, float rest) const {
-    if (rest_ != nullptr) rest_[i] = rest;
+  // A student's lse, which the cache takes to the backward; `otherwise` without a cache.
+  void keep_lse(std::int64_t i, Lse lse) const {
+    if (lse_ != nullptr) lse_[i] = lse;
   }
-  float rest(std::int64_t i) const { return rest_ == nullptr ? 0 : rest_[i]; }
+  Lse lse(std::int64_t i, Lse otherwise) const { return lse_ == nullptr ? otherwise : lse_[i]; }
 
   std::int64_t panels() const { return ceil_div(in_.bank_rows, PANEL); }
   std::int64_t width() const { return width_; }
@@ -143,22 +154,22 @@ class Bank {
 
  private:
   void find_room(Cache cache) {
-    const std::int64_t head = 64, rest = round_up(in_.batch * 4, 64);
-    if (cache.data == nullptr || cache.bytes < head + rest) return;
+    const std::int64_t head = 64 + round_up(in_.batch * 8, 64);
+    if (cache.data == nullptr || cache.bytes < head) return;
     CacheHeader header = {0, width_, Type::PER_WORD};
     if (cache.filled) {
       std::memcpy(&header, cache.data, sizeof header);
       if (header.width != width_ || header.per_word != Type::PER_WORD) return;
     } else {
       const std::int64_t panel = (width_ + 1) * PANEL * 4;
-      header.panels = smaller(panels(), (cache.bytes - head - rest) / panel);
-      std::memset(cache.data, 0, static_cast<std::size_t>(head + rest));
+      header.panels = smaller(panels(), (cache.bytes - head) / panel);
+      std::memset(cache.data, 0, static_cast<std::size_t>(head));
       std::memcpy(cache.data, &header, sizeof header);
     }
     cached_ = header.panels;
     known_ = cache.filled ? cached_ : 0;
-    rest_ = reinterpret_cast<float*>(static_cast<char*>(cache.data) + head);
-    cache_ = static_cast<char*>(cache.data) + head + rest;
+    lse_ = reinterpret_cast<Lse*>(static_cast<char*>(cache.data) + 64);
+    cache_ = static_cast<char*>(cache.data) + head;
   }
 
   void pack_weight() const {
@@ -278,16 +289,17 @@ class Bank {
         }
         sum += run;
       }
-      float squares[LANES];
+      float squares[LANES], norms[LANES];
       store(squares, sum);
       for (int lane = 0; lane < LANES; ++lane) {
         const bool is_row = j * LANES + lane < rows(panel);
-        inverse[j * LANES + lane] = is_row ? inverse_norm(squares[lane]) : 0;
+        const Norm norm(is_row ? squares[lane] : 0);
+        norms[lane] = norm.value, inverse[j * LANES + lane] = norm.inverse;
       }
-      const Vec scale = load(inverse + j * LANES);
+      const Vec norm = load(norms), scale = load(inverse + j * LANES);
       for (std::int64_t w = 0; w < dim; ++w) {
         const Vec x = load(column + w * PANEL);
-        store(column + w * PANEL, scale == 0.0f ? Vec{} : x * scale);
+        store(column + w * PANEL, scale == 0.0f ? Vec{} : divide(x, norm, scale));
       }
     }
     const std::int64_t padded = width_ * Type::PER_WORD;
@@ -306,7 +318,7 @@ class Bank {
   std::int64_t cached_ = 0;  // the number of panels that the cache has room for
   std::int64_t known_ = 0;   // the number of panels in the cache at the start of the call
   char* cache_ = nullptr;
-  float* rest_ = nullptr;
+  Lse* lse_ = nullptr;
   const Word* weight_ = nullptr;
   std::int64_t weight_ld_ = 0;
   Buffer<Word> narrow_;

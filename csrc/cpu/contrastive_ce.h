@@ -12,6 +12,10 @@
 //
 // |l| <= logit_scale, so up to MAX_PLAIN_SCALE the exponentials need no shift, which is also the
 // most accurate. Above it each row has a shift, raised when a logit exceeds it by MARGIN (rare).
+// Above MAX_SHIFTED_SCALE ("steep") exponents are counted from the row's largest cosine:
+// differences of close cosines are exact at any scale. The loss then takes l_y as computed like all
+// logits, so that bank rows equal to the target's have its logit; at smaller scales l_y is computed
+// in double.
 //
 // Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if needed)
 // floating-point operations and B K exponentials. Memory beside the results: the students (B W),
@@ -30,12 +34,14 @@ namespace ckd::cpu::CKD_TIER {
 constexpr float MAX_PLAIN_SCALE = 64;  // e^64 < 2^93: the sum of 2^34 such terms is below 2^127
 constexpr float MARGIN = 80;           // by how much l log2(e) may exceed the row's shift
 constexpr float NO_SHIFT = -1e30f;     // before the first tile; finite, since -inf - -inf is NaN
+constexpr float MAX_SHIFTED_SCALE = 1024;
+constexpr float NO_COSINE = -2;  // the largest cosine before the first tile
 constexpr double LN2 = 0.693147180559945309;
 
 // The softmax sums of a panel of students over a part of the bank, targets left out.
 struct Sums {
-  float* shift;   // [64] integral
-  float* total;   // [64] sum of 2^(l2 - shift), where l2 = l log2(e)
+  float* shift;   // [64] integral; steep: the largest cosine
+  float* total;   // [64] sum of 2^(l2 - shift), where l2 = l log2(e); steep: l2 less the largest
   float* values;  // [W, 64] sum of 2^(l2 - shift) n; null: not kept
 };
 
@@ -129,6 +135,7 @@ class CeForward {
 
   bool keeps_values() const { return op_.residual != nullptr || op_.attention != nullptr; }
   bool is_plain() const { return in_.logit_scale <= MAX_PLAIN_SCALE; }
+  bool is_steep() const { return in_.logit_scale > MAX_SHIFTED_SCALE; }
   // A result whose rows hold n_y until finish_row overwrites them.
   float* n_target() const { return op_.residual != nullptr ? op_.residual : op_.attention; }
 
@@ -140,7 +147,7 @@ class CeForward {
   }
 
   void clear() {
-    const float shift = is_plain() ? 0 : NO_SHIFT;
+    const float shift = is_plain() ? 0 : is_steep() ? NO_COSINE : NO_SHIFT;
     for (std::int64_t i = 0; i < panels_ * splits_ * PANEL; ++i) shift_[i] = shift;
     for (std::int64_t i = 0; i < in_.batch; ++i) l_target_[i] = l_exact_[i] = -__builtin_inf();
     total_.zero();
@@ -210,16 +217,20 @@ class CeForward {
     }
   }
 
-  void raise_shift(const float* logits, std::int64_t count, int cols, Sums to, bool begins) const {
+  // Steep: also subtracts the shift, the largest cosine, from the cosines.
+  void raise_shift(float* logits, std::int64_t count, int cols, Sums to, bool begins) const {
     for (int j = 0; j < cols; j += LANES) {
       Vec top = broadcast(-__builtin_inff());
       for (std::int64_t k = 0; k < count; ++k) top = larger(top, load(logits + k * PANEL + j));
-      top = nearest_integer(top * factor_.high);
+      if (!is_steep()) top = nearest_integer(top * factor_.high);
       const Vec old = load(to.shift + j);
-      const IntVec above = top > old + MARGIN;
-      if (!any(above)) continue;
+      const IntVec above = top > (is_steep() ? old : old + MARGIN);
       const Vec shift = above ? top : old;
-      const Vec factor = above ? exp2_integral(old - shift) : broadcast(1.0f);
+      for (std::int64_t k = 0; is_steep() && k < count; ++k) {
+        store(logits + k * PANEL + j, load(logits + k * PANEL + j) - shift);
+      }
+      if (!any(above)) continue;
+      const Vec factor = above ? exp2_of_shift(old - shift) : broadcast(1.0f);
       store(to.shift + j, shift);
       store(to.total + j, load(to.total + j) * factor);
       if (begins || to.values == nullptr) continue;
@@ -229,6 +240,9 @@ class CeForward {
       }
     }
   }
+
+  // The factor by which sums change for a difference of shifts.
+  Vec exp2_of_shift(Vec x) const { return is_steep() ? exp2(x, factor_, Vec{}) : exp2_integral(x); }
 
   // Packs 2^(l2 - shift) along the bank, and adds them to the totals.
   const Word* exponentials(std::int64_t count, int cols, Sums to, Scratch& mine) const {
@@ -253,7 +267,7 @@ class CeForward {
                     Word* out) const {
     const Log2Factor factor = factor_;
     Vec shift[VECTORS], even[VECTORS] = {}, odd[VECTORS] = {};
-    for (int v = 0; v < VECTORS; ++v) shift[v] = load(shifts + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) shift[v] = is_steep() ? Vec{} : load(shifts + v * LANES);
     const std::int64_t padded = words<Type>(count) * Type::PER_WORD;
     for (std::int64_t k = 0; k < padded; k += 2, logits += 2 * PANEL) {
 #pragma GCC unroll 4
@@ -290,8 +304,7 @@ class CeForward {
     if (keeps_values()) transpose<float>(all.values, PANEL, dim, FEW_STUDENTS, mine.rows, dim);
     for (std::int64_t i = i0; i < smaller(i0 + FEW_STUDENTS, in_.batch); ++i) {
       const std::int64_t lane = i - i0;
-      finish_row(i, LN2 * all.shift[lane] + std::log(static_cast<double>(all.total[lane])),
-                 all.total[lane], mine.rows + lane * dim, mine.row);
+      finish_row(i, all.shift[lane], all.total[lane], mine.rows + lane * dim, mine.row);
     }
   }
 
@@ -299,7 +312,7 @@ class CeForward {
     for (int j = 0; j < FEW_STUDENTS; j += LANES) {
       const Vec a = load(all.shift + j), b = load(part.shift + j);
       const Vec shift = larger(a, b);
-      const Vec left = exp2_integral(a - shift), right = exp2_integral(b - shift);
+      const Vec left = exp2_of_shift(a - shift), right = exp2_of_shift(b - shift);
       store(all.shift + j, shift);
       store(all.total + j, load(all.total + j) * left + load(part.total + j) * right);
       for (std::int64_t w = 0; all.values != nullptr && w < in_.student_dim; ++w) {
@@ -309,25 +322,30 @@ class CeForward {
     }
   }
 
-  void finish_row(std::int64_t i, double log_other, float total, const float* values, float* unit) {
+  void finish_row(std::int64_t i, float shift, float total, const float* values, float* unit) {
     const std::int64_t dim = in_.student_dim;
     const float smoothing = op_.label_smoothing;
     const bool has_target = op_.target[i] != op_.ignore_index;
+    const double scale = in_.logit_scale;
+    // The log of the others' sum is base + log_total: two numbers, since base may be so much
+    // larger.
+    const double base = (is_steep() ? scale : LN2) * static_cast<double>(shift);
+    const double log_total = std::log(static_cast<double>(total));
     // +inf without a target, -inf if the target is the bank's only row.
-    const double odds = log_other - l_target_[i];
+    const double odds = (base - l_target_[i]) + log_total;
     const double small = std::exp(odds < 0 ? odds : -odds);  // in (0, 1]
     const double other = odds < 0 ? small / (1 + small) : 1 / (1 + small);
-    const double lse = has_target ? l_target_[i] + softplus(odds) : log_other;
-    double nll = softplus(log_other - l_exact_[i]);
+    const double lse = has_target ? l_target_[i] + softplus(odds) : base + log_total;
+    const double l_y = is_steep() ? l_target_[i] : l_exact_[i];
+    double nll = softplus((base - l_y) + log_total);
     if (smoothing > 0) {
       students_.unit_row(i, unit);
-      const double l_mean = static_cast<double>(in_.logit_scale) * dot(unit, n_sum_, dim) /
-                            static_cast<double>(in_.bank_rows);
-      nll += smoothing * (l_exact_[i] - l_mean);
+      const double l_mean = scale * dot(unit, n_sum_, dim) / static_cast<double>(in_.bank_rows);
+      nll += smoothing * (l_y - l_mean);
     }
     op_.p_other[i] = static_cast<float>(other);
     op_.lse[i] = static_cast<float>(lse);
-    bank_.keep_rest(i, static_cast<float>(lse - static_cast<double>(op_.lse[i])));
+    bank_.keep_lse(i, is_steep() ? steep_lse(i, shift, log_total, odds) : Lse(lse));
     float* losses = op_.reduction == Reduction::none ? op_.loss : nll_;
     losses[i] = has_target ? static_cast<float>(nll) : 0.0f;
     if (!keeps_values()) return;
@@ -344,6 +362,14 @@ class CeForward {
       }
       if (op_.residual != nullptr) op_.residual[i * dim + w] = has_target ? residual : 0;
     }
+  }
+
+  // The lse as a cosine, the largest of all, and the difference of their logits.
+  Lse steep_lse(std::int64_t i, float top, double log_total, double odds) const {
+    const double scale = in_.logit_scale;
+    if (odds < 0)
+      return {static_cast<float>(l_target_[i] / scale), static_cast<float>(softplus(odds))};
+    return {top, static_cast<float>(log_total + softplus(-odds))};
   }
 
   void reduce() const {
@@ -383,6 +409,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   const Bank<Type> bank(in, op.cache);
   // g and h of each row. Rows that no gradient reaches are dropped, since they may hold NaN.
   Buffer<float> g(in.batch), h(in.batch), shift(in.batch), rest(in.batch);
+  const bool steep = in.logit_scale > MAX_SHIFTED_SCALE;
   const bool by_row = op.reduction == Reduction::none;
   const float rows = op.reduction == Reduction::mean ? *op.kept : 1;
   for (std::int64_t i = 0; i < in.batch; ++i) {
@@ -392,10 +419,12 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
     const bool idle = g[i] == 0 && h[i] == 0;
     if (idle) students.drop(i);
     // exp(l - lse) = 2^(l2 - shift) rest, with an integral shift, which exp2 subtracts exactly.
-    const double lse = static_cast<double>(op.lse[i]) + static_cast<double>(bank.rest(i));
-    const double log2_sum = idle ? 0 : lse / LN2;
-    shift[i] = static_cast<float>(std::nearbyint(log2_sum));
-    rest[i] = static_cast<float>(std::exp2(shift[i] - log2_sum));
+    // Steep: the shift is a cosine, which is subtracted from the others.
+    const Lse lse =
+        idle ? Lse(0.0f) : bank.lse(i, Lse(steep ? op.lse[i] / in.logit_scale : op.lse[i]));
+    const double log2_sum = (static_cast<double>(lse.high) + static_cast<double>(lse.low)) / LN2;
+    shift[i] = steep ? lse.high : static_cast<float>(std::nearbyint(log2_sum));
+    rest[i] = static_cast<float>(steep ? std::exp(-lse.low) : std::exp2(shift[i] - log2_sum));
   }
 
   if (op.d_student != nullptr || op.d_logit_scale != nullptr) {
@@ -418,16 +447,21 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
       const std::int64_t i = block.i0 + r, k = op.target[i] - block.k0;
       float* row = block.at + r * PANEL;
       const float both = (g[i] + h[i]) * rest[i], smooth = g[i] * smoothing;
-      const Vec by = broadcast(shift[i]);
+      Vec by = broadcast(shift[i]);
       const bool here = k >= 0 && k < block.bank_rows && op.target[i] != op.ignore_index;
-      const float target = here ? row[k] : 0;
+      if (steep) {
+        for (int j = 0; j < block.columns; j += LANES) {
+          store(row + j, -larger(Vec{}, by - load(row + j)));
+        }
+        by = Vec{};
+      }
       for (int j = 0; j < block.columns; j += LANES) {
         store(row + j, exp2(load(row + j), factor, by) * both - smooth);
       }
       if (!here) continue;
-      // p_other and lse are not read where g or h is 0, since they may be NaN.
+      // p_other may be NaN where no gradient needs it.
       row[k] = g[i] == 0 ? 0 : -g[i] * (op.p_other[i] - op.label_smoothing) - smooth;
-      if (h[i] != 0) row[k] += h[i] * std::exp(target * in.logit_scale - op.lse[i]);
+      if (h[i] != 0) row[k] += h[i] * (1 - op.p_other[i]);
     }
   };
   const double b = static_cast<double>(in.batch), k = static_cast<double>(in.bank_rows);

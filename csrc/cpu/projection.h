@@ -1,6 +1,6 @@
 // d_weight and d_bias, bank-stationary. For each panel of bank rows, over all students:
 //
-//   dN_k = logit_scale sum_i G_ik u_i     dZ_k = (dN_k - (dN_k . n_k) n_k) / |z_k|
+//   dN_k = logit_scale sum_i G_ik u_i     dZ_k = (dN_k - (dN_k . n_k) / (n_k . n_k) n_k) / |z_k|
 //   d_weight = dZ^T T                     d_bias = sum_k dZ_k
 //
 // The op computes G, a block of students at a time. dZ of a run of panels is buffered and then
@@ -185,18 +185,22 @@ class ProjectionGradient {
     }
   }
 
-  // dN to dZ in place; 0 for bank rows that count as zero and for columns of padding.
+  // dN to dZ in place; 0 for bank rows that count as zero and for columns of padding. Division by
+  // n . n, which is not exactly 1, removes all of dN along n, however large that is.
   void through_norm(Panel<Type> n, int cols, float* d_n) const {
     for (int j = 0; j < PANEL; j += LANES) {
-      Vec along = {};
+      Vec along = {}, squares = {};
       for (std::int64_t p = 0; j < cols && p < width_; ++p) {
         Vec parts[Type::PER_WORD];
         split_word(n.words + p * PANEL + j, parts);
         for (int e = 0; e < Type::PER_WORD; ++e) {
           const std::int64_t w = p * Type::PER_WORD + e;
-          if (w < in_.student_dim) along += load(d_n + w * PANEL + j) * parts[e];
+          if (w >= in_.student_dim) continue;
+          along += load(d_n + w * PANEL + j) * parts[e];
+          squares += parts[e] * parts[e];
         }
       }
+      along /= squares;
       const Vec inverse = load(n.inverse + j), scale = inverse * in_.logit_scale;
       for (std::int64_t p = 0; p < width_; ++p) {
         Vec parts[Type::PER_WORD];

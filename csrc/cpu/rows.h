@@ -19,11 +19,25 @@ inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1
 inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// 1 / norm; 0 for a row that counts as zero, NaN where the norm is not finite.
-inline float inverse_norm(float sum_of_squares) {
-  const float norm = std::sqrt(sum_of_squares);
-  if (norm < MIN_NORM) return 0;
-  return norm <= 3.40282347e38f ? 1 / norm : __builtin_nanf("");
+// A row's norm, NaN where it is not finite, and its inverse, 0 for a row that counts as zero.
+struct Norm {
+  explicit Norm(float sum_of_squares) : value(std::sqrt(sum_of_squares)) {
+    if (!(value <= 3.40282347e38f)) value = __builtin_nanf("");
+    inverse = value < MIN_NORM ? 0 : 1 / value;
+  }
+  float value, inverse;
+};
+
+// x / norm, correctly rounded: with x * inverse, rows of one element would not be exactly +-1.
+template <class X, class N>
+inline X divide(X x, N norm, N inverse) {
+#if defined(__FMA__)
+  const X quotient = x * inverse;
+  return quotient + (x - quotient * norm) * inverse;
+#else
+  (void)inverse;
+  return x / norm;
+#endif
 }
 
 // In double, since an error in a row's norm or in its target's logit affects all of the row.
@@ -48,9 +62,10 @@ class Students {
  public:
   using Word = typename Type::Word;
 
-  explicit Students(const Inputs& in) : in_(in), inverse_(in.batch) {
+  explicit Students(const Inputs& in) : in_(in), norm_(in.batch), inverse_(in.batch) {
     for (std::int64_t i = 0; i < in.batch; ++i) {
-      inverse_[i] = inverse_norm(static_cast<float>(dot(row(i), row(i), in.student_dim)));
+      const Norm norm(static_cast<float>(dot(row(i), row(i), in.student_dim)));
+      norm_[i] = norm.value, inverse_[i] = norm.inverse;
     }
   }
 
@@ -61,8 +76,10 @@ class Students {
   void drop(std::int64_t i) { inverse_[i] = 0; }
 
   void unit_row(std::int64_t i, float* out) const {
-    const float scale = inverse_[i], *s = row(i);
-    for (std::int64_t w = 0; w < in_.student_dim; ++w) out[w] = scale == 0 ? 0 : s[w] * scale;
+    const float norm = norm_[i], inverse = inverse_[i], *s = row(i);
+    for (std::int64_t w = 0; w < in_.student_dim; ++w) {
+      out[w] = inverse == 0 ? 0 : divide(s[w], norm, inverse);
+    }
   }
 
   // Packs unit rows [first, first + count) along W: out [count, words(W)], zeros past the batch.
@@ -97,7 +114,7 @@ class Students {
   const float* row(std::int64_t i) const { return in_.student + i * in_.student_dim; }
 
   const Inputs& in_;
-  Buffer<float> inverse_;
+  Buffer<float> norm_, inverse_;
 };
 
 // How many threads are worth starting for this number of multiply-adds.

@@ -42,6 +42,10 @@ struct ContrastiveCeForward {
   Inputs in;
   Targets targets;
   void* cache;  // the projected bank, for the backward; null: it is projected again
+  // [2, B], or null. For student i its largest product u.n with a row of the bank (in pieces, these
+  // are PIECE_SCALE^2 times cosines), and by how much log2(e) lse exceeds that of this row's logit:
+  // lse is as large as the scale, and its rounding error would be that of every probability.
+  float* reference;
   // Results. [B] each; residual and attention [B, W], or null: not computed.
   float* nll;
   float* loss;  // [] the sum of nll, divided by kept; null: not computed
@@ -55,8 +59,9 @@ struct ContrastiveCeForward {
 struct ContrastiveCeBackward {
   Inputs in;
   Targets targets;
-  void* cache;         // as the forward left it
-  const float* d_nll;  // [B], d_nll_stride apart, each to be divided by kept; null: zeros
+  void* cache;             // as the forward left it
+  const float* reference;  // likewise; null: lse is used
+  const float* d_nll;      // [B], d_nll_stride apart, each to be divided by kept; null: zeros
   std::int64_t d_nll_stride;
   const float* kept;   // [], or null: 1
   const float* d_lse;  // [B], d_lse_stride apart; null: zeros

@@ -75,7 +75,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   operands.ld = students.ld;
   operands.own = static_cast<int>(blockIdx.y);
   const float tau = positive(op.in.logit_scale);
-  const float to_base_2 = tau * LOG2E * product_factor(students.pieces);
+  const float to_base_2 = scale_to_base_2(op.in.logit_scale, product_factor(students.pieces));
   const bool smooth = op.targets.label_smoothing > 0;
 
   of_tile.copy(factors, 0, batch, 0);
@@ -100,14 +100,15 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     g.clear();
     const auto tile =
         operands.next(g, i0, step, [&] { of_tile.copy(factors, i0 + ROWS, batch, step + 1); });
-    const float* log2_sums = of_tile.array(step, Factors::log2_sum);
+    const float* products = of_tile.array(step, Factors::product);
+    const float* above = of_tile.array(step, Factors::above);
     const float* by_p = of_tile.array(step, Factors::by_p);
 #pragma unroll
     for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = own_column(n) + e % 2;
-        const float p = exp2_fast(fmaf(g.at[n][e], to_base_2, log2_lift - log2_sums[j]));
+        const float p = exp2_fast(fmaf(g.at[n][e] - products[j], to_base_2, log2_lift - above[j]));
         g.at[n][e] = (EXACT ? finite_product(by_p[j], lift) : by_p[j]) * p;
       }
     }

@@ -64,12 +64,14 @@ std::int64_t count_or_run(const Op& op, const LaunchArguments& launch, const Cou
 }
 
 std::int64_t forward(const InputArguments& in, const TargetArguments& target, Address cache,
-                     Address nll, Address loss, Address kept, Address lse, Address p_other,
-                     Address residual, Address attention, const LaunchArguments& launch) {
+                     Address reference, Address nll, Address loss, Address kept, Address lse,
+                     Address p_other, Address residual, Address attention,
+                     const LaunchArguments& launch) {
   ContrastiveCeForward op;
   op.in = inputs(in);
   op.targets = targets(target);
   op.cache = at<void>(cache);
+  op.reference = at<float>(reference);
   op.nll = at<float>(nll);
   op.loss = at<float>(loss);
   op.kept = at<float>(kept);
@@ -82,14 +84,15 @@ std::int64_t forward(const InputArguments& in, const TargetArguments& target, Ad
 }
 
 std::int64_t backward(const InputArguments& in, const TargetArguments& target, Address cache,
-                      StridedArguments d_nll, Address kept, StridedArguments d_lse, Address lse,
-                      Address p_other, Address residual, Address attention, Address d_student,
-                      Address along, Address d_weight, Address d_bias, int weight_parts,
-                      const LaunchArguments& launch) {
+                      Address reference, StridedArguments d_nll, Address kept,
+                      StridedArguments d_lse, Address lse, Address p_other, Address residual,
+                      Address attention, Address d_student, Address along, Address d_weight,
+                      Address d_bias, int weight_parts, const LaunchArguments& launch) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
   op.targets = targets(target);
   op.cache = at<void>(cache);
+  op.reference = at<const float>(reference);
   op.d_nll = at<const float>(std::get<0>(d_nll));
   op.d_nll_stride = std::get<1>(d_nll);
   op.kept = at<const float>(kept);
@@ -140,13 +143,13 @@ void bind(py::module_& m) {
   const StridedArguments zeros = {0, 0};
   const TargetArguments no_targets = {0, 0, 0};
   m.def("cuda_contrastive_ce_forward", &forward, named, arg("inputs"), arg("targets"), arg("cache"),
-        arg("nll"), arg("loss"), arg("kept"), arg("lse"), arg("p_other"), arg("residual"),
-        arg("attention"), arg("launch"));
+        arg("reference"), arg("nll"), arg("loss"), arg("kept"), arg("lse"), arg("p_other"),
+        arg("residual"), arg("attention"), arg("launch"));
   m.def("cuda_contrastive_ce_backward", &backward, named, arg("inputs"),
-        arg("targets") = no_targets, arg("cache") = 0, arg("d_nll") = zeros, arg("kept") = 0,
-        arg("d_lse") = zeros, arg("lse") = 0, arg("p_other") = 0, arg("residual") = 0,
-        arg("attention") = 0, arg("d_student") = 0, arg("along") = 0, arg("d_weight") = 0,
-        arg("d_bias") = 0, arg("weight_parts") = 1, arg("launch"));
+        arg("targets") = no_targets, arg("cache") = 0, arg("reference") = 0, arg("d_nll") = zeros,
+        arg("kept") = 0, arg("d_lse") = zeros, arg("lse") = 0, arg("p_other") = 0,
+        arg("residual") = 0, arg("attention") = 0, arg("d_student") = 0, arg("along") = 0,
+        arg("d_weight") = 0, arg("d_bias") = 0, arg("weight_parts") = 1, arg("launch"));
   m.def("cuda_similarity_forward", &table_forward, named, arg("inputs"), arg("logits"),
         arg("launch"));
   m.def("cuda_similarity_backward", &table_backward, named, arg("inputs"), arg("d_logits"),

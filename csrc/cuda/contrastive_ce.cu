@@ -41,8 +41,9 @@ class Forward {
     is_whole_ = plan_.chunk_rows >= op.in.bank.count;
     n_target_ = is_whole_ ? nullptr : pieces_.take<__half>(batch_ * plan_.ld);
     arrived_ = pieces_.take<int>(1);
-    sums_.shift = pieces_.take<float>(axis_z(keeps_values) * parts * batch_);
+    sums_.top = pieces_.take<float>(axis_z(keeps_values) * parts * batch_);
     sums_.total = pieces_.take<float>(parts * batch_);
+    sums_.of_target = pieces_.take<float>(batch_);
     sums_.values = keeps_values ? pieces_.take<float>(parts * batch_ * plan_.ld) : nullptr;
     // Kept apart, since sums_.values is null too while bytes are only counted.
     keeps_values_ = keeps_values;

@@ -9,6 +9,7 @@ namespace ckd::cuda {
 // Exponentials and G are multiplied by 2^13 before they are rounded to float16: the largest is in
 // its range, and underflow starts at 2^-37 of it. A running maximum may lag behind by 2^SLACK.
 constexpr float HEADROOM = 13, LIFT = 8192, SLACK = 2;
+constexpr float NO_COSINE = -2;  // the maximum over no rows: below every cosine, and finite
 
 // A chunk of the bank, projected and normalised.
 struct Chunk {
@@ -27,7 +28,8 @@ struct Students {
 
 // The operands of a product u n^T in shared memory: one tile stays, the other operand is streamed
 // past it, double-buffered, so that the next tile is copied during the products of this one. If the
-// width has several blocks, both are loaded block by block, the block `own` last.
+// width has several blocks, both are loaded block by block, in the same order whatever the block
+// `own` is, which the second buffer keeps: a product has the same bits in every kernel.
 template <int WIDTH, bool EXACT>
 struct Operands {
   // Rows of a streaming tile. With 64 the sums of a wide block would not fit into registers.
@@ -68,13 +70,12 @@ struct Operands {
       add_product_of_rows(sums, stays, tile);
       return tile;
     }
-    const Streaming tile = streams.tile(0);
-    for (int i = 0; i < blocks(); ++i) {
-      const int block = (own + 1 + i) % blocks();  // own last
-      sync_block();                                // no warp still reads the tiles
+    for (int block = 0; block < blocks(); ++block) {
+      const Streaming tile = streams.tile(block == own);
+      sync_block();  // no warp still reads the tiles
       stays.copy(stay_rows, ld, first_stay, stay_end, block * WIDTH, ld);
       tile.copy(stream_rows, ld, row, stream_end, block * WIDTH, ld);
-      if (i == 0 && row + ROWS < stream_end) prefetch();
+      if (block == 0 && row + ROWS < stream_end) prefetch();
       commit_copies();
       wait_copies<0>();
       sync_block();  // both have arrived
@@ -84,7 +85,7 @@ struct Operands {
         add_product_of_rows(sums, stays, tile);
       }
     }
-    return tile;
+    return streams.tile(1);
   }
 };
 

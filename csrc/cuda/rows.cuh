@@ -24,11 +24,22 @@ CKD_DEVICE float max_of_warp(float x) {
   return x;
 }
 
-CKD_DEVICE float inverse_norm(float sum_of_squares) {
+CKD_DEVICE float inverse_of(float norm) {
   constexpr float MIN_NORM = 1e-6f, MAX_FLOAT32 = 3.402823466e38f;
-  const float norm = sqrtf(sum_of_squares);
   if (norm < MIN_NORM) return 0;
   return norm <= MAX_FLOAT32 ? 1 / norm : nanf("");
+}
+
+// x / norm: with x * inverse, rows of one element would not be exactly +-1.
+CKD_DEVICE float divide(float x, float norm, float inverse) {
+  const float quotient = x * inverse;
+  return fmaf(fmaf(-quotient, norm, x), inverse, quotient);
+}
+
+// The coefficient of x in the projection of d on x, for along = d . x and squares = x . x. Unit
+// rows are rounded: division by their squares removes all of d along them, however large that is.
+CKD_DEVICE float coefficient(float along, float squares) {
+  return squares == 0 ? 0 : along / squares;
 }
 
 // The layout of unit rows in memory. With pieces a row is three times as long: high, low, high for
@@ -49,16 +60,18 @@ CKD_DEVICE float bank_column(const T* row, int w, int width, int pieces) {
   return (widen(row[w]) + widen(row[2 * width + w])) / PIECE_SCALE;
 }
 
-// Writes a unit row: x scale, with zeros past the width of x; all zeros if not `used`.
+// Writes a unit row: x / norm, with zeros past the width of x; all zeros if not `used`.
 template <class T>
-CKD_DEVICE void write_unit_row(const T* x, int width, float scale, bool used, __half* to, int ld,
+CKD_DEVICE void write_unit_row(const T* x, int width, float norm, bool used, __half* to, int ld,
                                Layout layout) {
+  const float inverse = inverse_of(norm);
   for (int w = lane_index(); w < ld; w += 32) {
-    const float value = used && w < width ? widen(x[w]) * scale : 0.0f;
+    const float from = used && w < width ? widen(x[w]) : 0.0f;
     if (layout == Layout::plain) {
-      to[w] = __float2half_rn(value);
+      to[w] = __float2half_rn(from * inverse);
       continue;
     }
+    const float value = used ? divide(from, norm, inverse) : 0.0f;
     const __half high = piece_of<__half>(value * PIECE_SCALE, 0);
     const __half low = piece_of<__half>(value * PIECE_SCALE, 1);
     to[w] = high;
@@ -86,10 +99,10 @@ struct UnitRows {
       const float value = widen(from[w]);
       sum += value * value;
     }
-    const float scale = inverse_norm(sum_of_warp(sum));
+    const float norm = sqrtf(sum_of_warp(sum));
     const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
-    write_unit_row(from, width, scale, true, unit + row * length, ld, layout);
-    if (inverse != nullptr && lane_index() == 0) inverse[row] = scale;
+    write_unit_row(from, width, norm, true, unit + row * length, ld, layout);
+    if (inverse != nullptr && lane_index() == 0) inverse[row] = inverse_of(norm);
   }
 };
 
@@ -133,12 +146,14 @@ static CKD_KERNEL void __launch_bounds__(THREADS)
   if (row >= rows) return;
   float* d = gradient + row * pieces * ld;
   const __half* unit = n + row * pieces * ld;
-  float along = 0, top = 0;
+  float along = 0, squares = 0, top = 0;
   for (int w = lane_index(); w < ld; w += 32) {
     if (pieces > 1) d[w] = (d[w] + d[ld + w]) / PIECE_SCALE;
-    along += d[w] * bank_column(unit, w, ld, pieces);
+    const float u = bank_column(unit, w, ld, pieces);
+    along += d[w] * u;
+    squares += u * u;
   }
-  along = sum_of_warp(along);
+  along = coefficient(sum_of_warp(along), sum_of_warp(squares));
   const float factor = inverse[row] * (scale == nullptr ? 1 : positive(scale));
   for (int w = lane_index(); w < ld; w += 32) {
     d[w] = (d[w] - along * bank_column(unit, w, ld, pieces)) * factor;
@@ -158,9 +173,10 @@ CKD_DEVICE float by_lse(const ContrastiveCeBackward& op, std::int64_t i) {
 }
 
 // Factors of G for each student, in arrays of [batch]: G_ik = by_p p_ik - by_all, at the target
-// at_target - by_all; log2_sum = lse / log 2. 0 for rows without gradient, which may hold NaN.
+// at_target - by_all; p_ik = 2^(log2(e) logit_scale (u.n - product) - above), with products as in
+// ContrastiveCeForward::reference. 0 for rows without gradient, which may hold NaN.
 struct Factors {
-  enum Array { column, log2_sum, by_p, at_target, by_all, size, ARRAYS };
+  enum Array { column, product, above, by_p, at_target, by_all, size, ARRAYS };
   float* data;  // null: not computed
   int stride;   // a multiple of 4, so that each array is aligned to 16 bytes
 
@@ -174,7 +190,11 @@ struct Factors {
     // The target's row of the bank, -1 without a target.
     const std::int64_t y = load_target(op.targets, i, op.in.bank.count);
     reinterpret_cast<int*>(array(column))[i] = static_cast<int>(y);
-    array(log2_sum)[i] = busy ? op.lse[i] * LOG2E : 0;
+    const bool has_reference = op.reference != nullptr;
+    array(product)[i] = busy && has_reference ? op.reference[i] : 0;
+    array(above)[i] = !busy           ? 0
+                      : has_reference ? op.reference[op.in.student.count + i]
+                                      : op.lse[i] * LOG2E;
     array(by_p)[i] = g + h;
     array(at_target)[i] = h * (1 - other) - g * (other - smoothing);
     array(by_all)[i] = g * (smoothing / static_cast<float>(op.in.bank.count));
@@ -215,21 +235,21 @@ CKD_KERNEL void __launch_bounds__(THREADS)
     squares += s * s;
     if (wants_slope) product += s * slope(w);
   }
-  const float inverse = inverse_norm(sum_of_warp(squares));
-  const float along = sum_of_warp(product) * inverse;
+  squares = sum_of_warp(squares), product = sum_of_warp(product);
+  const float norm = sqrtf(squares), inverse = inverse_of(norm);
   if (u != nullptr) {
     const std::int64_t length = layout == Layout::plain ? ld : 3 * ld;
-    write_unit_row(student, width, inverse, busy, u + row * length, ld, layout);
+    write_unit_row(student, width, norm, busy, u + row * length, ld, layout);
     if (lane == 0) factors.write(op, row, g, h);
     if (lane == 0 && row == rows - 1) factors.clear_padding(rows);
   }
-  if (lane == 0 && op.along != nullptr) op.along[row] = along;
+  if (lane == 0 && op.along != nullptr) op.along[row] = product * inverse;
   if (op.d_student == nullptr) return;
   const float factor = positive(op.in.logit_scale) * inverse;
+  const float along = coefficient(product, squares);
   T* out = static_cast<T*>(op.d_student) + row * width;
   for (int w = lane; w < width; w += 32) {
-    const float unit = busy ? widen(student[w]) * inverse : 0;
-    out[w] = narrow<T>(busy ? factor * (slope(w) - along * unit) : 0);
+    out[w] = narrow<T>(busy ? factor * (slope(w) - along * widen(student[w])) : 0);
   }
 }
 

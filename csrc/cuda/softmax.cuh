@@ -13,9 +13,10 @@ namespace ckd::cuda {
 
 // The forward's partial sums over each part of the bank.
 struct PartSums {
-  float* shift;   // [blocks, parts, batch] of the base-2 exponents; a copy for each block of W
-  float* total;   // [parts, batch] sum over k != y of 2^(l - shift)
-  float* values;  // [parts, batch, ld] the same, times n; null: not kept
+  float* top;    // [blocks, parts, batch] the largest product u.n; a copy for each block of W
+  float* total;  // [parts, batch] sum over k != y of 2^(HEADROOM + l - that of top), l to base 2
+  float* of_target;  // [batch] the product with the target's row
+  float* values;     // [parts, batch, ld] the same, times n; null: not kept
 };
 
 // Row y of the bank as a row of the chunk; -1 if it is in another chunk or y is -1.
@@ -59,8 +60,11 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   operands.stream_end = end;
   operands.ld = students.ld;
   operands.own = static_cast<int>(blockIdx.z);
-  const float tau = positive(scale), to_base_2 = tau * LOG2E * product_factor(students.pieces);
-  float* shifts = out.shift + static_cast<std::int64_t>(operands.own * parts + part) * batch;
+  // Exponents are counted from the largest product and not from the largest logit: differences of
+  // close products are exact, whatever the scale.
+  const float to_base_2 = scale_to_base_2(scale, product_factor(students.pieces));
+  const float slack = SLACK / to_base_2;
+  float* tops = out.top + static_cast<std::int64_t>(operands.own * parts + part) * batch;
   const int columns = students.ld - operands.own * WIDTH;
 
   int y[2];  // the targets' rows of the chunk, -1 for targets elsewhere
@@ -71,8 +75,8 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   for (int h = 0; h < 2; ++h) {
     const int i = i0 + own_row() + 8 * h;
     y[h] = i < batch ? row_of_chunk(load_target(targets, i, chunk.bank_rows), chunk) : -1;
-    // Starts at -logit_scale, the least l, or at the maximum of earlier chunks: sums scale down.
-    top[h] = chunk.first == 0 || i >= batch ? -tau * LOG2E : shifts[i] + HEADROOM;
+    // Starts below every product, or at the maximum of earlier chunks: sums scale down.
+    top[h] = chunk.first == 0 || i >= batch ? NO_COSINE / product_factor(students.pieces) : tops[i];
     total[h] = 0;
   }
 
@@ -90,6 +94,9 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int column = own_column(n) + e % 2;
+          if (column == own[e / 2] && blockIdx.z == 0) {
+            out.of_target[i0 + own_row() + e / 2 * 8] = p.at[n][e];
+          }
           if (column >= rest || column == own[e / 2]) p.at[n][e] = -INFINITY;
         }
       }
@@ -101,14 +108,14 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
       for (int e = 0; e < 4; ++e) largest[e / 2] = fmaxf(largest[e / 2], p.at[n][e]);
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) largest[h] = max_of_row(largest[h]) * to_base_2;
+    for (int h = 0; h < 2; ++h) largest[h] = max_of_row(largest[h]);
     // Sums are scaled down only when an exponential would exceed 2^(HEADROOM + SLACK).
-    if (any_of_warp(largest[0] > top[0] + SLACK || largest[1] > top[1] + SLACK)) {
+    if (any_of_warp(largest[0] > top[0] + slack || largest[1] > top[1] + slack)) {
       float rescale[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float new_top = fmaxf(top[h], largest[h]);
-        rescale[h] = exp2_fast(top[h] - new_top);
+        rescale[h] = exp2_fast((top[h] - new_top) * to_base_2);
         top[h] = new_top;
         total[h] *= rescale[h];
       }
@@ -118,12 +125,11 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
         for (int e = 0; e < 4; ++e) values.at[n][e] *= rescale[e / 2];
       }
     }
-    const float shift[2] = {top[0] - HEADROOM, top[1] - HEADROOM};
 #pragma unroll
     for (int n = 0; n < ROWS / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        p.at[n][e] = exp2_fast(fmaf(p.at[n][e], to_base_2, -shift[e / 2]));
+        p.at[n][e] = exp2_fast(fmaf(p.at[n][e] - top[e / 2], to_base_2, HEADROOM));
         total[e / 2] += p.at[n][e];
       }
     }
@@ -141,16 +147,16 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   for (int h = 0; h < 2; ++h) {
     const int i = i0 + own_row() + 8 * h;
     const bool is_first = chunk.first == 0 || i >= batch;
-    of_before[h] = is_first ? 0 : exp2_fast(shifts[i] - (top[h] - HEADROOM));
+    of_before[h] = is_first ? 0 : exp2_fast((tops[i] - top[h]) * to_base_2);
   }
-  sync_warp();  // the four lanes of a row have read its shift, which one of them overwrites
+  sync_warp();  // the four lanes of a row have read its top, which one of them overwrites
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     total[h] = sum_of_row(total[h]);
     const int i = i0 + own_row() + 8 * h;
     if (i >= batch) continue;
     if (lane_index() % 4 == 0) {
-      shifts[i] = top[h] - HEADROOM;
+      tops[i] = top[h];
       if (blockIdx.z == 0) {
         float& out_total = out.total[static_cast<std::int64_t>(part) * batch + i];
         out_total = total[h] + (chunk.first == 0 ? 0 : out_total * of_before[h]);
@@ -197,6 +203,10 @@ struct TargetRows {
   }
 };
 
+// Up to this scale the target's product is computed again with a sum in float32. Above it, it is as
+// tensor cores computed it, so that rows equal to the target's share its softmax.
+constexpr float MAX_EXACT_SCALE = 1024;
+
 // Combines the partial sums of student i and writes its results; for one warp.
 CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& students,
                             const PartSums& sums, int parts, TargetRows n_target,
@@ -205,24 +215,30 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
   const int ld = students.ld, width = static_cast<int>(op.in.student.width), lane = lane_index();
   const int pieces = students.pieces, piece = ld / pieces;
   const float smoothing = op.targets.label_smoothing;
-  const float to_logit = positive(op.in.logit_scale) * product_factor(pieces);
-  float top = sums.shift[i], z = 0;
-  for (int part = 1; part < parts; ++part) top = fmaxf(top, sums.shift[part * batch + i]);
-  for (int part = 0; part < parts; ++part) {
-    z += exp2f(sums.shift[part * batch + i] - top) * sums.total[part * batch + i];
-  }
-  const float log_other = (top + log2f(z)) / LOG2E;
+  const float scale = positive(op.in.logit_scale), to_logit = scale * product_factor(pieces);
+  const float to_base_2 = scale_to_base_2(op.in.logit_scale, product_factor(pieces));
+  float top = sums.top[i], z = 0;
+  for (int part = 1; part < parts; ++part) top = fmaxf(top, sums.top[part * batch + i]);
+  const auto share = [&](int part) {
+    return exp2f((sums.top[part * batch + i] - top) * to_base_2);
+  };
+  for (int part = 0; part < parts; ++part) z += share(part) * sums.total[part * batch + i];
+  const float log_z = (log2f(z) - HEADROOM) / LOG2E;
   const std::int64_t y = load_target(op.targets, i, bank_rows);
   const bool has_target = y >= 0;
   const __half *u = students.u + i * ld, *n_y = n_target.of(i, has_target ? y : 0, ld);
   float dot = 0;
   for (int w = lane; has_target && w < ld; w += 32) dot += widen(u[w]) * widen(n_y[w]);
-  const float l_y = sum_of_warp(dot) * to_logit;
-  const float odds = log_other - l_y;  // -inf where the target is the whole bank
+  dot = sum_of_warp(dot);
+  const float product = has_target && scale > MAX_EXACT_SCALE ? sums.of_target[i] : dot;
+  const float l_y = product * to_logit;
+  // -inf where the target is the whole bank.
+  const float odds = (top - product) * to_logit + log_z;
   const float small = expf(-fabsf(odds));
   const float other = has_target ? (odds < 0 ? small : 1) / (1 + small) : 1;
-  float loss = (odds < 0 ? 0 : odds) + softplus_of_minus(fabsf(odds));
-  const float lse = has_target ? l_y + loss : log_other;
+  const float rest = softplus_of_minus(fabsf(odds));
+  float loss = (odds < 0 ? 0 : odds) + rest;
+  const float lse = has_target ? l_y + loss : top * to_logit + log_z;
 
   const auto mean_n = [&](int w) {
     float sum = 0;
@@ -239,14 +255,18 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
     op.nll[i] = has_target ? loss : ignored ? 0 : nanf("");
     op.lse[i] = lse;
     op.p_other[i] = other;
+    if (op.reference != nullptr) {
+      const bool is_target = has_target && odds < 0;  // the largest product is the target's
+      op.reference[i] = is_target ? product : top;
+      op.reference[batch + i] = ((is_target ? 0 : log_z) + (has_target ? rest : 0)) * LOG2E;
+    }
   }
   if (sums.values == nullptr) return;
   const float inverse = z == 0 ? 0 : 1 / z;
   for (int w = lane; w < width; w += 32) {
     float n_other = 0;
     for (int part = 0; part < parts; ++part) {
-      n_other += exp2f(sums.shift[part * batch + i] - top) *
-                 bank_column(sums.values + (part * batch + i) * ld, w, piece, pieces);
+      n_other += share(part) * bank_column(sums.values + (part * batch + i) * ld, w, piece, pieces);
     }
     n_other *= inverse;
     const float target = has_target ? bank_column(n_y, w, piece, pieces) : 0;

@@ -297,7 +297,15 @@ CKD_DEVICE void store_columns(float* row, int column, int width, bool aligned, b
 
 // The scale, or NaN for one that the op refuses: this reports it without a synchronisation.
 CKD_DEVICE float positive(const float* scale) {
-  return *scale > 0 && *scale <= 3.402823466e38f ? *scale : nanf("");
+  constexpr float MAX_LOGIT_SCALE = 1.2676506e30f;  // 2^100
+  return *scale > 0 && *scale <= MAX_LOGIT_SCALE ? *scale : nanf("");
+}
+
+// logit_scale log2(e), at least the smallest normal number: times -inf it is not NaN.
+CKD_DEVICE float scale_to_base_2(const float* scale, float factor) {
+  constexpr float MIN_NORMAL = 1.1754943508e-38f;
+  const float to_base_2 = positive(scale) * LOG2E * factor;
+  return to_base_2 < MIN_NORMAL ? MIN_NORMAL : to_base_2;
 }
 
 // A power of 2, since multiplying and dividing by it does not round.

@@ -49,12 +49,13 @@ CKD_DEVICE void through_norm_of_tile(float* gradient, int stride, const __half* 
   for (int r = warp_index(); r < rows; r += THREADS / 32) {
     auto* d = reinterpret_cast<float2*>(gradient + static_cast<std::int64_t>(r) * stride);
     const auto* unit = reinterpret_cast<const __half2*>(n + static_cast<std::int64_t>(r) * ld);
-    float along = 0;
+    float along = 0, squares = 0;
     for (int w = lane_index(); w < ld / 2; w += 32) {
       const float2 x = d[w], y = __half22float2(unit[w]);
       along += x.x * y.x + x.y * y.y;
+      squares += y.x * y.x + y.y * y.y;
     }
-    along = sum_of_warp(along);
+    along = coefficient(sum_of_warp(along), sum_of_warp(squares));
     const float of_row = inverse[r] * factor;
     for (int w = lane_index(); w < ld / 2; w += 32) {
       float2 x = d[w];

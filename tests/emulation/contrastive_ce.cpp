@@ -507,13 +507,14 @@ void test(const Case& c, unsigned seed) {
   const Truth truth(p);
   const Int padded = (c.width + 15) / 16 * 16;
   const Bytes cache(c.cache ? c.bank_rows * ((c.exact ? 3 : 1) * 2 * padded + 4) : 0);
+  const Matrix reference = vector(2 * c.batch);
   const Matrix nll = vector(c.batch), lse = vector(c.batch), p_other = vector(c.batch);
   const Matrix residual(FLOAT, c.batch, c.width, c.width);
   const Matrix attention(FLOAT, c.lse_gradient ? c.batch : 0, c.width, c.width);
   const Matrix loss = vector(1), kept = vector(1);
-  forward(c, {p.inputs(), p.op_targets(), cache.as<void>(), nll.data<float>(), loss.data<float>(),
-              kept.data<float>(), lse.data<float>(), p_other.data<float>(), residual.data<float>(),
-              attention.data<float>()});
+  forward(c, {p.inputs(), p.op_targets(), cache.as<void>(), reference.data<float>(),
+              nll.data<float>(), loss.data<float>(), kept.data<float>(), lse.data<float>(),
+              p_other.data<float>(), residual.data<float>(), attention.data<float>()});
   check("nll", c, nll, truth.nll, limit_of(c));
   check("loss", c, loss, truth.loss, limit_of(c));
   check("kept", c, kept, truth.kept, limit_of(c));
@@ -527,6 +528,7 @@ void test(const Case& c, unsigned seed) {
   const ContrastiveCeBackward op = {p.inputs(),
                                     p.op_targets(),
                                     cache.as<void>(),
+                                    reference.data<float>(),
                                     p.d_nll.data<float>(),
                                     2,
                                     kept.data<float>(),

@@ -16,7 +16,7 @@ from ckd._triton.products import project_kernel
 from ckd._triton.rows import unit_rows_kernel
 from ckd._triton.tiles import ProductTiles, power_of_two
 from ckd.backends.device import Gpu
-from ckd.backends.interface import Inputs, Plan
+from ckd.backends.interface import MAX_LOGIT_SCALE, Inputs, Plan
 from ckd.backends.precision import float32_products
 from ckd.backends.triton.layout import padded, reference_bytes
 
@@ -78,8 +78,9 @@ class Call:
 
     @property
     def positive_scale(self) -> Tensor:
-        """The scale, or NaN for one that is not finite and > 0."""
-        return torch.where((self.scale > 0) & self.scale.isfinite(), self.scale, torch.nan)
+        """The scale, or NaN for one that the op refuses."""
+        valid = (self.scale > 0) & (self.scale <= MAX_LOGIT_SCALE)
+        return torch.where(valid, self.scale, torch.nan)
 
     def on_device(self) -> AbstractContextManager[Any]:
         return self._gpu.current(self.student.device)
