@@ -17,7 +17,8 @@ from tests.campaign.child import in_child
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux")
 
-CASES = {"kills": 8, "faults": 60, "flips": 46, "structure": 60, "problems": 20}
+CASES = {"kills": 3, "faults": 15, "flips": 30, "structure": 30, "problems": 10}
+MORE = {"kills": 40, "faults": 150, "flips": 200, "structure": 200, "problems": 150}
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,13 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 @pytest.mark.parametrize("stage", CASES)
 def test_a_short_run_finds_no_fault(campaign: Campaign, stage: str) -> None:
-    found = (campaign.cases[stage](number) for number in range(CASES[stage]))
-    faults = [f"{kind}: {fault}" for kind, fault in found if fault]
-    assert not faults
+    assert not faults(campaign, stage, range(CASES[stage]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", MORE)
+def test_a_longer_run_finds_no_fault(campaign: Campaign, stage: str) -> None:
+    assert not faults(campaign, stage, range(CASES[stage], MORE[stage]))
 
 
 def test_checksums_that_are_not_compared_are_found(campaign: Campaign, monkeypatch) -> None:
@@ -72,6 +77,11 @@ def test_children_that_hang_or_die_are_told_apart() -> None:
     assert in_child(lambda: os.read(os.pipe()[0], 1), seconds=0.2).death == "hang"
     assert in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)).death == "signal 9"
     assert in_child(lambda: bytearray(64 << 20).count(1)).growth > 60 << 20
+
+
+def faults(campaign: Campaign, stage: str, numbers: range) -> list[str]:
+    found = (campaign.cases[stage](number) for number in numbers)
+    return [f"{kind}: {fault}" for kind, fault in found if fault]
 
 
 def kinds(campaign: Campaign, stage: str, numbers: range) -> set[str]:
