@@ -13,6 +13,7 @@ from tests.tolerance import within
 
 # Around the ranges of 32-bit integers and of float32's digits, up to the largest.
 SCALES = [1e-6, 1.0, 1e4, 2.0**30, 2.0**31, 2.5e9, 1e10, 1e15, 1e20, 1e30]
+OTHER_SCALES = [scale for scale in SCALES if scale not in (1e4, 2.5e9, 1e30)]
 
 
 def make_cases(shape: tuple[int, ...], copies: int) -> tuple[Case, Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ckd.ops import _arguments
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
-from tests.scales import SCALES, check_at_scale, make_cases
+from tests.scales import OTHER_SCALES, check_at_scale, make_cases
 from tests.tolerance import Expected, Results, check, expected, within
 
 # (B, K, D, W); W None: no projection. One student, one bank row, primes, powers of two and their
@@ -331,19 +332,25 @@ def test_a_target_among_300_000_rows_is_found(backend: str) -> None:
     assert loss.item() == pytest.approx(math.log1p(299_999 * math.exp(-20.0)), rel=1e-5)
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("shape", [(40, 24, 16), (70, 24, None), (50, 24, 100)], ids=str)
-def test_any_scale(shape: tuple[int, ...], copies: int, backend: str) -> None:
+@pytest.mark.parametrize("copies", [3, *slow([1])])
+@pytest.mark.parametrize("shape", [(40, 24, 16), *slow([(70, 24, None), (50, 24, 100)])], ids=str)
+@pytest.mark.parametrize("scale", [1e4, 2.5e9, 1e30, *slow(OTHER_SCALES)])
+def test_any_scale(scale: float, shape: tuple[int, ...], copies: int, backend: str) -> None:
     case, once = make_cases(shape, copies)
-    for scale in SCALES:
-        check_at_scale(scale, case, once, backend, extra=math.log(copies))
-    smooth = {"label_smoothing": 0.1, "reduction": "none"}
-    check_at_scale(2.5e9, case, once, backend, extra=math.log(copies), **smooth)
-    check_at_scale(1e10, case, once, backend, extra=math.log(copies), reduction="sum")
+    check_at_scale(scale, case, once, backend, extra=math.log(copies))
 
 
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 0.1, "reduction": "none"}, {"reduction": "sum"}], ids=str
+)
+def test_any_scale_with_options(options: dict[str, Any], backend: str) -> None:
+    case, once = make_cases((40, 24, 16), 3)
+    check_at_scale(1e10, case, once, backend, extra=math.log(3), **options)
+
+
+@pytest.mark.parametrize("scale", [2.5e9, *slow([1.0, 1e4, 2.0**31, 1e15, 1e30])])
 @pytest.mark.parametrize("half", [False, True])
-def test_any_scale_with_rows_of_equal_cosines(half: bool, backend: str) -> None:
+def test_any_scale_with_rows_of_equal_cosines(scale: float, half: bool, backend: str) -> None:
     """Rows of +-1: unit rows and cosines are multiples of 1/8, which even half precision has. Many
     rows have the same cosine."""
     bank = torch.randint(2, (70, 16)) * 2.0 - 1
@@ -352,9 +359,7 @@ def test_any_scale_with_rows_of_equal_cosines(half: bool, backend: str) -> None:
     target[:5] = torch.arange(5)
     case = Case(student, bank.half(), target, torch.eye(16), torch.zeros(16), torch.tensor(1.0))
     with torch.autocast(student.device.type, dtype=torch.bfloat16, enabled=half):
-        for scale in SCALES if not half else [1.0, 2.5e9, 1e30]:
-            limit = 4e-3 if half else 3e-6
-            check_at_scale(scale, case, case, backend, limit=limit)
+        check_at_scale(scale, case, case, backend, limit=4e-3 if half else 3e-6)
 
 
 @pytest.mark.parametrize("scale", [1.3e30, 1e38, torch.tensor(1e38)])
