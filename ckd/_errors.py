@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 # Control characters less tab and newline; the marks of Unicode that separate lines or reorder text.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -17,6 +18,11 @@ def printable(text: str, keep: str = "") -> str:
         lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(),
         text,
     )
+
+
+def warn(message: str, stacklevel: int) -> None:
+    """`warnings.warn` of a printable message; the stack is counted from the caller."""
+    warnings.warn(printable(message), stacklevel=stacklevel + 1)
 
 
 class CkdError(Exception):

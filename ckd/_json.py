@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import numpy as np
 import xxhash
 
 from ckd._errors import CkdError
@@ -17,10 +15,9 @@ from ckd._files import LFS_POINTER, is_lfs_pointer, read_regular
 
 _T = TypeVar("_T")
 
-LIMIT_BYTES = 4 << 20
-MAX_DEPTH = 64  # of nested arrays and objects; the parser recurses
+LIMIT_BYTES = 1 << 20  # Python's values take some thirty times as much, at most
+MAX_DEPTH = 64  # of nested arrays and objects
 CHECKSUM = "checksum"
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 class JsonError(CkdError, ValueError):
@@ -40,35 +37,33 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises JsonError: other values, deep nesting, text that is none."""
     if is_lfs_pointer(data):
         raise JsonError(LFS_POINTER)
-    brackets = np.frombuffer(_STRING.sub(b"", data), dtype=np.uint8)
-    opened = np.isin(brackets, (*b"[{",)).astype(np.int32) - np.isin(brackets, (*b"]}",))
-    if len(opened) and np.cumsum(opened).max() > MAX_DEPTH:
-        raise JsonError(f"not valid JSON: nested more than {MAX_DEPTH} levels deep")
     try:
         values = json.loads(data)
-    except (ValueError, RecursionError) as error:  # ValueError: also bad UTF-8 and huge integers
-        raise JsonError(f"not valid JSON: {error}") from error
+    # ValueError: also bad UTF-8 and huge integers; RecursionError: nested by the thousand.
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise JsonError(f"not valid JSON: {error or type(error).__name__}") from error
     if not isinstance(values, dict):
         raise JsonError(f"expected a JSON object, got {type(values).__name__}")
-    if b"\\u" in data and not all(map(_is_text, _strings(values))):
-        raise JsonError("not valid JSON: a string holds a NUL or half of a surrogate pair")
+    _check(values)
     return values
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """The strings in a JSON value, names of fields included."""
+def _check(value: Any, depth: int = 1) -> None:
+    """Raise JsonError for a value that is nested too deeply, or holds text that no path can."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in (*value, *value.values()):
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
+        if not _is_text(value):
+            raise JsonError("not valid JSON: a string holds a NUL or half of a surrogate pair")
+    elif isinstance(value, dict | list):
+        if depth > MAX_DEPTH:
+            raise JsonError(f"not valid JSON: nested more than {MAX_DEPTH} levels deep")
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check(item, depth + 1)
 
 
 def _is_text(value: str) -> bool:
     """Whether a path may hold this: no NUL, and surrogates only for bytes that are not UTF-8."""
+    if value.isascii():
+        return "\0" not in value
     try:
         return b"\0" not in value.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -88,8 +83,11 @@ def sealed(values: Mapping[str, Any]) -> bytes:
 def unsealed(values: dict[str, Any], data: bytes) -> dict[str, Any]:
     """`values`, parsed from `data`, without their checksum. Raises JsonError if it is wrong."""
     rest = {name: value for name, value in values.items() if name != CHECKSUM}
-    if CHECKSUM not in values or sealed(rest) != data:
-        raise JsonError(f"its content does not match its own checksum {values.get(CHECKSUM)!r}")
+    if CHECKSUM not in values:
+        raise JsonError("it has no checksum: another version of ckd wrote it, or it is damaged")
+    if sealed(rest) != data:
+        given = f"{values[CHECKSUM]!r:.40}"
+        raise JsonError(f"its content does not match its own checksum {given}")
     return rest
 
 

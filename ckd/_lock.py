@@ -36,20 +36,20 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises BlockingIOError, whose `strerror` is the remedy, if another process holds the lock for
     LOCK_PATIENCE_S; FileExistsError if `path` is a file; the system's OSError, which names the
-    folder. A folder that was made is then removed.
+    folder. Folders that were made are then removed.
     """
     owner = os.getpid()
     folder = Path(path).absolute()
-    made = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             release = _acquire(folder, descriptor)
         except BaseException:
-            if made:
-                with contextlib.suppress(OSError):  # another process may use it already
-                    folder.rmdir()
+            with contextlib.suppress(OSError):  # another process may use one already
+                for place in made:
+                    place.rmdir()
             raise
         try:
             yield

@@ -115,7 +115,6 @@ def test_a_run_that_cannot_be_compared_is_one_line_and_status_2(tmp_path, capsys
         ({"hardware": {}}, "hardware"),
         ({"peak_cuda_mib": 1.0}, "peak memory"),
         ({"extra": 1}, "extra"),
-        ({"schema_version": 2}, "schema version 2"),
     ],
 )
 def test_values_of_another_kind_are_named(tmp_path, capsys, changes, says):
@@ -125,6 +124,14 @@ def test_values_of_another_kind_are_named(tmp_path, capsys, changes, says):
     assert "result.json" in error
     assert says in error
     assert "delete it, and resume" in error
+
+
+def test_a_result_of_another_version_is_left_alone(tmp_path, capsys):
+    folder = write(tmp_path / "run", result(schema_version=2))
+    assert main([str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "schema version 2" in error
+    assert "use the version that wrote it" in error
 
 
 def test_every_flipped_byte_of_a_result_is_noticed(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ckd.data import MemoryImages, load
+from ckd.data import DataError, MemoryImages, load
 from tests.image_files import pixels
 
 
@@ -135,4 +135,11 @@ def test_npz_arrays_that_are_not_needed_are_not_read(tmp_path: Path) -> None:
 def test_npz_copies_are_counted_and_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=pixels(4)[[0, 1, 2, 1]], labels=np.arange(4))
     with pytest.warns(UserWarning, match=r"1 of 4 images .* row 3 of images of .* row 1 of images"):
+        load(tmp_path / "a.npz", holdout=0)
+
+
+def test_a_class_name_that_no_file_can_hold_is_refused_at_once(tmp_path: Path) -> None:
+    arrays = {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.arange(4) % 2}
+    np.savez(tmp_path / "a.npz", class_names=np.array(["a\0b", "c"]), **arrays)
+    with pytest.raises(DataError, match=r"a\.npz: class_names.*NUL"):
         load(tmp_path / "a.npz", holdout=0)

@@ -100,7 +100,18 @@ def test_foreign_metadata_give_no_class_names(tmp_path: Path) -> None:
     for metadata in (b"\xff\xfe", b"[]", b"{"):
         named = table.replace_schema_metadata({b"huggingface": metadata})
         pq.write_table(named, tmp_path / "train.parquet")
-        assert load(tmp_path).class_names == ("0", "1")
+        with pytest.warns(UserWarning, match="class names in the metadata of .* are passed over"):
+            assert load(tmp_path).class_names == ("0", "1")
+
+
+def test_rows_that_expand_beyond_all_images_are_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": [bytes(10 << 20)] * 12, "label": [0] * 12})
+    pq.write_table(table, tmp_path / "train.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(DataError, match=r"train\.parquet.*bytes are to become 125,"):
+        load(tmp_path)
 
 
 def test_files_beside_those_of_splits_are_passed_over(tmp_path: Path) -> None:

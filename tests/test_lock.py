@@ -146,8 +146,8 @@ def test_another_error_of_flock_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     descriptors = len(os.listdir("/dev/fd"))
     with pytest.raises(OSError, match="Input/output") as caught:
-        _lock.locked_folder(tmp_path / "new").__enter__()
-    assert caught.value.filename == str(tmp_path / "new")
+        _lock.locked_folder(tmp_path / "new" / "inner").__enter__()
+    assert caught.value.filename == str(tmp_path / "new" / "inner")
     assert os.listdir(tmp_path) == []
     (tmp_path / "old").mkdir()
     with pytest.raises(OSError, match="Input/output"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from ckd import _lock
 from ckd._json import sealed
@@ -378,3 +379,32 @@ def test_state_json_holds_what_a_reader_looks_for(tmp_path):
     assert state["state"]["progress"]["epoch"] == 1
     assert state["state"]["config"]["lr"] == 1e-3
     assert set(state["state"]["inputs"]) == {"training data", "test data", "bank"}
+
+
+def test_a_finished_run_without_its_student_is_finished_again(tmp_path):
+    config = tiny_config(tmp_path)
+    train(config, verbose=False)
+    student = config.folder / "student.safetensors"
+    data = student.read_bytes()
+    student.unlink()
+    train(config, resume=True, verbose=False)
+    assert student.read_bytes() == data
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], {}, 10**400])
+@pytest.mark.parametrize("name", ["peak_rss_mib", "loss", "test_loss", "lr"])
+def test_metrics_of_another_type_are_refused(tmp_path, monkeypatch, name, value):
+    config = tiny_config(tmp_path)
+    interrupt_at(monkeypatch, {9})
+    with pytest.raises(Interrupted):
+        train(config, verbose=False)
+    log = config.folder / "metrics.jsonl"
+    log.write_text(json.dumps({**json.loads(log.read_text()), name: value}) + "\n")
+    file = checkpoint.latest(config.folder) / checkpoint.STATE
+    content = json.loads(file.read_text())
+    del content["checksum"]
+    content["state"]["progress"]["metrics_bytes"] = log.stat().st_size
+    content["state"]["progress"]["metrics_xxh3"] = xxhash.xxh3_64_hexdigest(log.read_bytes())
+    file.write_bytes(sealed(content))
+    with pytest.raises(CheckpointError, match=rf"metrics\.jsonl, line 1 is damaged: .*{name}"):
+        train(config, resume=True, verbose=False)

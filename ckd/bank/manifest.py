@@ -22,7 +22,7 @@ from ckd._json import JsonError, parse_object, sealed, unsealed
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 INTEGER_LIMIT = 1 << 62  # of sizes: torch's integers have 64 bits
-_LIMIT_BYTES = 256 << 20  # some 800,000 shards
+_LIMIT_BYTES = 64 << 20  # some 200,000 shards
 DTYPE = "float16"
 
 #: The settings of a build; a resumed build must have the same.
@@ -143,7 +143,7 @@ def decode(data: bytes, path: Path) -> Manifest:
     version = values.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise BankError(
-            f"{path} has schema version {version!r}, this ckd reads version {SCHEMA_VERSION}; "
+            f"{path} has schema version {version!r:.40}, this ckd reads version {SCHEMA_VERSION}; "
             "read it with the ckd that wrote it, or build the bank again"
         )
     try:

@@ -191,7 +191,8 @@ def _class_names(path: Path, names: np.ndarray) -> tuple[str, ...]:
         if names.dtype.kind == "S":
             names = np.char.decode(names, "utf-8")
         class_names = tuple(str(name) for name in names.ravel())
-        "".join(class_names).encode()
+        if b"\0" in "".join(class_names).encode():
+            raise ValueError("a NUL, which no file of a model or a bank can hold")
     # ValueError: not UTF-8, or half of a surrogate pair; SystemError: no code point.
     except (ValueError, SystemError) as error:
         raise DataError(f"{path}: class_names are not UTF-8 or Unicode ({error})") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,17 +14,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ckd._errors import CkdError, printable
+from ckd._errors import CkdError, warn
 from ckd._files import LFS_POINTER, holds_lfs_pointer
 
 
 class DataError(CkdError, ValueError):
     """Unusable data or a wrong argument; the message names the file, row or argument."""
-
-
-def warn(message: str, stacklevel: int) -> None:
-    """`warnings.warn`, `printable`; the stack is counted from the caller."""
-    warnings.warn(printable(message), stacklevel=stacklevel + 1)
 
 
 class Batch(NamedTuple):

@@ -11,9 +11,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ckd._errors import warn
 from ckd._files import read_regular
 from ckd.data import photo, splits, walk
-from ckd.data.dataset import DataError, composed, warn
+from ckd.data.dataset import DataError, composed
 from ckd.data.decode import EncodedImages
 
 SUFFIXES = frozenset(

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ckd import _json
+from ckd._errors import warn
 from ckd._files import check_regular
 from ckd._hints import require
 from ckd.data import splits, walk
-from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable, warn
+from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable
 from ckd.data.decode import EncodedImages
 
 IMAGE_COLUMNS = ("img", "image")
@@ -25,6 +26,8 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 SUFFIX = ".parquet"
 _CACHE_BYTES = 256 << 20  # of encoded row groups in each process
 
+# Encoded images hardly compress; the reader allocates what a file declares.
+_MOST_EXPANDED, _ALWAYS_ALLOWED = 64, 64 << 20
 # Base classes of pyarrow's exceptions.
 _DAMAGE = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError)
 
@@ -191,7 +194,7 @@ class _ParquetFile:
             raise
         except _DAMAGE as error:
             raise unreadable(path, "a parquet", error) from error
-        self.class_names = _hugging_face_names(schema.metadata or {}, label)
+        self.class_names = _hugging_face_names(schema.metadata or {}, label, path)
         composed(self.class_names, f"{path}: the class names")
 
     def read_images(self, group: int) -> Any:
@@ -246,6 +249,10 @@ class _ParquetFile:
         total, size = sum(self.group_rows), self.path.stat().st_size
         if total > size:
             raise ValueError(f"{total:,} rows of images in {size:,} bytes")
+        if (declared := sum(self.group_bytes)) > _MOST_EXPANDED * size + _ALWAYS_ALLOWED:
+            raise ValueError(
+                f"{size:,} bytes are to become {declared:,}; encoded images do not compress so much"
+            )
         if min(self.group_rows, default=0) < 0 or total != metadata.num_rows:
             raise ValueError(f"{metadata.num_rows:,} rows in all, {total:,} in its row groups")
 
@@ -269,12 +276,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _hugging_face_names(metadata: dict[bytes, bytes], label: str) -> tuple[str, ...]:
+def _hugging_face_names(metadata: dict[bytes, bytes], label: str, path: Path) -> tuple[str, ...]:
     """Class names from the ClassLabel feature that Hugging Face datasets writes, or ()."""
     try:
         features = _json.parse_object(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return tuple(map(str, _json.check_types(features[label]["names"], list[str | int])))
-    except (KeyError, TypeError, _json.JsonError):  # foreign metadata
+    except _json.JsonError as error:
+        warn(f"the class names in the metadata of {path} are passed over: {error}", stacklevel=2)
+        return ()
+    except (KeyError, TypeError):  # foreign metadata
         return ()
 
 

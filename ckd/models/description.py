@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_type_hints
@@ -12,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ckd._errors import warn
 from ckd._json import CHECKSUM, JsonError, check_types, parse_object, sealed, unsealed
 from ckd.models.measure import update_hash
 from ckd.models.preprocessing import Filter
@@ -92,7 +92,7 @@ def read(path: Path) -> Description | None:
     except JsonError as error:
         raise ModelError(f"{path}: its header's {_HEADER} is damaged ({error})") from error
     if not whole:
-        warnings.warn(
+        warn(
             f"{path} is of an earlier version and has no checksum, so that damage to it is not "
             "noticed; load it and save it again",
             stacklevel=4,

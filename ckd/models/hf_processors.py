@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ckd._errors import warn
 from ckd._hints import require
 from ckd.models.base import first_line
 from ckd.models.preprocessing import Preprocessing, Unsupported, measure
@@ -25,7 +25,7 @@ def measured(spec: Spec, native_size: int, channels: int) -> Preprocessing:
     """The preprocessing of the model's own image processor; if it has none, mean and std 0.5."""
     settings = _settings(spec)
     if settings is None:
-        warnings.warn(
+        warn(
             f"{spec.text!r} comes without a preprocessor_config.json: its images are resized to "
             "the model's size and normalised with mean 0.5 and std 0.5",
             stacklevel=5,

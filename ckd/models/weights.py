@@ -6,6 +6,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import os
 import pathlib
 import pickle
 import struct
@@ -197,9 +198,11 @@ def not_safetensors(path: Path, error: Exception) -> ModelError:
 
 def _torch_load(path: Path) -> Any:
     try:
-        # Mapped, so that what a file declares takes no memory; the format before torch 1.6 cannot.
-        mapped = _start(path).startswith(_ZIP_START)
-        if mapped:
+        # Mapped, so that what a file declares takes no memory. The format before torch 1.6 cannot
+        # be mapped, nor can a path that is not UTF-8.
+        is_zip = _start(path).startswith(_ZIP_START)
+        mapped = is_zip and os.fsencode(path) == str(path).encode(errors="replace")
+        if is_zip:
             _refuse_compressed(path)
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

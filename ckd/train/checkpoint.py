@@ -63,7 +63,7 @@ def save(run: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str
     permission denied); the older checkpoint is then still there.
     """
     folder = run / FOLDER
-    path = folder / f"step-{step:08d}"
+    path = folder / _name(step)
     # Clones: safetensors refuses tensors that share memory, such as tied weights.
     blob = safetensors.torch.save({k: _plain(v) for k, v in tensors.items()})
     content: Content = {
@@ -235,6 +235,10 @@ def _existing(run: Path) -> list[Path]:
     return [run / FOLDER / name for name in sorted(names, key=lambda name: int(name[5:]))]
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _remove(path: Path) -> None:
     """Remove a checkpoint, under a temporary name first: a kill leaves no half that `latest` finds.
 
@@ -253,10 +257,13 @@ def _read_content(path: Path) -> Content:
         values, data = read_object(path / STATE)
         if (found := values.get("format")) != FORMAT:
             raise CheckpointError(
-                f"{path / STATE} has format {found!r}, this version of ckd reads {FORMAT}; "
+                f"{path / STATE} has format {found!r:.40}, this version of ckd reads {FORMAT}; "
                 "resume with the version that wrote it"
             )
-        return check_types(unsealed(values, data), Content)
+        content: Content = check_types(unsealed(values, data), Content)
+        if path.name != _name(content["step"]):
+            raise JsonError(f"it is of step {content['step']}")
+        return content
     except JsonError as error:
         raise _damaged(path / STATE, f"is not what was written: {error}") from error
     except OSError as error:

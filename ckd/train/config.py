@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
-from ckd._json import JsonError, as_dataclass, is_number, read_object, sealed, unsealed
+from ckd._json import CHECKSUM, JsonError, as_dataclass, is_number, read_object, sealed, unsealed
 from ckd.data import MAX_PIXELS
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
@@ -199,7 +199,13 @@ class Config:
     def load(cls, path: Path) -> Config:
         """Read config.json. Raises ConfigError or FileNotFoundError, both naming the file."""
         try:
-            settings = unsealed(*read_object(path))
+            values, data = read_object(path)
+            if CHECKSUM not in values:
+                raise ConfigError(
+                    f"{path} was written by another version of ckd: it has no checksum; resume "
+                    "with that version"
+                )
+            settings = unsealed(values, data)
         except JsonError as error:
             raise ConfigError(
                 f"{path} is damaged: {error}; restore it, or begin another run"

@@ -34,7 +34,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     # A single point draws no line, so mark it.
     style = {"linewidth": 1.8, "marker": "o" if len(epochs) == 1 else None, "markersize": 5}
 
-    terms = [name for name in _TERMS if name in records[-1]]
+    terms = [name for name in _TERMS if all(name in record for record in records)]
     if terms == ["loss", "cross_entropy"]:
         terms = ["loss"]  # without distillation both are the same curve
     lines = [

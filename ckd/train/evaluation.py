@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ckd import data, models
 from ckd._device import pick_device
+from ckd._errors import warn
 from ckd._files import read_lines
 from ckd.data import Dataset
 from ckd.train.config import Config
@@ -124,7 +124,7 @@ def logit_order(
             f"({few(ours)}); if only the names differ, {remedy}"
         )
     unnamed = source if models.are_named(ours) else dataset.name
-    warnings.warn(
+    warn(
         f"{unnamed} does not name its classes: those of {source} are taken to be in the order "
         f"of {dataset.name}, {few(ours)}; if they are not, {remedy}",
         stacklevel=2,

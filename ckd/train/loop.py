@@ -57,7 +57,9 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
     device = pick_device(config.device)
     memory = report.PeakMemory(device)
     with run_folder(config, resume=resume) as folder, torch_state(config, device):
-        if (folder / report.RESULT).exists():
+        # Without its student a run is finished once more, from its last checkpoint.
+        whole = (folder / STUDENT).exists() or checkpoint.latest(folder) is None
+        if (folder / report.RESULT).exists() and whole:
             if verbose:
                 print(f"{folder} is finished")
             return read_result(folder)

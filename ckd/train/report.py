@@ -156,8 +156,8 @@ def read_result(run: Path) -> dict[str, Any]:
         values, data = read_object(path)
         if (version := values.get("schema_version")) != SCHEMA_VERSION:
             raise TrainError(
-                f"{path} has schema version {version!r}, this version of ckd reads "
-                f"{SCHEMA_VERSION}; delete it, and resume the run to write it anew"
+                f"{path} has schema version {version!r:.40}, this version of ckd reads "
+                f"{SCHEMA_VERSION}; use the version that wrote it"
             )
         result = check_types(unsealed(values, data), Result)
         memory = [key in result for key in MEMORY_KEYS]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ckd._errors import warn
 from ckd._json import JsonError, check_types
 from ckd.train import checkpoint, report
 from ckd.train.config import Config
@@ -50,7 +50,7 @@ def stored_config(folder: Path) -> Config:
     except ConfigError as error:
         if path is None:
             raise
-        warnings.warn(f"{error}; the settings are read from {path}", stacklevel=2)
+        warn(f"{error}; the settings are read from {path}", stacklevel=1)
     return Config.from_dict(checked_state(checkpoint.load_state(path), path)["config"], path)
 
 
