@@ -152,3 +152,10 @@ def test_weights_that_do_not_fit_a_transformers_model(vit_folder, fine_tuned, tm
     torch.save(fine_tuned.state_dict(), tmp_path / "w.pt")
     with pytest.raises(ModelError, match="num_classes 7, 5 was asked for"):
         load(f"hf:{vit_folder}", weights=tmp_path / "w.pt", num_classes=5)
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "w\udcff.pt"
+    with file.open("wb") as opened:
+        torch.save(weights(), opened)
+    assert load(SPEC, weights=file, image_size=32).num_classes == 3
