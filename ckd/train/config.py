@@ -203,7 +203,7 @@ class Config:
             if CHECKSUM not in values:
                 raise ConfigError(
                     f"{path} was written by another version of ckd: it has no checksum; resume "
-                    "with that version"
+                    "with that version (its student.safetensors is read by this one too)"
                 )
             settings = unsealed(values, data)
         except JsonError as error:

@@ -41,17 +41,24 @@ def stored_config(folder: Path) -> Config:
 
     Raises TrainError for a folder without a run, ConfigError and CheckpointError for damage.
     """
-    path = checkpoint.latest(folder)
     try:
         return Config.load(folder / CONFIG)
-    except FileNotFoundError:
-        if path is None:
-            raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
-    except ConfigError as error:
-        if path is None:
-            raise
-        warn(f"{error}; the settings are read from {path}", stacklevel=1)
-    return Config.from_dict(checked_state(checkpoint.load_state(path), path)["config"], path)
+    except (ConfigError, FileNotFoundError) as error:
+        problem = error
+    path = checkpoint.latest(folder)
+    if path is None and isinstance(problem, FileNotFoundError):
+        raise TrainError(f"{folder} is not a run folder: it has no {CONFIG}") from None
+    if path is None:
+        raise problem
+    try:
+        state = checked_state(checkpoint.load_state(path), path)
+    except CheckpointError:
+        if isinstance(problem, ConfigError):
+            raise problem from None
+        raise
+    if isinstance(problem, ConfigError):
+        warn(f"{problem}; the settings are read from {path}", stacklevel=1)
+    return Config.from_dict(state["config"], path)
 
 
 def is_run(folder: Path) -> bool:
