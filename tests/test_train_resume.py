@@ -258,7 +258,7 @@ def test_a_damaged_log_is_found_before_the_first_step(tmp_path, monkeypatch, dam
     data = bytearray(file.read_bytes())
     file.unlink()
     if damage == "flip":
-        data[data.index(b"test_accuracy")] ^= 1
+        data[data.index(b'"test_accuracy": ') + 17] ^= 1  # 0.5 becomes 1.5
         file.write_bytes(data)
     elif damage != "delete":
         make_odd_file(damage, file)

@@ -106,5 +106,5 @@ def outcome(run: Path) -> dict[str, Any]:
         "student": (run / "student.safetensors").read_bytes(),
         "checkpoint": (path / checkpoint.TENSORS).read_bytes(),
         "step": path.name,
-        "metrics": lines,
+        "metrics": [list(line.items()) for line in lines],  # in order
     }
