@@ -359,7 +359,7 @@ def test_any_scale_with_rows_of_equal_cosines(scale: float, half: bool, backend:
     target[:5] = torch.arange(5)
     case = Case(student, bank.half(), target, torch.eye(16), torch.zeros(16), torch.tensor(1.0))
     with torch.autocast(student.device.type, dtype=torch.bfloat16, enabled=half):
-        check_at_scale(scale, case, case, backend, limit=4e-3 if half else 3e-6)
+        check_at_scale(scale, case, case, backend, limit=4e-3 if half else 6e-6)
 
 
 @pytest.mark.parametrize("scale", [1.3e30, 1e38, torch.tensor(1e38)])

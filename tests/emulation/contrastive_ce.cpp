@@ -571,8 +571,8 @@ void test_loss_alone(const Case& c, unsigned seed) {
   const Truth truth(p);
   const Matrix nll = vector(c.batch), lse = vector(c.batch), p_other = vector(c.batch);
   const Matrix sum = vector(1);
-  forward(c, {p.inputs(), p.op_targets(), nullptr, nll.data<float>(), sum.data<float>(), nullptr,
-              lse.data<float>(), p_other.data<float>(), nullptr, nullptr});
+  forward(c, {p.inputs(), p.op_targets(), nullptr, nullptr, nll.data<float>(), sum.data<float>(),
+              nullptr, lse.data<float>(), p_other.data<float>(), nullptr, nullptr});
   check("sum alone", c, sum, truth.sum, limit_of(c));
   check("nll alone", c, nll, truth.nll, limit_of(c));
   check("lse alone", c, lse, truth.lse, limit_of(c));
