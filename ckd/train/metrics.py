@@ -92,7 +92,7 @@ def read_metrics(run: Path, size: int, xxh3: str, checkpoint: Path) -> list[dict
             for name, value in record.items():
                 # The test data may drive a loss to infinity.
                 if not (is_number(value) or (name == "test_loss" and isinstance(value, float))):
-                    raise JsonError(f"{name} is {value!r}")
+                    raise JsonError(f"{name} is {value!r:.40}")
         except JsonError as error:
             raise CheckpointError(f"{path}, line {number} is damaged: {error}; {remedy}") from error
         records.append(record)

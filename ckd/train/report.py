@@ -167,7 +167,7 @@ def read_result(run: Path) -> dict[str, Any]:
             # A loss that the test data drive to infinity is a result too.
             number = isinstance(value, int | float) and name != "test_loss"
             if number and not is_number(value):
-                raise JsonError(f"{name} is {value}")
+                raise JsonError(f"{name} is {value!r:.40}")
         return result
     except FileNotFoundError:
         raise
