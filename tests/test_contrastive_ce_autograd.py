@@ -24,7 +24,7 @@ def schema_arguments(
 ) -> tuple[object, ...]:
     """The flat arguments of torch.ops.ckd.contrastive_ce."""
     inputs = Inputs(case.student, case.bank, case.weight, case.bias, case.logit_scale)
-    targets = Targets(case.target, label_smoothing, -100, reduction)
+    targets = Targets(case.target, None, None, label_smoothing, -100, reduction)
     return (*inputs, *targets, *Plan(backend, False), *(keep or Keep(False, False, 0)))
 
 
@@ -93,7 +93,7 @@ def test_no_intermediate_is_larger_than_a_tile() -> None:
     case = make_case(64, 50_000, 64, 64)
     bank = case.bank.half()
     inputs = Inputs(case.student, bank, case.weight, case.bias, case.logit_scale)
-    targets, plan = Targets(case.target, 0.1, -100, "none"), Plan("reference", False)
+    targets, plan = Targets(case.target, None, None, 0.1, -100, "none"), Plan("reference", False)
     own = bank.untyped_storage().nbytes()
     with Watch():
         saved = reference.contrastive_ce_forward(inputs, targets, plan, Keep(True, True, 0))

@@ -190,7 +190,7 @@ def test_the_registered_op_refuses_a_gradient_of_lse_without_attention(backend: 
     inputs = Inputs(
         case.student, case.bank, case.weight, case.bias, torch.as_tensor(case.logit_scale)
     )
-    targets, keep = Targets(case.target, 0.0, -100, "mean"), Keep(True, False, 0)
+    targets, keep = Targets(case.target, None, None, 0.0, -100, "mean"), Keep(True, False, 0)
     arguments = (*inputs, *targets, *Plan(backend, False), *keep)
     _, lse, *others = torch.ops.ckd.contrastive_ce(*arguments)
     assert not any(x.requires_grad for x in others)

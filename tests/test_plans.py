@@ -39,7 +39,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def watch(*args: Any) -> Any:
         prepared = prepare(*args)
-        _, label_smoothing, ignore_index, reduction = args[1]
+        _, _, _, label_smoothing, ignore_index, reduction = args[1]
         found.append((*prepared, label_smoothing, ignore_index, reduction))
         return prepared
 

@@ -231,7 +231,7 @@ def step(
     """The launches of a mean loss and all its gradients in half precision on Hopper, and the names
     of the torch operators that it calls."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
-    targets = Targets(empty(batch, dtype=torch.int64), 0.0, -100, "mean")
+    targets = Targets(empty(batch, dtype=torch.int64), None, None, 0.0, -100, "mean")
     plan, needs, d_loss = Plan("triton", True), Needs(True, True, True, True), empty()
     with pytest.MonkeyPatch.context() as patch, recorded() as launches, TorchKernels() as others:
         on_a_gpu(patch, "hopper", lambda key, candidates, launch: candidates[0], "ieee")
@@ -259,7 +259,7 @@ def launches_of(
     """Every launch of both ops, forward and backward, recorded with meta tensors."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, half, learned)
     row, target = empty(batch), empty(batch, dtype=torch.int64)
-    targets, plan = Targets(target, smoothing, -100, "none"), Plan("triton", half)
+    targets, plan = Targets(target, None, None, smoothing, -100, "none"), Plan("triton", half)
     needs, weight_alone = Needs(True, learned, learned, True), Needs(False, learned, learned, False)
     attention = smoothing > 0  # the problem with smoothing also has a gradient of lse
     rows = Upstream(row, row if attention else None)

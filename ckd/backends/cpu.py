@@ -86,6 +86,8 @@ def unsupported(problem: Problem) -> str | None:
         return "a float64 student is for the reference backend alone"
     if problem.student_dim == 0 or problem.teacher_dim == 0:
         return "the tensors have rows of width 0"
+    if problem.targets > 0:
+        return "several targets a student are for the reference backend alone"
     return None
 
 

@@ -72,6 +72,8 @@ def _missing_on(device_index: int | None) -> str | None:
 
 
 def unsupported(problem: Problem) -> str | None:
+    if problem.targets > 0:
+        return "several targets a student are for the reference backend alone"
     reason = (
         elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or _missing_on(problem.device_index)

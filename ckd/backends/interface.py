@@ -46,6 +46,9 @@ def set_cache_limit(limit: int) -> None:
 # Below it neither logits, nor the sum of 2^26 losses, nor scale / norm overflow float32.
 MAX_LOGIT_SCALE = 2.0**100
 
+# The target of a student with an invalid weight: out of range, so that its loss is NaN on a GPU.
+INVALID_WEIGHT = -(1 << 63)
+
 Reduction = Literal["none", "sum", "mean"]
 BackendName = Literal["auto", "triton", "cuda", "cpu", "reference"]
 
@@ -61,9 +64,16 @@ class Inputs(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The targets of the contrastive cross-entropy, and how it treats them."""
+    """The targets of the contrastive cross-entropy, and how it treats them.
 
-    target: Tensor  # [B] int64
+    A distribution q_i over the bank's rows is stored as the one-hot distribution of `target` and
+    the difference from it, the shift: -sum_k q_ik l_ik = -l_{i,y} - sum_m shift_im l_{i,rows_im}.
+    The sum over m is linear in the logits, so it stays out of the softmax.
+    """
+
+    target: Tensor  # [B] int64: y, the row that the softmax sums leave out
+    shift_rows: Tensor | None  # [B, M] int64 rows of the bank; None: no shift, q is one-hot
+    shift: Tensor | None  # [B, M] float32 or float64; the sum of each row is 0; 0 where ignored
     label_smoothing: float
     ignore_index: int
     reduction: Reduction
@@ -103,9 +113,12 @@ class Problem(NamedTuple):
     allow_half: bool
     cache_limit: int  # most bytes of the projected bank that the forward keeps
     device_index: int | None  # None for a device type that has a single device
+    targets: int = 0  # M, bank rows with a shift for each student (see Targets); 0: no shift
 
     @classmethod
-    def of(cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None) -> Problem:
+    def of(
+        cls, op: str, student: Tensor, bank: Tensor, weight: Tensor | None, targets: int = 0
+    ) -> Problem:
         device_type = student.device.type
         half_student = student.dtype in (torch.float16, torch.bfloat16)
         return cls(
@@ -122,6 +135,7 @@ class Problem(NamedTuple):
             or (device_type != "meta" and torch.is_autocast_enabled(device_type)),
             cache_limit=_cache_limit,
             device_index=student.device.index,
+            targets=targets,
         )
 
 
@@ -240,7 +254,13 @@ def check_targets(targets: Targets, bank_rows: int) -> None:
 
 
 def refuse_target(targets: Targets, row: int, bank_rows: int) -> NoReturn:
+    target = int(targets.target[row])
+    if target == INVALID_WEIGHT:
+        raise ValueError(
+            f"target_weight must be finite and at least 0, with finite sums over a student's "
+            f"targets, but target_weight[{row}] is not"
+        )
     raise IndexError(
-        f"target[{row}] = {int(targets.target[row])} is out of range for a bank of {bank_rows} "
+        f"target[{row}] = {target} is out of range for a bank of {bank_rows} "
         f"rows; expected 0 <= target < {bank_rows}, or ignore_index ({targets.ignore_index})"
     )

@@ -3,7 +3,7 @@
 The bank is read in tiles of rows. Arithmetic is float32 (float64 for a float64 student), regardless
 of the inputs' dtypes, autocast and `allow_half`. Neither the [B, K] logits nor the projected bank
 is ever held in memory. Backward passes are analytic. In the comments u = s/|s|, z = P t + b,
-n = z/|z|, l = logit_scale u.n, and y is the target's row.
+n = z/|z|, l = logit_scale u.n, y is the target's row, and the shift is that of `Targets`.
 
 Rows whose norm is below MIN_NORM count as zero: logits 0, gradient 0. Rows whose norm is not
 finite give NaN.
@@ -70,7 +70,7 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
         tau = _positive(inputs.logit_scale)
         has_target = _has_target(targets, bank_rows)
         keep_values = keep.residual or keep.attention
-        sums = _sum_over_bank(u, tau, targets.target, has_target, _tiles(u, inputs), keep_values)
+        sums = _sum_over_bank(u, tau, targets, has_target, _tiles(u, inputs), keep_values)
 
         l_target = tau * sums.cosine_target
         log_total = sums.total.log()
@@ -89,6 +89,9 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
             l_mean = tau * (u @ n_mean.unsqueeze(1))
             nll = nll + label_smoothing * (l_target - l_mean)
             residual = residual + label_smoothing * (sums.n_target - n_mean)
+        if targets.shift is not None:
+            nll = nll - tau * (u * sums.n_shift).sum(1, keepdim=True)
+            residual = residual - sums.n_shift
         residual = residual.masked_fill(~has_target.unsqueeze(1), 0)
         attention = p_other * n_other + (1 - p_other) * sums.n_target
 
@@ -115,12 +118,13 @@ class _Sums(NamedTuple):
     cosine_target: Tensor  # [B, 1] u.n_y; -inf where there is no target
     n_target: Tensor  # [B, W] n_y; zero where there is no target
     n_sum: Tensor  # [W] sum of all n
+    n_shift: Tensor  # [B, W] sum over m of shift_m n_{rows_m}; zero without a shift
 
 
 def _sum_over_bank(
     u: Tensor,
     tau: Tensor,
-    target: Tensor,
+    targets: Targets,
     has_target: Tensor,
     tiles: Iterator[_Tile],
     keep_values: bool,
@@ -131,10 +135,10 @@ def _sum_over_bank(
     top = torch.full_like(total, NO_COSINE)
     values, n_target = torch.zeros_like(u), torch.zeros_like(u)
     cosine_target = torch.full_like(total, -torch.inf)
-    n_sum = u.new_zeros(u.shape[1])
+    n_sum, n_shift = u.new_zeros(u.shape[1]), torch.zeros_like(u)
     for tile in tiles:
         cosines = u @ tile.n.T
-        inside, column = tile.locate(target, has_target)
+        inside, column = tile.locate(targets.target, has_target)
         picked = cosines.gather(1, column)
         cosine_target = torch.where(inside, picked, cosine_target)
         n_target = torch.where(inside, tile.n[column.squeeze(1)], n_target)
@@ -147,8 +151,10 @@ def _sum_over_bank(
         if keep_values:
             values = torch.addmm(values * rescale, p, tile.n)
         n_sum += tile.n.sum(0)
+        if targets.shift is not None:
+            n_shift = torch.addmm(n_shift, tile.shift(targets), tile.n)
         top = new_top
-    return _Sums(top, total, values, cosine_target, n_target, n_sum)
+    return _Sums(top, total, values, cosine_target, n_target, n_sum, n_shift)
 
 
 def contrastive_ce_backward(
@@ -196,6 +202,8 @@ def contrastive_ce_backward(
                 d_logits.scatter_(
                     1, column, torch.where(inside, at_target, d_logits.gather(1, column))
                 )
+                if targets.shift is not None:
+                    d_logits -= g * tile.shift(targets)
                 projection.add(tile, tau * (d_logits.T @ u))
         return Gradients(
             student=d_student.to(student.dtype),
@@ -269,6 +277,16 @@ class _Tile(NamedTuple):
         column = target - self.start
         inside = has_target & (column >= 0) & (column < len(self.n))
         return inside.unsqueeze(1), column.clamp(0, len(self.n) - 1).unsqueeze(1)
+
+    def shift(self, targets: Targets) -> Tensor:
+        """The targets' shift as a matrix [B, rows]."""
+        assert targets.shift_rows is not None
+        assert targets.shift is not None
+        column = targets.shift_rows - self.start
+        inside = (column >= 0) & (column < len(self.n))
+        share = self.n.new_zeros(len(column), len(self.n))
+        shift = torch.where(inside, targets.shift.to(share.dtype), 0)
+        return share.scatter_add_(1, column.clamp(0, len(self.n) - 1), shift)
 
 
 def _tiles(u: Tensor, inputs: Inputs) -> Iterator[_Tile]:

@@ -58,16 +58,46 @@ def check_inputs(inputs: Inputs) -> None:
 
 def check_targets(targets: Targets, inputs: Inputs) -> None:
     """Check all but the values of the targets: those are left to the backends, which read them."""
-    target, label_smoothing, ignore_index, reduction = targets
+    _check_target(targets.target, inputs.student)
+    check_options(targets.label_smoothing, targets.ignore_index, targets.reduction)
+
+
+def check_weighted_targets(target: Tensor, weight: Tensor | None, student: Tensor) -> None:
+    """Check `target` [B, M] and `target_weight`, but for their values."""
+    _check_target(target, student)
+    if 0 in target.shape[1:]:
+        raise ValueError(
+            "target must hold at least one row of the bank for each student, got shape "
+            f"{list(target.shape)}"
+        )
+    if weight is None:
+        return
+    _check_type("target_weight", weight)
+    if weight.shape != target.shape:
+        raise ValueError(
+            f"target_weight must have the shape of target, {list(target.shape)}, got "
+            f"{list(weight.shape)}"
+        )
+    _check_tensor("target_weight", weight, ("B", "M")[: target.dim()], DOUBLE, student)
+    if weight.requires_grad:
+        raise ValueError(
+            "target_weight never receives a gradient, but target_weight.requires_grad is True; "
+            "pass target_weight.detach()"
+        )
+
+
+def _check_target(target: Tensor, student: Tensor) -> None:
     _check_type("target", target)
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have shape [B] or [B, M], got {list(target.shape)}")
     if target.is_floating_point() and target.dim() == 2:
         raise ValueError(
-            f"target must be rows of the bank, int64 [B], got {_names((target.dtype,))} "
-            f"{list(target.shape)}; probabilities are not supported: pass target.argmax(1)"
+            f"target must be rows of the bank, int64 [B] or [B, M], got {_names((target.dtype,))} "
+            f"{list(target.shape)}; pass the rows of the largest probabilities with their values: "
+            "target_weight, target = probabilities.topk(M)"
         )
-    _check_tensor("target", target, ("B",), (torch.int64,), inputs.student)
-    _check_shape("target", target, (inputs.student.shape[0],))
-    check_options(label_smoothing, ignore_index, reduction)
+    _check_tensor("target", target, ("B", "M")[: target.dim()], (torch.int64,), student)
+    _check_shape("target", target, (student.shape[0], *target.shape[1:]))
 
 
 def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:

@@ -22,7 +22,7 @@ from ckd.backends.interface import (
     Targets,
     Upstream,
 )
-from ckd.ops import _arguments, _gradients
+from ckd.ops import _arguments, _gradients, _targets
 from ckd.ops._bypass import shorten
 from ckd.ops._op import GRADIENTS, INPUTS, NEEDS, PLAN, Formula, Op
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Options(TypedDict, total=False):
+    target_weight: Tensor | None
     label_smoothing: float
     ignore_index: int
     reduction: Reduction
@@ -73,6 +74,7 @@ def contrastive_cross_entropy(
     bias: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     *,
+    target_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
@@ -85,6 +87,9 @@ def contrastive_cross_entropy(
         l_ik = logit_scale u_i.n_k
         nll_i = log sum_k exp l_ik - l_{i, target_i}
 
+    With several targets a student, nll_i = -sum_m w_im log p_{i, target_im}, where p is the softmax
+    of l over the bank and w is `target_weight`.
+
     This is the objective of CLIP-Embed-KD (arXiv 2404.06170), in which stored teacher embeddings
     take the place of a running teacher. With the teacher embeddings of the batch as bank and
     `arange(B)` as target it is the image-to-text half of CLIP's loss (arXiv 2103.00020). The
@@ -93,14 +98,19 @@ def contrastive_cross_entropy(
     Args:
         student: [B, W] float32, float16 or bfloat16 (float64 for gradient checks).
         bank: [K, D] float16, bfloat16 or float32 teacher embeddings of any norm.
-        target: [B] int64, a row of the bank for each student row, or `ignore_index`.
+        target: [B] int64, a row of the bank for each student row, or `ignore_index`; or [B, M],
+            several rows for each.
         weight: P [W, D], the projection from teacher to student width; None when D == W.
         bias: b [W], or None.
         logit_scale: inverse temperature, a float or 0-dim tensor, > 0, at most 2^100 (1.27e30) and
             already exponentiated.
+        target_weight: the weight of each target, in the shape of `target`: floating point, >= 0,
+            without a gradient. Rows that sum to 1 are distributions; others count that many times.
+            None: equal weights that sum to 1.
         label_smoothing: probability in [0, 1] spread evenly over the bank, as in
             `torch.nn.functional.cross_entropy`.
-        ignore_index: rows with this target have loss 0 and no gradient.
+        ignore_index: targets of this value have weight 0; rows with no other have loss 0 and no
+            gradient.
         reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", "none".
         return_lse: also return lse_i = log sum_k exp l_ik, for every row, differentiable.
         backend: "auto", or a name from `ckd.backends.available()`; named, it never falls back.
@@ -123,7 +133,8 @@ def contrastive_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of wrong type, dtype, device, shape or value.
         IndexError: a target out of range, on the CPU. On a GPU, where reading targets would
-            synchronise, that row's loss is NaN and its gradient zero.
+            synchronise, that row's loss is NaN and its gradient zero. A negative or non-finite
+            weight is a ValueError on the CPU, and the same as this on a GPU.
         ckd.backends.BackendError: the named backend cannot serve the call.
 
     Example:
@@ -136,8 +147,26 @@ def contrastive_cross_entropy(
     """
     scale = _arguments.scale_tensor(logit_scale, student)
     inputs = Inputs(student, bank, weight, bias, scale)
-    targets = Targets(target, label_smoothing, ignore_index, reduction)
+    if target_weight is None and (not isinstance(target, Tensor) or target.dim() != 2):
+        targets = Targets(target, None, None, label_smoothing, ignore_index, reduction)
+        loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
+        return (loss, lse) if return_lse else loss
+
+    _arguments.check_inputs(inputs)
+    _arguments.check_options(label_smoothing, ignore_index, reduction)
+    _arguments.check_weighted_targets(target, target_weight, student)
+    if target.dim() == 1 and target_weight is not None:
+        target, target_weight = target.unsqueeze(1), target_weight.unsqueeze(1)
+    parts = _targets.split(
+        target, target_weight, len(bank), ignore_index, label_smoothing, scale.dtype
+    )
+    targets = Targets(*parts[:3], label_smoothing, ignore_index, "none")
     loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
+    loss = loss * parts.total
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / parts.kept
     return (loss, lse) if return_lse else loss
 
 
@@ -147,7 +176,8 @@ def _prepare(
     _arguments.check_inputs(inputs)
     _arguments.check_targets(targets, inputs)
 
-    problem = Problem.of("contrastive_ce", inputs.student, inputs.bank, inputs.weight)
+    shifted = 0 if targets.shift is None else targets.shift.shape[1]
+    problem = Problem.of("contrastive_ce", inputs.student, inputs.bank, inputs.weight, shifted)
     name = backends.resolve(backend, problem)
     learned = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     student, _, weight, bias, logit_scale = learned
@@ -224,7 +254,10 @@ def _fake_backward(upstream: Upstream, inputs: Inputs, *others: Any) -> Gradient
     return _gradients.fake(inputs, others[-1])
 
 
-_TARGETS = "Tensor target, float label_smoothing, SymInt ignore_index, str reduction"
+_TARGETS = (
+    "Tensor target, Tensor? shift_rows, Tensor? shift, "
+    "float label_smoothing, SymInt ignore_index, str reduction"
+)
 _KEEP = "bool save_residual, bool save_attention, SymInt cache_bytes"
 _SAVED = "Tensor lse, Tensor kept, Tensor p_other, Tensor residual, Tensor attention, Tensor cache"
 _ARGUMENTS = f"{INPUTS}, {_TARGETS}, {PLAN}, {_KEEP}"

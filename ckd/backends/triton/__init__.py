@@ -53,6 +53,8 @@ def interpreted() -> bool:
 
 
 def unsupported(problem: Problem) -> str | None:
+    if problem.targets > 0:
+        return "several targets a student are for the reference backend alone"
     return (
         elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or missing()
