@@ -39,7 +39,18 @@ def functions(case: Case, backend: str) -> dict[str, tuple[Function, Function]]:
         loss, lse = oracle.loss_and_lse(eager(student))
         return loss + lse.sin().sum()
 
+    rows = torch.randint(len(case.bank), (len(case.student), 3))
+    weights = torch.rand(rows.shape).softmax(1)
+
     return {
+        "weighted targets": (
+            lambda x: ckd.contrastive_cross_entropy(
+                x, case.bank, rows, *others[2:], target_weight=weights, backend=backend
+            ),
+            lambda x: (
+                -(weights * oracle.logits(eager(x)).log_softmax(1).gather(1, rows)).sum(1).mean()
+            ),
+        ),
         "loss": (
             lambda x: ckd.contrastive_cross_entropy(x, *others, backend=backend),
             lambda x: oracle.loss_and_lse(eager(x))[0],

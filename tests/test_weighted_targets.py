@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ckd
+from ckd.backends.interface import Keep, Plan, Targets
+from ckd.ops import _targets
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
@@ -311,6 +313,33 @@ def test_compiled_code_gives_the_same(backend: str) -> None:
     torch.testing.assert_close(result.detach(), plain.pop("loss"), rtol=1e-6, atol=0)
     for name, value in oracle.gradients(case, result).items():
         torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-7)
+
+
+def test_opcheck(backend: str) -> None:
+    case, weight = make(6, 11, 9, 5, targets=3)
+    case.target[2, 1] = -100
+    case = case.requiring(*GRADIENTS)
+    parts = _targets.split(case.target, weight, 11, -100, 0.1, torch.float32)
+    inputs = (case.student, case.bank, case.weight, case.bias, case.logit_scale)
+    targets = Targets(*parts[:3], 0.1, -100, "none")
+    arguments = (*inputs, *targets, *Plan(backend, False), *Keep(True, True, 0))
+    torch.library.opcheck(torch.ops.ckd.contrastive_ce.default, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_targets_and_weights(backend: str) -> None:
+    case, weight = make(5, 11, 9, 5, targets=3)
+    targets = torch.stack([case.target, case.target.flip(0)])
+    weights = torch.stack([weight, weight.roll(1, 0)])
+
+    def loss(student: Tensor, target: Tensor, w: Tensor) -> Tensor:
+        moved = Case(**{**vars(case), "student": student, "target": target})
+        return run(moved, w, backend)
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0, 0))(case.student, targets, weights)
+    for i in range(2):
+        own = torch.func.grad(loss)(case.student, targets[i], weights[i])
+        torch.testing.assert_close(found[i], own)
 
 
 def test_gradients_of_float64_students_pass_gradcheck() -> None:

@@ -160,7 +160,8 @@ def contrastive_cross_entropy(
     parts = _targets.split(
         target, target_weight, len(bank), ignore_index, label_smoothing, scale.dtype
     )
-    targets = Targets(*parts[:3], label_smoothing, ignore_index, "none")
+    split = (parts.target, parts.shift_rows, parts.shift)
+    targets = Targets(*split, label_smoothing, ignore_index, "none")
     loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
     loss = loss * parts.total
     if reduction != "none":
