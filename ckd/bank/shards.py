@@ -1,4 +1,5 @@
-"""One shard of a bank: a safetensors file with `embedding`, `label` and `sample_id`."""
+"""One shard of a bank: a safetensors file with `embedding`, `label` and `sample_id`; and how any
+file of tensors is mapped and checked against its record."""
 
 from __future__ import annotations
 
@@ -16,6 +17,13 @@ from ckd._files import LFS_POINTER, holds_lfs_pointer, open_regular
 from ckd.bank.manifest import BankError, ShardRecord, shard_name
 
 _READ_BYTES = 4 << 20
+
+# Name -> (safetensors dtype, shape) of each tensor of a file.
+Layout = dict[str, tuple[str, list[int]]]
+
+
+class _Damage(Exception):
+    """What is wrong with a file, in words."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,24 @@ def record_of(index: int, first_row: int, rows: int, data: bytes) -> ShardRecord
 
 
 def map_shard(folder: Path, record: ShardRecord, dim: int, verify: str) -> Shard:
-    """Map a shard into memory, checked as `verify` says ("off": size and header only).
+    """Map a shard into memory; checks and errors as in `map_tensors`."""
+    layout: Layout = {
+        "embedding": ("F16", [record.rows, dim]),
+        "label": ("I64", [record.rows]),
+        "sample_id": ("I64", [record.rows]),
+    }
+    remedy = "restore it from a copy, or delete the bank and build it again"
+    return Shard(record, *map_tensors(folder, record, layout, verify, remedy))
+
+
+def map_tensors(
+    folder: Path, record: ShardRecord, layout: Layout, verify: str, remedy: str
+) -> list[Tensor]:
+    """Map a file into memory, checked as `verify` says ("off": size and header only).
 
     `safe_open(...).get_tensor` copies nothing: it returns views of one private mapping of the file,
     which outlives the handle (measured with safetensors 0.8: a 410 MB tensor in 1.2 ms, no
-    anonymous memory). Raises BankError that names the file and its rows.
+    anonymous memory). Raises BankError that names the file, its rows and, for damage, the remedy.
     """
     path = folder / record.file
     try:
@@ -63,32 +84,15 @@ def map_shard(folder: Path, record: ShardRecord, dim: int, verify: str) -> Shard
         if verify != "off":
             _check_hashes(path, record, full=verify == "full")
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_header(file, path, record, dim)
-            return Shard(record, *(file.get_tensor(name) for name in _layout(record.rows, dim)))
+            _check_header(file, layout)
+            return [file.get_tensor(name) for name in layout]
+    except _Damage as damage:
+        raise BankError(f"{path} is damaged ({record.span}): {damage}; {remedy}") from None
     except FileNotFoundError:
-        raise BankError(
-            f"{path} is missing ({record.span}); restore it from a copy, or delete the bank "
-            "and build it again"
-        ) from None
+        raise BankError(f"{path} is missing ({record.span}); {remedy}") from None
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BankError(f"{path} cannot be read ({record.span}): {reason}") from error
-
-
-def _layout(rows: int, dim: int) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (safetensors dtype, shape) of each tensor of a shard."""
-    return {
-        "embedding": ("F16", [rows, dim]),
-        "label": ("I64", [rows]),
-        "sample_id": ("I64", [rows]),
-    }
-
-
-def _damaged(path: Path, record: ShardRecord, what: str) -> BankError:
-    return BankError(
-        f"{path} is damaged ({record.span}): {what}; restore it from a copy, or delete the bank "
-        "and build it again"
-    )
 
 
 def _check_size(path: Path, record: ShardRecord) -> None:
@@ -100,7 +104,7 @@ def _check_size(path: Path, record: ShardRecord) -> None:
             raise BankError(f"{path} cannot be read ({record.span}): {LFS_POINTER}")
         how = "truncated" if size < record.bytes else "too long"
         sizes = f"{size} bytes where the manifest says {record.bytes}"
-        raise _damaged(path, record, f"{how}, {sizes}")
+        raise _Damage(f"{how}, {sizes}")
 
 
 def _check_hashes(path: Path, record: ShardRecord, *, full: bool) -> None:
@@ -111,18 +115,17 @@ def _check_hashes(path: Path, record: ShardRecord, *, full: bool) -> None:
             if full:
                 sha256.update(block)
     if xxh3.hexdigest() != record.xxh3:
-        raise _damaged(path, record, "its xxh3 is not the one in the manifest")
+        raise _Damage("its xxh3 is not the one in the manifest")
     if full and sha256.hexdigest() != record.sha256:
-        raise _damaged(path, record, "its sha256 is not the one in the manifest")
+        raise _Damage("its sha256 is not the one in the manifest")
 
 
-def _check_header(file: safe_open, path: Path, record: ShardRecord, dim: int) -> None:
-    expected = _layout(record.rows, dim)
+def _check_header(file: safe_open, layout: Layout) -> None:
     names = sorted(file.keys())
-    if names != sorted(expected):
-        raise _damaged(path, record, f"it holds {names}, expected {sorted(expected)}")
-    for name, (dtype, shape) in expected.items():
+    if names != sorted(layout):
+        raise _Damage(f"it holds {names}, expected {sorted(layout)}")
+    for name, (dtype, shape) in layout.items():
         view = file.get_slice(name)
         if view.get_dtype() != dtype or view.get_shape() != shape:
             came = f"{view.get_dtype()} {view.get_shape()}"
-            raise _damaged(path, record, f"{name} is {came}, expected {dtype} {shape}")
+            raise _Damage(f"{name} is {came}, expected {dtype} {shape}")
