@@ -5,7 +5,7 @@ from ckd._errors import CkdError
 from ckd._version import __version__
 from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.losses import EmbeddingDistillationLoss
-from ckd.ops import contrastive_cross_entropy, normalized_similarity
+from ckd.ops import TopK, contrastive_cross_entropy, normalized_similarity, top_k
 
 __all__ = [
     "BankError",
@@ -13,8 +13,10 @@ __all__ = [
     "CkdError",
     "EmbeddingBank",
     "EmbeddingDistillationLoss",
+    "TopK",
     "__version__",
     "backends",
     "contrastive_cross_entropy",
     "normalized_similarity",
+    "top_k",
 ]

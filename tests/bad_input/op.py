@@ -41,6 +41,15 @@ def similarity(**changed: Any) -> Callable[[Path], Any]:
     return call
 
 
+def top_k(k: Any = 3, **changed: Any) -> Callable[[Path], Any]:
+    def call(_: Path) -> Any:
+        given = arguments(**changed)
+        del given["target"]
+        return ckd.top_k(k=k, **given)
+
+    return call
+
+
 def module(*args: Any, **kwargs: Any) -> Callable[[Path], Any]:
     return lambda _: ckd.EmbeddingDistillationLoss(*args, **kwargs)
 
@@ -284,5 +293,16 @@ CASES = [
         lambda _: ckd.backends.explain(torch.ones(2), torch.ones(2, 2)),
         ValueError,
         ("student", "two dimensions", "[2]"),
+    ),
+    Case("top_k beyond the bank", top_k(8), ValueError, ("k must be", "1 to the 7 rows", "got 8")),
+    Case("top_k of no row", top_k(0), ValueError, ("k must be", "got 0")),
+    Case("top_k of a truth", top_k(True), ValueError, ("k must be", "got True")),
+    Case("top_k of a part", top_k(2.0), TypeError, ("k must be an int", "float")),
+    Case("top_k of a list", top_k(student=[[1.0]]), TypeError, ("student", "list")),
+    Case(
+        "top_k without a projection",
+        top_k(weight=None, bias=None),
+        ValueError,
+        ("same width", "pass weight"),
     ),
 ]
