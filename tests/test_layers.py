@@ -36,6 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.bank": BASE,
     "ckd.data": BASE,
     "ckd.models": BASE,
+    "ckd.neighbours": {"ckd.ops", "ckd.backends", "ckd.bank"},
     # Programs, at the top.
     "ckd.bank.build": {"ckd"},
     "ckd.bank.__main__": {"ckd"},

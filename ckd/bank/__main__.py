@@ -1,4 +1,5 @@
-"""`python -m ckd.bank build|info|verify`: build, describe or verify a bank."""
+"""`python -m ckd.bank build|info|verify|neighbours`: build, describe or verify a bank, and find
+the nearest rows of its rows."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ from ckd._device import pick_device
 from ckd._hints import check_choices, flag
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
+from ckd.bank.neighbours import exist
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
 from ckd.cli.command import parse, run
 from ckd.data import MAX_PIXELS
+from ckd.neighbours import build_neighbours
 
-DESCRIPTION = "Build, describe or verify a bank of teacher embeddings."
+DESCRIPTION = "Build, describe or verify a bank of teacher embeddings; find nearest rows."
 
 _TEACHER_FLAGS = {
     *("teacher", "teacher_weights", "teacher_image_size", "pool", "data", "split"),
@@ -159,12 +162,13 @@ class Info:
 
 @dataclass(frozen=True)
 class Verify:
-    """Check every file of a bank against the hashes in its manifest (xxh3; --full: sha256 too)."""
+    """Check every file of a bank, its neighbours included, against the stored hashes (xxh3; --full:
+    sha256 too)."""
 
     bank: tyro.conf.Positional[Path]
     """The folder of the bank."""
     full: bool = False
-    """Check the sha256 of every shard too."""
+    """Check the sha256 of every file too."""
 
     def run(self) -> None:
         bank = EmbeddingBank.open(self.bank, verify="full" if self.full else "fast")
@@ -173,14 +177,50 @@ class Verify:
             f"{bank.path} is whole: {len(bank):,} rows in {len(bank.meta['shards'])} shards, "
             f"{human_bytes(bank.nbytes)}, {hashes}"
         )
+        if exist(bank.path):
+            found = bank.neighbours("full" if self.full else "fast")
+            print(f"{found.path} is whole: {human_bytes(found.nbytes)}, {hashes}")
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Store the nearest rows of each row of a bank, with softmax weights, beside its shards.
+
+    After a kill, the same command goes on from the last part.
+    """
+
+    bank: tyro.conf.Positional[Path]
+    """The folder of the bank."""
+    k: int = 32
+    """Rows to store for each row; the row itself counts."""
+    temperature: float = 0.07
+    """Of the softmax of cosines over the whole bank."""
+    exact: bool = False
+    """Also store each row's mean of all rows under that softmax: as large as the bank."""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    replace: bool = False
+    """Replace stored ones that have other settings, are damaged, or are those of another bank."""
+
+    def run(self) -> None:
+        build_neighbours(
+            self.bank,
+            k=self.k,
+            temperature=self.temperature,
+            exact=self.exact,
+            device=pick_device(self.device),
+            replace=self.replace,
+        )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.bank") -> int:
     """Run the command line; returns the exit status."""
     return run(
-        lambda given: parse(Build | Info | Verify, given, prog, description=DESCRIPTION),
+        lambda given: parse(
+            Build | Info | Verify | Neighbours, given, prog, description=DESCRIPTION
+        ),
         argv,
-        interrupted="interrupted; the same command goes on from the last full shard",
+        interrupted="interrupted; the same command goes on from the last full shard or part",
     )
 
 

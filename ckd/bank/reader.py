@@ -23,6 +23,7 @@ from ckd.bank.manifest import (
     quoted,
     read_manifest,
 )
+from ckd.bank.neighbours import Neighbours
 from ckd.bank.shards import Shard, map_shard
 
 VERIFY_MODES = ("fast", "full", "off")
@@ -35,6 +36,7 @@ class EmbeddingBank:
     class_names: the names of labels 0, 1, ...; empty if the bank stores none.
     meta: the manifest, read-only: teacher, preprocessing, dataset, fingerprint, normalized, ...
     path: its folder, absolute; nbytes: the size of its shards on disk; dim: D.
+    checksum: the hash of the manifest, which covers those of the shards.
 
     Embeddings are memory-mapped: pages are read on first access. Replacing or deleting files of an
     open bank is harmless; truncating one in place is not (a read beyond the end of a mapped file
@@ -51,7 +53,7 @@ class EmbeddingBank:
         self.nbytes = sum(shard.record.bytes for shard in shards)
         self.labels = torch.cat([shard.label for shard in shards])
         self.sample_ids = torch.cat([shard.sample_id for shard in shards])
-        self._checksum = checksum(manifest)
+        self.checksum = checksum(manifest)
         self._shards = tuple(shards)
         self._rows_per_shard = manifest.rows_per_shard
         self._check_labels()
@@ -68,8 +70,7 @@ class EmbeddingBank:
         xxh3 of each shard, "full" its xxh3 and sha256, "off" nothing else.
         Raises BankError for an incomplete bank, and for damage that is found, with file and rows.
         """
-        if verify not in VERIFY_MODES:
-            raise BankError(unknown("verify mode", verify, VERIFY_MODES))
+        _check_mode(verify)
         path = user_path(path).absolute()
         manifest = read_manifest(path)
         if not manifest.complete:
@@ -82,12 +83,12 @@ class EmbeddingBank:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._open_again, (str(self.path), self._checksum)
+        return type(self)._open_again, (str(self.path), self.checksum)
 
     @classmethod
     def _open_again(cls, path: str, expected: str) -> EmbeddingBank:
         bank = cls.open(path, verify="off")
-        if bank._checksum != expected:
+        if bank.checksum != expected:
             raise BankError(
                 f"{path} holds another bank than when this one was pickled or copied: its manifest "
                 "has changed; put the old one back, or open and pickle the new one"
@@ -179,6 +180,15 @@ class EmbeddingBank:
             sums.index_add_(0, self.labels[first + kept], embedding[kept].double())
         counts = torch.bincount(self.labels[chosen], minlength=classes)
         return (sums / counts[:, None]).float()
+
+    def neighbours(self, verify: str = "fast") -> Neighbours:
+        """The k nearest rows of each row, which `python -m ckd.bank neighbours` has stored.
+
+        verify: as in `open`. Raises BankError, with the command that makes them, if there are none,
+        or if they are incomplete, damaged, or those of another bank that was in this folder.
+        """
+        _check_mode(verify)
+        return Neighbours.open(self.path, self.checksum, verify)
 
     def check(
         self,
@@ -281,3 +291,8 @@ class EmbeddingBank:
 
     def _file_of(self, row: int) -> Path:
         return self.path / self._shards[row // self._rows_per_shard].record.file
+
+
+def _check_mode(verify: str) -> None:
+    if verify not in VERIFY_MODES:
+        raise BankError(unknown("verify mode", verify, VERIFY_MODES))

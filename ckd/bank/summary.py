@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from ckd.bank.manifest import INTEGER_LIMIT, SCHEMA_VERSION
+from ckd.bank import neighbours
+from ckd.bank.manifest import INTEGER_LIMIT, SCHEMA_VERSION, BankError
 from ckd.bank.reader import EmbeddingBank
 
 # With more classes than this, rows per class are given as a range and a median.
@@ -32,6 +33,7 @@ def summarize(bank: EmbeddingBank) -> dict[str, Any]:
         "classes": [{"name": name, "rows": count} for name, count in counts],
         "rows_without_label": int((bank.labels < 0).sum()),
         "saves": _savings(bank, len(counts)),
+        "neighbours": _neighbours(bank),
     }
 
 
@@ -48,6 +50,7 @@ def describe(bank: EmbeddingBank) -> str:
         ("data", _data_line(facts["dataset"], facts["fingerprint"])),
         *_class_lines(facts["classes"], facts["rows_without_label"]),
         *_saving_lines(facts["saves"], facts["rows"]),
+        *_neighbour_lines(facts["neighbours"]),
     ]
     return "\n".join(f"{head:<9}{text}" for head, text in lines)
 
@@ -55,6 +58,11 @@ def describe(bank: EmbeddingBank) -> str:
 def human_bytes(count: float) -> str:
     """Decimal units, three significant digits: 7.20 MB."""
     return _scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def percent(share: float) -> str:
+    """Three significant digits: 12.3 %."""
+    return f"{100 * share:.3g} %"
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
@@ -146,5 +154,43 @@ def _saving_lines(saves: dict[str, int] | None, rows: int) -> list[tuple[str, st
             "",
             f"  reading  {human_bytes(saves['bank_bytes_read_per_image'])} an image "
             "with every sample's own row; nothing with centroids",
+        ),
+    ]
+
+
+def _neighbours(bank: EmbeddingBank) -> dict[str, Any] | None:
+    """Settings of the stored neighbours and the mass they leave out, or what is wrong with them."""
+    if not neighbours.exist(bank.path):
+        return None
+    try:
+        found = bank.neighbours()
+    except BankError as error:
+        return {"error": str(error)}
+    return {
+        "k": found.k,
+        "temperature": found.temperature,
+        "exact": found.exact,
+        "bytes": found.nbytes,
+        "left_out_mean": found.left_out_mean,
+        "left_out_max": found.left_out_max,
+    }
+
+
+def _neighbour_lines(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if found is None:
+        return []
+    if "error" in found:
+        return [("nearest", found["error"])]
+    means = " and mean rows" if found["exact"] else ""
+    return [
+        (
+            "nearest",
+            f"{found['k']} rows of each{means} at temperature {found['temperature']}, "
+            f"{human_bytes(found['bytes'])}",
+        ),
+        (
+            "",
+            f"  they leave out {percent(found['left_out_mean'])} of the softmax on average, "
+            f"at most {percent(found['left_out_max'])}",
         ),
     ]
