@@ -14,6 +14,7 @@ from torch import Tensor
 from ckd._json import sealed
 from ckd.bank import BankWriter, EmbeddingBank
 from ckd.bank.manifest import MANIFEST_NAME, encode, read_manifest
+from ckd.bank.neighbours import FOLDER
 from ckd.bank.shards import record_of
 
 CLASSES = ("ant", "bee", "cat")
@@ -65,6 +66,18 @@ def replace_shard(path: Path, index: int, data: bytes) -> None:
     shards[index] = record_of(index, old.first_row, old.rows, data)
     changed = replace(manifest, shards=tuple(shards))
     (path / MANIFEST_NAME).write_bytes(encode(changed))
+
+
+def replace_part(path: Path, name: str, data: bytes) -> None:
+    """Replace the bytes of a part of the neighbours, and its size and hashes."""
+    (path / FOLDER / name).write_bytes(data)
+    record = vars(record_of(0, 0, 1, data))
+
+    def change(values: dict[str, Any]) -> None:
+        part = next(part for part in values["parts"] if part["file"] == name)
+        part.update({field: record[field] for field in ("bytes", "xxh3", "sha256")})
+
+    change_manifest(path / FOLDER, change)
 
 
 def flip_bit(file: Path, position: int, bit: int = 0) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 COMMAND_LINES = [
     *([name] for name in cli.COMMANDS),
-    *(["bank", n] for n in ("build", "info", "verify")),
+    *(["bank", n] for n in ("build", "info", "verify", "neighbours")),
 ]
 
 

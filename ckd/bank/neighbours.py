@@ -91,14 +91,13 @@ def new_manifest(
     bank: str, rows: int, dim: int, k: Any, temperature: Any, *, exact: bool, rows_per_part: int
 ) -> Manifest:
     """A manifest without parts. Raises BankError that names the argument that is not valid."""
-    if not is_number(temperature):
-        raise BankError(f"temperature must be a number, got {brief(temperature)}")
+    temperature = float(temperature) if is_number(temperature) else temperature
     manifest = Manifest(
         bank,
         rows,
         dim,
         positive("k", k),
-        float(temperature),
+        temperature,
         bool(exact),
         positive("rows_per_part", rows_per_part),
     )
@@ -112,12 +111,17 @@ def exist(bank: Path) -> bool:
     return os.path.lexists(bank / FOLDER / MANIFEST_NAME)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise BankError if the folder of neighbours lies elsewhere than in the bank's."""
+    if folder.is_symlink():
+        raise BankError(f"{folder} is a symbolic link; put the folder itself in its place")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest in the folder of neighbours. Raises BankError."""
     path, again = folder / MANIFEST_NAME, f"make them again with: {_command(folder, '--replace')}"
     try:
-        if folder.is_symlink():
-            raise BankError(f"{folder} is a symbolic link; put the folder itself in its place")
+        check_folder(folder)
         values, data = read_object(path, _LIMIT_BYTES)
         version = values.get("schema_version")
         # First: another version may define the checksum differently.
@@ -128,9 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
             )
         values = unsealed(values, data)
         del values["schema_version"]
-        parts = check_types(values.get("parts"), list[dict[str, Any]])
-        values["parts"] = tuple(as_dataclass(Part, part) for part in parts)
-        manifest = as_dataclass(Manifest, values)
+        manifest = as_dataclass(Manifest, {**values, "parts": _parts(values.get("parts"))})
         if fault := _fault(manifest):
             raise JsonError(fault)
     except FileNotFoundError:
@@ -275,16 +277,26 @@ def _left_out(parts: Sequence[Part]) -> tuple[float, float]:
     return total / sum(part.rows for part in parts), max(part.left_out_max for part in parts)
 
 
+def _parts(values: Any) -> tuple[Part, ...]:
+    """The records in a list of JSON objects. Raises JsonError for other values."""
+    try:
+        return tuple(as_dataclass(Part, part) for part in check_types(values, list[dict[str, Any]]))
+    except JsonError as error:
+        raise JsonError(f"parts: {error}") from error
+
+
 def _fault(manifest: Manifest) -> str:
     """What no manifest says, in words; "" if there is nothing."""
-    if not 0 < manifest.rows < 1 << 31:
-        return f"rows must be from 1 to 2^31 - 1, got {manifest.rows}"
-    if not 1 <= manifest.k <= manifest.rows:
-        return f"k must be from 1 to the {manifest.rows} rows of the bank, got {manifest.k}"
-    if not _MIN_TEMPERATURE <= manifest.temperature < math.inf:
-        return f"temperature must be at least {_MIN_TEMPERATURE}, got {manifest.temperature}"
-    if manifest.rows_per_part < 1:
-        return f"rows_per_part must be at least 1, got {manifest.rows_per_part}"
+    for name in ("rows", "dim", "k", "rows_per_part"):
+        if type(value := getattr(manifest, name)) is not int or value < 1:  # True is an int too
+            return f"{name} must be an integer of at least 1, got {brief(value)}"
+    if manifest.rows >= 1 << 31:
+        return f"the bank must have less than 2^31 rows, got {brief(manifest.rows)}"
+    if manifest.k > manifest.rows:
+        return f"k must be from 1 to the {manifest.rows} rows of the bank, got {brief(manifest.k)}"
+    if not is_number(manifest.temperature) or manifest.temperature < _MIN_TEMPERATURE:
+        came = brief(manifest.temperature)
+        return f"temperature must be a number of at least {_MIN_TEMPERATURE}, got {came}"
     for index, part in enumerate(manifest.parts):
         place = manifest.place(index)
         if place["rows"] < 1 or any(getattr(part, name) != value for name, value in place.items()):

@@ -20,6 +20,7 @@ from ckd.bank.neighbours import (
     Manifest,
     Part,
     check_bank,
+    check_folder,
     exist,
     map_parts,
     read_manifest,
@@ -55,6 +56,7 @@ class NeighboursWriter:
         return found is not None and found.is_complete
 
     def __enter__(self) -> NeighboursWriter:
+        check_folder(self.path)
         try:
             self._lock.enter_context(locked_folder(self.path))
         except BlockingIOError as error:

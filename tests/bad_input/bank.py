@@ -20,6 +20,7 @@ from ckd import _lock
 from ckd.bank import BankError, BankWriter, EmbeddingBank
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import draw_bank
+from ckd.neighbours import build_neighbours
 from tests.bad_input import Case
 from tests.bank_tools import CLASSES, DIM, change_manifest, flip_bit, sample, write_bank
 
@@ -40,6 +41,11 @@ def offered(*batch: Any, **settings: Any) -> Callable[[Path], Any]:
 def asked(question: Callable[[EmbeddingBank], Any], **settings: Any) -> Callable[[Path], Any]:
     """Query an intact bank."""
     return lambda tmp_path: question(write_bank(tmp_path / "bank", **settings))
+
+
+def neighbours(**settings: Any) -> Callable[[Path], Any]:
+    """Find the nearest rows of an intact bank."""
+    return asked(lambda bank: build_neighbours(bank.path, progress=False, **settings))
 
 
 def damaged(damage: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -475,5 +481,15 @@ CASES = [
         imported(np.zeros((3, 2)), labels=[0, 1]),
         BankError,
         ("l.npy", "[3]", "[2]"),
+    ),
+    Case(
+        "no neighbours", asked(lambda bank: bank.neighbours()), BankError, ("ckd.bank neighbours",)
+    ),
+    Case("more neighbours than rows", neighbours(k=51), BankError, ("k must", "50 rows", "51")),
+    Case("no neighbour", neighbours(k=0), BankError, ("k must be", "at least 1", "0")),
+    Case("half a neighbour", neighbours(k=1.5), BankError, ("k must be", "integer", "1.5")),
+    *(
+        Case(f"temperature {t!r}", neighbours(temperature=t), BankError, ("temperature", repr(t)))
+        for t in (0.0, -1.0, float("nan"), float("inf"), "warm", None, True)
     ),
 ]

@@ -16,11 +16,12 @@ import torch
 
 from ckd import models
 from ckd._lock import LOCK_FILE
-from ckd.bank import npy
+from ckd.bank import neighbours, npy
 from ckd.bank.build import build_bank
 from ckd.bank.manifest import MANIFEST_NAME, read_manifest
 from ckd.bank.shards import map_shard
 from ckd.data import load
+from ckd.neighbours import build_neighbours
 from ckd.train import Config, checkpoint, loop, report, train
 from ckd.train.stored import STUDENT, read_result
 from tests.bank_tools import CLASSES, files_of, sample
@@ -79,9 +80,12 @@ def commands(inputs: Path) -> list[Command]:
 
 
 def import_bank(inputs: Path, path: Path, rows: Path | None = None) -> Any:
+    """Import a bank, and find its nearest rows."""
     names = {"labels": inputs / "labels.npy", "ids": inputs / "ids.npy"}
     names["class_names"] = inputs / "classes.txt"
-    return npy.import_npy(rows or inputs / "rows.npy", path, **names, rows_per_shard=16)
+    bank = npy.import_npy(rows or inputs / "rows.npy", path, **names, rows_per_shard=16)
+    build_neighbours(path, k=3, exact=True, rows_per_part=20, progress=False)
+    return bank
 
 
 def resume(config: Config) -> None:
@@ -92,7 +96,8 @@ def resume(config: Config) -> None:
 
 def bank_result(bank: Path) -> dict[str, bytes]:
     """The files. A process that died after its last write leaves a lock file, which is harmless."""
-    return {name: data for name, data in files_of(bank).items() if name != LOCK_FILE}
+    files = [path for path in bank.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(bank)): path.read_bytes() for path in files}
 
 
 def run_result(run: Path) -> Any:
@@ -116,7 +121,12 @@ def _bank_progress(path: Path) -> int:
     manifest = read_manifest(path)
     for record in manifest.shards:
         map_shard(path, record, manifest.dim, "full")
-    return manifest.rows + manifest.complete
+    done = manifest.rows + manifest.complete
+    if neighbours.exist(path):
+        found = neighbours.read_manifest(path / neighbours.FOLDER)
+        neighbours.map_parts(path / neighbours.FOLDER, found, "full")
+        done += found.rows_done
+    return done
 
 
 def _run_progress(run: Path) -> int:

@@ -21,7 +21,10 @@ KINDS += ("loop", "socket", "sparse", "empty", *(() if os.geteuid() == 0 else ("
 SPARSE = 512 << 20
 # Names that a writer makes itself, beside the files that are there.
 SITES = {
-    "part": (".tmp-manifest.json", ".tmp-shard-00002.safetensors", "shard-00002.safetensors"),
+    "part": (
+        *(".tmp-manifest.json", ".tmp-shard-00002.safetensors", "shard-00002.safetensors"),
+        "neighbours",
+    ),
     "half": (
         *("checkpoint", "checkpoint/step-00000009", "checkpoint/.tmp-step-00000012"),
         *("checkpoint/step-00000012", "checkpoint/step-abc", "student.safetensors", "result.json"),

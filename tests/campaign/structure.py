@@ -14,7 +14,8 @@ import xxhash
 
 from ckd import models
 from ckd._json import CHECKSUM, sealed
-from tests.bank_tools import replace_shard
+from ckd.bank.neighbours import FOLDER
+from tests.bank_tools import replace_part, replace_shard
 from tests.campaign import odd
 from tests.campaign.child import Result
 from tests.campaign.commands import import_bank
@@ -136,12 +137,14 @@ def tensors_case(targets: Targets, chance: random.Random) -> Result:
     """Headers of safetensors that cannot be; hashes outside of the file are right."""
     target = chance.choice([t for t in targets.all if t.file.endswith(".safetensors")])
     if target.origin.name == "part":
-        target = targets.all[1]
+        target = next(t for t in targets.all if t.file.startswith("shard"))
     file = targets.copy(target.origin) / target.file
     data, how, told = _other_header(file.read_bytes(), chance)
     file.write_bytes(data)
     if target.file.startswith("shard"):
         replace_shard(targets.case, int(target.file[6:11]), data)
+    elif target.file.startswith(FOLDER):
+        replace_part(targets.case, Path(target.file).name, data)
     elif target.file.startswith("checkpoint"):
         hashes = {"tensors_bytes": len(data), "tensors_xxh3": xxhash.xxh3_64_hexdigest(data)}
         _reseal_state(targets, lambda state: state.update(hashes))

@@ -175,7 +175,10 @@ def open_bank() -> Any:
     bank = EmbeddingBank.open(CASE)
     bank.class_counts(), bank.centroids()
     tensors = (bank.embeddings(), bank.labels, bank.sample_ids)
-    return [t.numpy().tobytes() for t in tensors], dict(bank.meta), bank.class_names
+    found = bank.neighbours()
+    tensors += (found.rows, found.weights, found.lse, found.mean)
+    left = found.temperature, found.left_out_mean, found.left_out_max
+    return [t.numpy().tobytes() for t in tensors], dict(bank.meta), bank.class_names, left
 
 
 def finish_bank() -> Any:
