@@ -31,7 +31,7 @@ def build_neighbours(
     """Store the k nearest rows of each row of the bank in the folder `path`, with softmax weights.
 
     What is stored is described by `ckd.bank.Neighbours`; cosines are float32, on `device`. Memory
-    beside the bank's pages is bounded by a tile of cosines.
+    beside the bank's pages is bounded by a tile of cosines and the results of one part.
 
     exact: also store the mean of all unit rows under each row's softmax, float16 [N, D].
     replace: discard neighbours that were made with other settings or of another bank, or that are
@@ -123,7 +123,7 @@ def _nearest(
     weights = ((best.values - largest).double() * scale).exp() / total
     lse = scale * largest + total.log()
     left_out = (1 - weights.sum(1)).clamp(0, 1)
-    return best.rows, weights, lse.squeeze(1), mean / total, left_out
+    return best.rows.int(), weights.half(), lse.squeeze(1), mean / total, left_out
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -96,8 +96,12 @@ def resume(config: Config) -> None:
 
 def bank_result(bank: Path) -> dict[str, bytes]:
     """The files. A process that died after its last write leaves a lock file, which is harmless."""
-    files = [path for path in bank.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    files = [path for path in bank.rglob("*") if path.is_file() and not _is_lock(path)]
     return {str(path.relative_to(bank)): path.read_bytes() for path in files}
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name.startswith(LOCK_FILE)
 
 
 def run_result(run: Path) -> Any:
@@ -105,8 +109,8 @@ def run_result(run: Path) -> Any:
     result = read_result(run)
     kept = {k: v for k, v in result.items() if "time" not in k and "rss" not in k}
     kept.pop("images_per_s")
-    names = {str(path.relative_to(run)): path.is_dir() for path in run.rglob("*")}
-    names.pop(LOCK_FILE, None)
+    paths = [path for path in run.rglob("*") if not _is_lock(path)]
+    names = {str(path.relative_to(run)): path.is_dir() for path in paths}
     return outcome(run), kept, names
 
 
@@ -165,11 +169,13 @@ def goes_on(prepared: Prepared, root: Path, path: Path, floor: int, *, no_flock:
 
 
 def unlocked_as_told(path: Path, failure: Failure | None) -> bool:
-    """Delete a lock file if the message says so: its owner died before it wrote its name, or could
-    not delete it."""
-    told = failure is not None and failure.typed and str(path / LOCK_FILE) in failure.text
-    if told:
-        (path / LOCK_FILE).unlink()
+    """Delete the lock files of a folder if the message says so: the owner died before it wrote its
+    name, or could not delete it."""
+    told = False
+    for lock in [file for file in path.rglob("*") if _is_lock(file)]:
+        if failure is not None and failure.typed and str(lock.parent / LOCK_FILE) in failure.text:
+            lock.unlink()
+            told = True
     return told
 
 
