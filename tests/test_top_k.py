@@ -59,12 +59,18 @@ def test_top_k_matches_float64(shape: Any, k: int, tile: int, backend: str) -> N
     assert (values - exact.gather(1, rows)).abs().max() <= error
 
 
+# In rising order, each tile displaces what the tiles before it gave, with rows that are equal.
+@pytest.mark.parametrize("rising", [False, True])
 @pytest.mark.parametrize("k", [1, 2, 7, 59, 60])
-def test_among_equal_cosines_the_smaller_row_comes_first(k: int, tile: int, backend: str) -> None:
+def test_among_equal_cosines_the_smaller_row_comes_first(
+    k: int, rising: bool, tile: int, backend: str
+) -> None:
     generator = torch.Generator().manual_seed(k)
-    axes = torch.randint(4, (60,), generator=generator)  # so that cosines are exact
-    bank = torch.eye(4)[axes].to(torch.get_default_device())
-    student = torch.tensor([[3.0, 4.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [0.0] * 4, [1.0] * 4])
+    axes = torch.randint(4, (60,), generator=generator)
+    if rising:
+        axes = axes.sort(descending=True).values
+    bank = torch.eye(4)[axes].to(torch.get_default_device())  # so that cosines are exact
+    student = torch.tensor([[4.0, 3.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0], [0.0] * 4, [1.0] * 4])
     values, rows = ckd.top_k(student, bank, k, backend=backend)
     table = ckd.normalized_similarity(student, bank, backend=backend)
     for row, cosines in zip(rows.tolist(), table.tolist()):

@@ -163,9 +163,8 @@ class RunningTopK:
         last = values[:, self.k - 1]
         tied = last == values[:, self.k]
         if self._best is not None and self.seen >= self.k:
-            tied &= (
-                last > self._best.values[:, -1]
-            )  # else earlier rows are preferred to all of them
+            # Else the rows before are preferred to all of these.
+            tied &= last > self._best.values[:, -1]
         values, columns = values[:, : self.k], columns[:, : self.k]
         if tied.any():
             columns[tied] = _first_of_equal(cosines[tied], values[tied], columns[tied])
