@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor
 
 from ckd.bank.manifest import BankError, HeadRecord, brief
-from ckd.bank.shards import map_tensors
+from ckd.bank.shards import REMEDY, Layout, map_tensors
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def encode_head(head: ClassHead) -> tuple[bytes, HeadRecord]:
 
 def map_head(folder: Path, record: HeadRecord, dim: int, verify: str) -> ClassHead:
     """Map the head's file, checked as `map_shard` checks a shard."""
-    layout = {"weight": ("F32", [record.classes, dim]), "bias": ("F32", [record.classes])}
-    weight, bias = map_tensors(folder, record, layout, verify)
+    layout: Layout = {"weight": ("F32", [record.classes, dim]), "bias": ("F32", [record.classes])}
+    weight, bias = map_tensors(folder, record, layout, verify, REMEDY)
     order = None if record.order is None else tuple(record.order)
     return ClassHead(weight, bias, tuple(record.class_names), order)
