@@ -109,7 +109,7 @@ def test_a_truncated_lengthened_or_missing_shard_is_named_with_its_rows(tmp_path
 @pytest.mark.parametrize(
     ("says", "change"),
     [
-        ("schema version 2", lambda m: m.update(schema_version=2)),
+        ("schema version 3", lambda m: m.update(schema_version=3)),
         ("schema version '1'", lambda m: m.update(schema_version="1")),
         ("schema version True", lambda m: m.update(schema_version=True)),
         ("'dim'", lambda m: m.pop("dim")),

@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._triton": set(),
     "ckd.backends": {"ckd._errors", "ckd._hints", "ckd._C", "ckd._triton"},
     "ckd.ops": {"ckd._errors", "ckd._hints", "ckd.backends"},
-    "ckd.losses": {"ckd.ops", "ckd.backends"},
+    "ckd.losses": {"ckd._errors", "ckd._hints", "ckd.ops", "ckd.backends"},
     "ckd.bank": BASE,
     "ckd.data": BASE,
     "ckd.models": BASE,

@@ -9,7 +9,17 @@ import torch
 
 from ckd import data
 from ckd.bank.build import build_bank
-from ckd.models import Model, ModelError, Resize, create, load, prepare, save, weights_hash
+from ckd.models import (
+    Model,
+    ModelError,
+    Resize,
+    class_head,
+    create,
+    load,
+    prepare,
+    save,
+    weights_hash,
+)
 from ckd.train.config import Config
 from ckd.train.evaluation import evaluate_source
 
@@ -60,6 +70,14 @@ def test_classifier_gives_its_logits_and_the_class_token(classifier, tmp_path: P
     expected = classifier.eval()(x, output_hidden_states=True)
     torch.testing.assert_close(logits, expected.logits)
     torch.testing.assert_close(embedding, classifier.vit(x).last_hidden_state[:, 0])
+
+
+def test_class_head_is_the_classifiers_last_layer(classifier, tmp_path: Path) -> None:
+    model = load(store(classifier, tmp_path))
+    weight, bias = class_head(model)
+    embedding, logits = model(pixels(model))
+    torch.testing.assert_close(embedding @ weight.T + bias, logits)
+    assert class_head(load(f"hf:{tmp_path}", pool="mean")) is None
 
 
 def test_convolutional_classifier(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ckd.models import ModelError, create, load, prepare, save, weights_hash
+from ckd.models import ModelError, class_head, create, load, prepare, save, weights_hash
 from ckd.models.preprocessing import Preprocessing
 from ckd.models.spec import parse
 from ckd.models.timm_models import TimmModel
@@ -43,10 +43,34 @@ def test_logits_are_timms_own(name: str, image_size: int | None, in_channels: in
     assert len(model.mean) == len(model.std) == model.in_channels
 
 
+@pytest.mark.parametrize(
+    ("name", "linear"),
+    [
+        ("resnet10t", True),
+        ("mobilenetv3_small_050", True),
+        ("vit_tiny_patch16_224", True),
+        ("dla46x_c", False),  # its classifier is a convolution
+        ("efficientvit_m0", False),  # normalises between embedding and classifier
+        ("swiftformer_xs", False),  # two classifiers of one embedding
+    ],
+)
+def test_class_head_is_the_classifier_where_that_is_linear(name: str, linear: bool) -> None:
+    model = create(f"timm:{name}", num_classes=5, image_size=32).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.running_mean.fill_(0.5)  # as after training; 0 would change nothing
+    found = class_head(model)
+    assert (found is not None) == linear
+    if found is not None:
+        embedding, logits = model(torch.randn(2, 3, 32, 32))
+        torch.testing.assert_close(embedding @ found[0].T + found[1], logits)
+
+
 def test_without_classes_there_are_no_logits() -> None:
     model = create("timm:resnet10t", num_classes=None, image_size=32).eval()
     assert model.num_classes is None
     assert model(torch.zeros(1, 3, 32, 32)).logits is None
+    assert class_head(model) is None
 
 
 def test_saved_student_comes_back(tmp_path: Path) -> None:

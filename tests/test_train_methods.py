@@ -119,7 +119,7 @@ def test_centroids_too_small_for_float16_keep_their_direction(tmp_path):
     )
     centroids = EmbeddingBank.open(tmp_path / "small").centroids()
     assert F.cosine_similarity(centroids.half().double(), centroids.double()).min() < 0.99995
-    assert torch.equal(setting.method.bank, centroids)
+    assert torch.equal(setting.method.contrastive.bank, centroids)
 
 
 def test_embed_kd_contrasts_with_each_samples_own_row(tmp_path):

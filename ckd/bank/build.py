@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ckd import models
+from ckd.bank.class_head import ClassHead
 from ckd.bank.reader import EmbeddingBank
 from ckd.bank.summary import human_bytes
 from ckd.bank.writer import BankWriter
@@ -39,7 +40,8 @@ def build_bank(
     prepare: Prepare = models.prepare,
     progress: bool = True,
 ) -> EmbeddingBank:
-    """Store `model(prepare(model, images)).embedding` of every image, in the data set's order.
+    """Store `model(prepare(model, images)).embedding` of every image, in the data set's order, and
+    the model's class head, if it is linear in the embedding (`ckd.models.class_head`).
 
     model: the teacher. It is moved to `device` (on the CPU, to the memory format channels_last)
         and runs in evaluation mode, without augmentation.
@@ -55,6 +57,7 @@ def build_bank(
     """
     say = print if progress else _silent
     models.check_teacher(model)
+    head = None if normalize else _class_head(model, dataset)
     writer = BankWriter(
         path,
         model.embedding_dim,
@@ -64,6 +67,7 @@ def build_bank(
         dataset=f"{dataset.name} ({dataset.split})",
         class_names=dataset.class_names,
         normalize=normalize,
+        class_head=head,
         rows_per_shard=rows_per_shard,
         rows=len(dataset),
     )
@@ -76,6 +80,13 @@ def build_bank(
         f"({dataset.split}), about {human_bytes(len(dataset) * bytes_per_row)}",
         flush=True,
     )
+    if model.num_classes is not None and head is None:
+        why = (
+            "rows scaled to length 1 do not give its logits"
+            if normalize
+            else "its logits are not known to be a linear map of the embedding"
+        )
+        say(f"the teacher's class head is not stored: {why}", flush=True)
     model.to(device)
     if torch.device(device).type == "cpu":
         # ResNet-56 at 32 px on one core (AMD EPYC): 280 images/s instead of 180.
@@ -130,6 +141,16 @@ def describe_preprocessing(
         "resize": asdict(model.resize),
         "prepare": getattr(prepare, "__qualname__", type(prepare).__qualname__),
     }
+
+
+def _class_head(model: models.Model, dataset: Dataset) -> ClassHead | None:
+    """The model's class head with the order of the data's classes, where their names match."""
+    found = models.class_head(model)
+    if found is None:
+        return None
+    vocabularies = (model.class_names, *model.other_class_names)
+    order = models.class_order(vocabularies, dataset.class_names)
+    return ClassHead(*found, model.class_names, order)
 
 
 def _class_order(model: models.Model, dataset: Dataset) -> list[int] | None:

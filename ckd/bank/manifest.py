@@ -20,7 +20,9 @@ from ckd._files import read_regular
 from ckd._json import JsonError, parse_object, sealed, unsealed
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Banks of earlier versions are read: the fields that each version added.
+_ADDED: dict[int, tuple[str, ...]] = {1: (), 2: ("statistics", "class_head")}
 INTEGER_LIMIT = 1 << 62  # of sizes: torch's integers have 64 bits
 _LIMIT_BYTES = 64 << 20  # some 200,000 shards
 DTYPE = "float16"
@@ -73,8 +75,26 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class HeadRecord:
+    """The manifest's entry for the teacher's class head: what it classifies, size, hashes."""
+
+    classes: int
+    class_names: list[str]
+    order: list[int] | None
+    bytes: int
+    xxh3: str
+    sha256: str
+
+    file = "class_head.safetensors"
+    span = "the teacher's class head"
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """`manifest.json` without the derived `dtype`, `rows`, `schema_version` and `checksum`."""
+    """`manifest.json` without the derived `dtype`, `rows` and `checksum`.
+
+    `statistics` (as `ckd.bank.statistics` encodes them) and `class_head` come with completion.
+    """
 
     dim: int
     rows_per_shard: int
@@ -87,6 +107,9 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     shards: tuple[ShardRecord, ...] = ()
     complete: bool = False
+    statistics: dict[str, str] | None = None
+    class_head: HeadRecord | None = None
+    schema_version: int = SCHEMA_VERSION
 
     @property
     def rows(self) -> int:
@@ -95,9 +118,18 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """The manifest as plain JSON values, without its checksum."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        names = _fields_of(self.schema_version)
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
         values["shards"] = [vars(shard).copy() for shard in self.shards]
-        return values | {"schema_version": SCHEMA_VERSION, "dtype": DTYPE, "rows": self.rows}
+        if self.class_head is not None:
+            values["class_head"] = vars(self.class_head).copy()
+        return values | {"dtype": DTYPE, "rows": self.rows}
+
+
+def _fields_of(version: int) -> list[str]:
+    """The fields of Manifest that a manifest of this version has."""
+    later = {name for v, names in _ADDED.items() if v > version for name in names}
+    return [f.name for f in fields(Manifest) if f.name not in later]
 
 
 def shard_name(index: int) -> str:
@@ -141,9 +173,10 @@ def decode(data: bytes, path: Path) -> Manifest:
         raise BankError(f"{path} is damaged (affects all rows): {error}") from error
     # Version first: another version may define the checksum differently.
     version = values.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if type(version) is not int or version not in _ADDED:
         raise BankError(
-            f"{path} has schema version {version!r:.40}, this ckd reads version {SCHEMA_VERSION}; "
+            f"{path} has schema version {version!r:.40}, this ckd reads version "
+            f"{' and '.join(map(str, _ADDED))}; "
             "read it with the ckd that wrote it, or build the bank again"
         )
     try:
@@ -195,7 +228,8 @@ def brief(value: Any, limit: int = 120) -> str:
 
 def _validated(values: dict[str, Any], path: Path) -> Manifest:
     """The Manifest of JSON values, after a check of every type and range."""
-    expected = {f.name for f in fields(Manifest)} | {"schema_version", "dtype", "rows"}
+    known = _fields_of(values["schema_version"])
+    expected = {*known, "dtype", "rows"}
     if values.keys() != expected:
         odd = sorted(expected ^ values.keys())
         raise BankError(f"{path} is damaged: missing or unexpected fields {odd}")
@@ -228,8 +262,14 @@ def _validated(values: dict[str, Any], path: Path) -> Manifest:
     _check(rows == sum(s.rows for s in shards), path, "rows", "the sum over the shards", rows)
     _check(rows > 0 or not values["complete"], path, "rows", "at least 1 in a whole bank", rows)
 
-    plain = {f.name: values[f.name] for f in fields(Manifest)}
-    return Manifest(**(plain | {"dim": dim, "shards": tuple(shards)}))
+    added: dict[str, Any] = {}
+    given = values.get("statistics")  # whose numbers the reader decodes
+    good = given is None or (isinstance(given, dict) and given.keys() == {"mean", "variance"})
+    _check(good, path, "statistics", "mean and variance, or null", given)
+    if values.get("class_head") is not None:
+        added["class_head"] = _head(values["class_head"], path)
+    plain = {name: values[name] for name in known}
+    return Manifest(**(plain | {"dim": dim, "shards": tuple(shards)} | added))
 
 
 def _shard(index: int, entry: Any, rows_per_shard: int, path: Path) -> ShardRecord:
@@ -245,12 +285,33 @@ def _shard(index: int, entry: Any, rows_per_shard: int, path: Path) -> ShardReco
     _check(start == first_row, path, f"{where}.first_row", f"{first_row}", start)
     rows = _integer(entry, "rows", path, least=1, where=where)
     _check(rows <= rows_per_shard, path, f"{where}.rows", f"at most {rows_per_shard}", rows)
+    _check_hashes(entry, path, where)
+    return ShardRecord(**entry)
+
+
+def _head(entry: Any, path: Path) -> HeadRecord:
+    where = "class_head"
+    names = {f.name for f in fields(HeadRecord)}
+    good = isinstance(entry, dict) and entry.keys() == names
+    _check(good, path, where, f"an object with {sorted(names)}", entry)
+    classes = _integer(entry, "classes", path, least=1, where=where)
+    given, order = entry["class_names"], entry["order"]
+    good = isinstance(given, list) and all(isinstance(name, str) for name in given)
+    good = good and len(given) in (0, classes)
+    _check(good, path, f"{where}.class_names", f"{classes} names or none", given)
+    good = order is None or (isinstance(order, list) and all(type(i) is int for i in order))
+    good = good and (order is None or (len(order) == classes and {*order} == {*range(classes)}))
+    _check(good, path, f"{where}.order", f"the numbers of {classes} logits, or null", order)
+    _check_hashes(entry, path, where)
+    return HeadRecord(**entry)
+
+
+def _check_hashes(entry: dict[str, Any], path: Path, where: str) -> None:
     _integer(entry, "bytes", path, least=1, where=where)
     for name, digits in (("xxh3", 16), ("sha256", 64)):
         value = entry[name]
         good = isinstance(value, str) and len(value) == digits and set(value) <= _HEX_DIGITS
         _check(good, path, f"{where}.{name}", f"{digits} lower-case hex digits", value)
-    return ShardRecord(**entry)
 
 
 _HEX_DIGITS = set(string.hexdigits.lower())

@@ -7,6 +7,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import safetensors.torch
 import xxhash
@@ -17,9 +18,25 @@ from ckd._files import LFS_POINTER, holds_lfs_pointer, open_regular
 from ckd.bank.manifest import BankError, ShardRecord, shard_name
 
 _READ_BYTES = 4 << 20
+REMEDY = "restore it from a copy, or delete the bank and build it again"
 
 # Name -> (safetensors dtype, shape) of each tensor of a file.
 Layout = dict[str, tuple[str, list[int]]]
+
+
+class FileRecord(Protocol):
+    """A manifest's entry for a file of tensors; `span` says in words what the file holds."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def xxh3(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def span(self) -> str: ...
 
 
 class _Damage(Exception):
@@ -65,12 +82,11 @@ def map_shard(folder: Path, record: ShardRecord, dim: int, verify: str) -> Shard
         "label": ("I64", [record.rows]),
         "sample_id": ("I64", [record.rows]),
     }
-    remedy = "restore it from a copy, or delete the bank and build it again"
-    return Shard(record, *map_tensors(folder, record, layout, verify, remedy))
+    return Shard(record, *map_tensors(folder, record, layout, verify, REMEDY))
 
 
 def map_tensors(
-    folder: Path, record: ShardRecord, layout: Layout, verify: str, remedy: str
+    folder: Path, record: FileRecord, layout: Layout, verify: str, remedy: str
 ) -> list[Tensor]:
     """Map a file into memory, checked as `verify` says ("off": size and header only).
 
@@ -95,7 +111,7 @@ def map_tensors(
         raise BankError(f"{path} cannot be read ({record.span}): {reason}") from error
 
 
-def _check_size(path: Path, record: ShardRecord) -> None:
+def _check_size(path: Path, record: FileRecord) -> None:
     # Before anything is mapped: touching a mapping beyond the end of its file kills the process.
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -107,7 +123,7 @@ def _check_size(path: Path, record: ShardRecord) -> None:
         raise _Damage(f"{how}, {sizes}")
 
 
-def _check_hashes(path: Path, record: ShardRecord, *, full: bool) -> None:
+def _check_hashes(path: Path, record: FileRecord, *, full: bool) -> None:
     xxh3, sha256 = xxhash.xxh3_64(), hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(_READ_BYTES):

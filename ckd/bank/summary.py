@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 from ckd.bank import neighbours
-from ckd.bank.manifest import INTEGER_LIMIT, SCHEMA_VERSION, BankError
+from ckd.bank.manifest import INTEGER_LIMIT, BankError
 from ckd.bank.reader import EmbeddingBank
 
 # With more classes than this, rows per class are given as a range and a median.
@@ -16,9 +16,10 @@ def summarize(bank: EmbeddingBank) -> dict[str, Any]:
     """The bank in plain JSON values; `saves` is None where the teacher's cost was not recorded."""
     meta = bank.meta
     counts = bank.class_counts()
+    head = bank.class_head()
     return {
         "path": str(bank.path),
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": meta["schema_version"],
         "rows": len(bank),
         "dim": bank.dim,
         "dtype": meta["dtype"],
@@ -26,6 +27,8 @@ def summarize(bank: EmbeddingBank) -> dict[str, Any]:
         "shards": len(meta["shards"]),
         "bytes": bank.nbytes,
         "teacher": meta["teacher"],
+        "class_head": head
+        and {"classes": head.num_classes, "class_names": head.class_names, "order": head.order},
         "preprocessing": meta["preprocessing"],
         "dataset": meta["dataset"],
         "fingerprint": meta["fingerprint"],
@@ -47,6 +50,7 @@ def describe(bank: EmbeddingBank) -> str:
         ("rows", f"{facts['rows']:,} x {facts['dim']} float16, {normalized}"),
         ("on disk", f"{human_bytes(facts['bytes'])} in {shards}"),
         ("teacher", _teacher_line(facts["teacher"])),
+        ("", _head_line(facts["class_head"])),
         ("data", _data_line(facts["dataset"], facts["fingerprint"])),
         *_class_lines(facts["classes"], facts["rows_without_label"]),
         *_saving_lines(facts["saves"], facts["rows"]),
@@ -108,6 +112,14 @@ def _teacher_line(teacher: dict[str, Any] | None) -> str:
     if "weights_sha256" in teacher:
         text += f", weights {str(teacher['weights_sha256'])[:12]}"
     return text
+
+
+def _head_line(head: dict[str, Any] | None) -> str:
+    if head is None:
+        return "its class head is not stored"
+    names = head["class_names"]
+    named = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f"with its class head of {head['classes']} classes{named}"
 
 
 def _data_line(dataset: str | None, fingerprint: str | None) -> str:

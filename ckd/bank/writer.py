@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ckd._files import TEMPORARY_PREFIX, atomic_write, fsync_folder, user_path
 from ckd._lock import locked_folder
-from ckd.bank import arrays
+from ckd.bank import arrays, statistics
+from ckd.bank.class_head import ClassHead, encode_head
 from ckd.bank.manifest import (
     MANIFEST_NAME,
+    SCHEMA_VERSION,
     BankError,
+    HeadRecord,
     Manifest,
     RowError,
     brief,
@@ -31,7 +34,10 @@ from ckd.bank.reader import EmbeddingBank
 from ckd.bank.settings import new_manifest, positive
 from ckd.bank.shards import encode_shard, map_shard, record_of
 
-_OURS = re.compile(rf"({re.escape(TEMPORARY_PREFIX)})?(manifest\.json|shard-\d{{5,}}\.safetensors)")
+_OURS = re.compile(
+    rf"({re.escape(TEMPORARY_PREFIX)})?"
+    rf"(manifest\.json|shard-\d{{5,}}\.safetensors|{re.escape(HeadRecord.file)})"
+)
 
 
 class BankWriter:
@@ -54,6 +60,7 @@ class BankWriter:
         describe its input. All are stored in the manifest and must be the same on a resume.
     class_names: the names of labels 0, 1, ...; with them, labels beyond are refused.
     normalize: store rows scaled to length 1 (computed in float64).
+    class_head: the teacher's linear classifier of these rows, stored when the bank is complete.
     rows: the number of rows of the complete bank. If the block ends with another number: BankError,
         and the bank stays incomplete and can be resumed. None: the end of the block completes the
         bank, except that a resumed bank without a call of `write` is a BankError.
@@ -78,6 +85,7 @@ class BankWriter:
         dataset: str | None = None,
         class_names: Iterable[str] | None = None,
         normalize: bool = False,
+        class_head: ClassHead | None = None,
         rows_per_shard: int = 8192,
         rows: int | None = None,
     ) -> None:
@@ -96,6 +104,13 @@ class BankWriter:
             fingerprint=fingerprint,
             class_names=class_names,
         )
+        if class_head is not None and self._manifest.normalized:
+            raise BankError(
+                "class_head and normalize exclude each other: the head's logits depend on the "
+                "length of a row, which normalize=True does not store"
+            )
+        self._head = None if class_head is None else class_head.checked(self._manifest.dim)
+        self._moments = statistics.Moments(self._manifest.dim)
         self._lock: ExitStack | None = None
         self._stored: set[int] = set()  # sample ids that were durable when the writer opened
         self._resumed: EmbeddingBank | None = None  # the rows of these ids
@@ -120,6 +135,7 @@ class BankWriter:
         """Take the lock, make or resume the bank, and delete a killed writer's leftovers."""
         self._lock = _lock(self.path)
         self._offered, self._pending, self._pending_rows = set(), [], 0
+        self._moments = statistics.Moments(self._manifest.dim)
         try:
             if (self.path / MANIFEST_NAME).exists():
                 self._resume(read_manifest(self.path))
@@ -214,10 +230,12 @@ class BankWriter:
                 f"{self.path} already holds a complete bank of {found.rows} rows; "
                 "choose another path, or delete it first"
             )
-        self._manifest = found
+        self._manifest = replace(found, schema_version=SCHEMA_VERSION)
         self._remove_leftovers()
         shards = [map_shard(self.path, record, found.dim, "fast") for record in found.shards]
         self._resumed = EmbeddingBank(self.path, found, shards)
+        for shard in shards:
+            self._moments.add(shard.embedding)
         self._stored = set(self._resumed.sample_ids.tolist())
         self.rows_done = found.rows
 
@@ -297,9 +315,12 @@ class BankWriter:
         embedding, label, sample_id = (torch.cat(parts) for parts in zip(*self._pending))
         data = encode_shard(embedding, label, sample_id)
         record = record_of(len(manifest.shards), manifest.rows, len(label), data)
-        manifest = replace(manifest, shards=(*manifest.shards, record), complete=complete)
+        manifest = replace(manifest, shards=(*manifest.shards, record))
+        self._moments.add(embedding)
         try:
             atomic_write(self.path / record.file, data)
+            if complete:
+                manifest = self._completed(manifest)
             atomic_write(self.path / MANIFEST_NAME, encode(manifest))
         except BaseException:
             # The disk may be ahead of this object's state: only a resume reads it back.
@@ -307,6 +328,15 @@ class BankWriter:
             raise
         self._manifest = manifest
         self._pending, self._pending_rows = [], 0
+
+    def _completed(self, manifest: Manifest) -> Manifest:
+        """The manifest of the complete bank; writes the class head, which it lists."""
+        record = None
+        if self._head is not None:
+            data, record = encode_head(self._head)
+            atomic_write(self.path / record.file, data)
+        encoded = statistics.encode(self._moments.statistics())
+        return replace(manifest, complete=True, statistics=encoded, class_head=record)
 
     def _finish(self) -> None:
         if self._lock is None:
@@ -323,7 +353,7 @@ class BankWriter:
         if self._pending_rows:
             self._write_shard(complete=True)
         else:
-            atomic_write(self.path / MANIFEST_NAME, encode(replace(self._manifest, complete=True)))
+            atomic_write(self.path / MANIFEST_NAME, encode(self._completed(self._manifest)))
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -2,6 +2,7 @@
 
 from ckd.models.base import Model, ModelOutput, check_teacher
 from ckd.models.catalog import create, known
+from ckd.models.class_head import class_head
 from ckd.models.classes import are_named, class_order
 from ckd.models.files import class_names, load, save
 from ckd.models.measure import flops_per_image, parameter_count, weights_hash
@@ -18,6 +19,7 @@ __all__ = [
     "Resize",
     "are_named",
     "check_teacher",
+    "class_head",
     "class_names",
     "class_order",
     "create",

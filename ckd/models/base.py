@@ -81,6 +81,11 @@ class Model(nn.Module):
         self.register_buffer("channel_mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("channel_std", torch.tensor(std).view(shape), persistent=False)
 
+    @property
+    def classifier(self) -> nn.Module | None:
+        """The layer from the embedding to the logits; None without classes or a single layer."""
+        return None
+
     def check_images(self, images: Tensor) -> None:
         """ModelError unless `images` are floats of the shape this model was made for."""
         expected = (self.in_channels, self.image_size, self.image_size)

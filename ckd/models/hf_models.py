@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ckd._hints import require
 from ckd.models.base import (
@@ -84,6 +84,10 @@ class HFModel(Model):
         self.check_images(images)
         embedding = self.embed(images)
         return ModelOutput(embedding, None if self.head is None else self.head(embedding))
+
+    @property
+    def classifier(self) -> nn.Module | None:
+        return self.head
 
 
 def create(

@@ -56,6 +56,10 @@ class ResNet(Model):
         embedding = x.mean(dim=(2, 3))
         return ModelOutput(embedding, None if self.linear is None else self.linear(embedding))
 
+    @property
+    def classifier(self) -> nn.Module | None:
+        return self.linear
+
     @staticmethod
     def shape_from_weights(spec: Spec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """num_classes and in_channels of the ResNet that has these weights; they fit any image

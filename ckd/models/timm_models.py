@@ -79,6 +79,11 @@ class TimmModel(Model):
             return ModelOutput(embedding, network.get_classifier()(embedding))
         return ModelOutput(embedding, network.forward_head(features))
 
+    @property
+    def classifier(self) -> nn.Module | None:
+        layers = _layers(self.embed.network.get_classifier())
+        return layers[0] if len(layers) == 1 else None
+
 
 class _Embed(nn.Module):
     def __init__(self, network: Any) -> None:

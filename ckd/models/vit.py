@@ -71,6 +71,10 @@ class ViT(Model):
         embedding = self.norm(self.blocks(x)[:, 0])
         return ModelOutput(embedding, None if self.head is None else self.head(embedding))
 
+    @property
+    def classifier(self) -> nn.Module | None:
+        return self.head
+
     @staticmethod
     def shape_from_weights(spec: Spec, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """num_classes, image_size and in_channels of the ViT that has these weights."""

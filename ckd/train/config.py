@@ -13,8 +13,10 @@ from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
 from ckd._json import CHECKSUM, JsonError, as_dataclass, is_number, read_object, sealed, unsealed
 from ckd.data import MAX_PIXELS
+from ckd.losses import HeadKind
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
+from ckd.train.mix import HEAD_TERMS, parse_mix
 
 MethodName = Literal["plain", "logit-kd", "teacher-kd", "embed-kd"]
 Targets = Literal["samples", "centroids"]
@@ -69,8 +71,8 @@ class Config:
     pool: Pool | None = None
     """teacher-kd: how an hf: teacher's tokens become its embedding, as in `ckd bank build`."""
     teacher_classes: str | None = None
-    """logit-kd, --eval: a text file with the names of the teacher's classes, one per line in the
-    order of its logits; default: the names that the model stores."""
+    """logit-kd, --distill logits, --eval: a text file with the names of the teacher's classes, one
+    per line in the order of its logits; default: the names that the model stores."""
     out: str | None = None
     """The run folder; default: runs/DATA-METHOD-seedSEED."""
 
@@ -97,8 +99,17 @@ class Config:
     flip: bool = True
     """Random horizontal flip."""
 
+    label_weight: float = 1.0
+    """Weight of the cross-entropy against the labels, the mean over the images that have one."""
     distill_weight: float = 0.5
-    """Weight of the distillation term beside the cross-entropy against the labels."""
+    """Weight of the distillation term, and of a term of --distill without a weight of its own."""
+    distill: str | None = None
+    """embed-kd: the terms with their weights, as in contrastive=0.5,cosine=1. contrastive: with
+    the projected bank (the default, alone); cosine, mse: with the image's own row, through a --head
+    into the teacher's space; soft: KL of the similarities to all rows (needs `ckd bank
+    neighbours`); logits: KL with the logits of the bank's class head at --temperature."""
+    head: HeadKind = "linear"
+    """The head that cosine, mse and soft share: linear, or mlp with a hidden layer."""
     targets: Targets | None = None
     """embed-kd, samples: contrast with all rows of the bank; the image's own is the target.
     centroids: with the mean row of each class, as published; cheaper, less accurate
@@ -110,7 +121,7 @@ class Config:
     learn_logit_scale: bool = True
     """Whether the logit scale is trained."""
     temperature: float = 4.0
-    """logit-kd: the temperature of both softmaxes."""
+    """logit-kd, --distill logits: the temperature of both softmaxes."""
     paper_compat: bool = False
     """Train as the paper's published code does: its defaults, softmax applied twice,
     learning rate changed once an epoch, weight decay of every parameter."""
@@ -149,6 +160,20 @@ class Config:
             return user_path(self.out)
         return Path("runs") / f"{Path(self.data).stem}-{self.method}-seed{self.seed}"
 
+    @property
+    def mix(self) -> dict[str, float]:
+        """embed-kd: the weight of each term, by name. Raises ConfigError for a bad --distill."""
+        if self.distill is None:
+            return {"contrastive": self.distill_weight}
+        return parse_mix(self.distill, self.distill_weight)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the loss has a term beside the cross-entropy against the labels."""
+        if self.method == "embed-kd":
+            return any(self.mix.values())
+        return self.method != "plain" and self.distill_weight > 0
+
     def check(self) -> None:
         """Raise ConfigError for the first setting that cannot work.
 
@@ -162,6 +187,7 @@ class Config:
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
+        self._check_mix()
         if self.pool is not None and self.method != "teacher-kd":
             raise ConfigError(
                 "--pool goes with --method teacher-kd, which runs the teacher for its embeddings; "
@@ -171,6 +197,34 @@ class Config:
             raise ConfigError(
                 f"--warmup-epochs must be at most --epochs ({self.epochs}), "
                 f"got {self.warmup_epochs}"
+            )
+
+    def _check_mix(self) -> None:
+        """Raise ConfigError for terms that cannot be parsed, or do not go with other settings."""
+        if self.distill is not None and self.method != "embed-kd":
+            raise ConfigError(
+                "--distill goes with --method embed-kd, whose terms it names; the one term of "
+                "logit-kd and teacher-kd has the weight --distill-weight, plain has none"
+            )
+        names = self.mix.keys() if self.method == "embed-kd" else set()
+        if self.paper_compat and names - {"contrastive"}:
+            raise ConfigError(
+                "--paper-compat trains by the published loss, which is --distill contrastive; "
+                "leave out one of the two"
+            )
+        if self.head != "linear" and not names & HEAD_TERMS:
+            raise ConfigError(
+                "--head goes with --distill cosine, mse or soft, which compare the student in the "
+                "teacher's space"
+            )
+        if self.distill is not None and self.targets is not None and "contrastive" not in names:
+            raise ConfigError(
+                "--targets goes with the term contrastive, which --distill leaves out"
+            )
+        if not self.label_weight and not self.distils:
+            raise ConfigError(
+                "--label-weight 0 leaves nothing to learn from: there is no distillation term of a "
+                "weight above 0; use --method embed-kd with a --bank"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -266,6 +320,7 @@ _RANGES: Mapping[str, _Range] = {
     "label_smoothing": _Range(0, 1, open_high=True),
     "ema": _Range(0, 1, open_high=True),
     "crop_padding": _Range(0, _SIZE),
+    "label_weight": _Range(0),
     "distill_weight": _Range(0),
     "centroids_per_class": _Range(1, _COUNT),
     "logit_scale": _Range(0, 100, open_low=True),

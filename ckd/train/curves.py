@@ -10,8 +10,11 @@ from ckd.train.figures import (
     BLUE,
     GREEN,
     GREY,
+    INK,
     ORANGE,
     PURPLE,
+    SKY,
+    VERMILION,
     label_ends,
     literal,
     new_figure,
@@ -23,6 +26,10 @@ _TERMS = {
     "loss": ("total", BLUE),
     "cross_entropy": ("cross-entropy", ORANGE),
     "contrastive": ("contrastive", GREEN),
+    "cosine": ("cosine", VERMILION),
+    "mse": ("squared error", SKY),
+    "soft": ("KL of similarities", PURPLE),
+    "logits": ("KL of logits", INK),
     "kl": ("KL to the teacher", PURPLE),
 }
 

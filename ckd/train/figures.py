@@ -12,7 +12,7 @@ from ckd._hints import require
 
 # Okabe and Ito (2008): distinct under the common kinds of colour blindness.
 BLUE, ORANGE, GREEN = "#0072B2", "#D98800", "#009E73"
-VERMILION, PURPLE, GREY = "#D55E00", "#B0578D", "#6E6E6E"
+VERMILION, PURPLE, GREY, SKY = "#D55E00", "#B0578D", "#6E6E6E", "#56B4E9"
 INK, FAINT = "#222222", "#DDDDDD"
 
 

@@ -2,7 +2,7 @@
 
 A method is a module that turns the student's output for a batch into named loss terms, and holds
 the parameters trained beside it (projection, logit scale). To add one, write a class with a
-`build` and a `distill`, and put it into METHODS.
+`build` and a `distill`, and put it into METHODS. The terms of embed-kd are in `terms.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,21 @@ from ckd import models
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
-from ckd.losses import EmbeddingDistillationLoss
+from ckd.losses import EmbeddingDistillationLoss, LogitDistillationLoss
 from ckd.models import ModelOutput
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
-from ckd.train.evaluation import few, logit_order
+from ckd.train.evaluation import logit_order
+from ckd.train.terms import (
+    NO_LABEL,
+    TERMS,
+    Setting,
+    Step,
+    Term,
+    check_classes,
+    contrastive_options,
+    teacher_space_head,
+)
 
 # Augmented uint8 images -> the frozen teacher's output.
 Teacher = Callable[[Tensor], ModelOutput]
@@ -33,17 +43,22 @@ Teacher = Callable[[Tensor], ModelOutput]
 class Method(nn.Module):
     """`plain`: the cross-entropy against the labels; base class of the other methods.
 
-    loss = cross_entropy + distill_weight * (the term of `distill`, if there is one)
+    loss = label_weight * cross_entropy + sum of weight * term over the terms of `distill`
     """
 
     needs: str | None = None  # the flag that names the method's teacher signal
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.distill_weight = config.distill_weight
+        self.distill_weight, self.label_weight = config.distill_weight, config.label_weight
         self.label_smoothing = config.label_smoothing
         self.softmax_twice = config.paper_compat
         self.inputs: dict[str, str] = {}  # hash of the teacher or bank, checked on a resume
+
+    @classmethod
+    def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
+        """Whether a term of the loss depends on the student's logits."""
+        return config.label_weight > 0 and bool((dataset.labels >= 0).any())
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
@@ -51,8 +66,12 @@ class Method(nn.Module):
         return cls(config)
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
-        """At most one loss term, by name: the mean over the batch, without `distill_weight`."""
+        """The loss terms beside the cross-entropy, by name: means over the batch, unweighted."""
         return {}
+
+    def weight_of(self, term: str) -> float:
+        """The weight of a term in the loss."""
+        return self.label_weight if term == "cross_entropy" else self.distill_weight
 
     def numbers(self) -> dict[str, float]:
         """Values to log once an epoch beside the loss terms."""
@@ -65,15 +84,25 @@ class Method(nn.Module):
 
         `images` are the augmented uint8 images [B, C, H, W] that the student saw.
         """
-        logits = _logits(output)
-        if self.softmax_twice:  # the published student ends in a softmax; cross_entropy has its own
-            logits = logits.softmax(dim=1)
-        label_term = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        distill_terms = self.distill(output, batch, images)
-        loss = label_term
-        for term in distill_terms.values():
-            loss = loss + self.distill_weight * term
-        return loss, {"cross_entropy": label_term, **distill_terms}
+        terms: dict[str, Tensor] = {}
+        if self.label_weight > 0 and output.logits is not None:
+            logits = _logits(output)
+            if self.softmax_twice:  # the published student ends in a softmax, beside the loss's own
+                logits = logits.softmax(dim=1)
+            terms["cross_entropy"] = _cross_entropy(logits, batch.labels, self.label_smoothing)
+        terms.update(self.distill(output, batch, images))
+        first, *others = (self.weight_of(name) * term for name, term in terms.items())
+        return sum(others, start=first), terms
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """The mean over the rows with a label >= 0; 0, with gradients of 0, if there are none."""
+    some = (labels >= 0).any()
+    # Without a label the mean would be 0/0. Multiplying by `some` needs no value on the host, and
+    # by 1 changes no bit.
+    labels = torch.where(some, labels, 0)
+    mean = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
+    return some * mean
 
 
 class LogitKD(Method):
@@ -89,19 +118,22 @@ class LogitKD(Method):
         super().__init__(config)
         self.teacher = teacher
         self.logit_order: Tensor | None = None  # the teacher's logit of each class of the data
-        self.temperature = config.temperature
+        self.loss = LogitDistillationLoss(config.temperature)
+
+    @classmethod
+    def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
+        distils = config.distill_weight > 0 and len(dataset.class_names) > 0
+        return distils or super().trains_class_head(config, dataset)
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
         model = _load_teacher(config, device)
-        classes = len(dataset.class_names)
-        if model.num_classes != classes:
-            raise ConfigError(
-                f"--method logit-kd needs a teacher with the classes of {dataset.name}: the data "
-                f"has {classes} ({few(dataset.class_names)}), the teacher {config.teacher} has "
-                f"{model.num_classes} ({few(model.class_names) or 'unnamed'}); fine-tune it on "
-                "this data, or use teacher-kd or embed-kd, which need its embeddings only"
-            )
+        remedy = (
+            "fine-tune it on this data, or use teacher-kd or embed-kd, which need its embeddings "
+            "only"
+        )
+        source = f"the teacher {config.teacher}"
+        check_classes("--method logit-kd needs a teacher", source, model, dataset, remedy)
         assert config.teacher is not None
         method = cls(config, _frozen(model, config))
         method.logit_order = logit_order(config, config.teacher, model, dataset, device)
@@ -117,32 +149,10 @@ class LogitKD(Method):
         if self.softmax_twice:
             probabilities = student_logits.softmax(dim=1)
             return {"kl": F.cross_entropy(probabilities, teacher_logits.softmax(dim=1))}
-        kl = F.kl_div(
-            F.log_softmax(student_logits / self.temperature, dim=1),
-            F.log_softmax(teacher_logits / self.temperature, dim=1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        return {"kl": self.temperature**2 * kl}
+        return {"kl": self.loss(student_logits, teacher_logits)}
 
 
-class ContrastiveMethod(Method):
-    """Base class of the two contrastive methods: the projection and the logit scale."""
-
-    def __init__(self, config: Config, student_dim: int, teacher_dim: int) -> None:
-        super().__init__(config)
-        self.contrastive = EmbeddingDistillationLoss(
-            student_dim,
-            teacher_dim,
-            logit_scale=config.logit_scale,
-            learn_logit_scale=config.learn_logit_scale,
-        )
-
-    def numbers(self) -> dict[str, float]:
-        return {"logit_scale": self.contrastive.logit_scale.item()}
-
-
-class TeacherKD(ContrastiveMethod):
+class TeacherKD(Method):
     """CLIP-Teacher-KD: contrast with the teacher's embeddings of the batch; target i is row i.
 
     The contrast covers the images of one forward pass; `accumulate` does not widen it.
@@ -153,8 +163,11 @@ class TeacherKD(ContrastiveMethod):
     def __init__(
         self, config: Config, teacher: Teacher, student_dim: int, teacher_dim: int
     ) -> None:
-        super().__init__(config, student_dim, teacher_dim)
+        super().__init__(config)
         self.teacher = teacher
+        self.contrastive = EmbeddingDistillationLoss(
+            student_dim, teacher_dim, **contrastive_options(config)
+        )
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
@@ -169,53 +182,58 @@ class TeacherKD(ContrastiveMethod):
         own_row = torch.arange(len(bank), device=bank.device)
         return {"contrastive": self.contrastive(output.embedding, bank, own_row)}
 
+    def numbers(self) -> dict[str, float]:
+        return {"logit_scale": self.contrastive.logit_scale.item()}
 
-class EmbedKD(ContrastiveMethod):
-    """CLIP-Embed-KD: contrast with the bank; no teacher runs.
 
-    `samples`: every row of the bank; the target is the row with the image's sample id. `centroids`:
-    one row per class; the target is the label.
-    """
+class EmbedKD(Method):
+    """CLIP-Embed-KD: terms against the stored embeddings (`--distill`); no teacher runs."""
 
     needs = "bank"
 
-    def __init__(self, config: Config, bank: Tensor, student_dim: int) -> None:
-        super().__init__(config, student_dim, bank.shape[1])
-        # Not in the checkpoint: a resume reads it from the bank again.
-        self.register_buffer("bank", bank, persistent=False)
-        self.positions: Callable[[Tensor], Tensor] | None = None
+    def __init__(self, config: Config, setting: Setting) -> None:
+        super().__init__(config)
+        self.mix, self.bank = config.mix, setting.bank
+        self.terms: dict[str, Term] = {}
+        for name in self.mix:
+            term = TERMS[name].build(setting)
+            self.add_module(name, term)
+            self.terms[name] = term
+            self.inputs.update(term.inputs)
+        shared = any(term.uses_head for term in self.terms.values())
+        self.head = teacher_space_head(setting) if shared else None
+
+    @classmethod
+    def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
+        distils = "logits" in config.mix and len(dataset.class_names) > 0
+        return distils or super().trains_class_head(config, dataset)
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
         assert config.bank is not None  # checked by `method_class`
         bank = EmbeddingBank.open(config.bank)
         bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
-        if config.targets != "centroids":
+        if config.targets != "centroids" or config.mix.keys() != {"contrastive"}:
             _check_rows(bank, dataset)  # fails before training, not in it
-            method = cls(config, bank.embeddings(), student.embedding_dim)
-            method.positions = bank.positions
-        else:
-            centroids = bank.centroids(config.centroids_per_class, seed=config.seed)
-            if len(centroids) != len(dataset.class_names):
-                raise ConfigError(
-                    f"the bank {config.bank} has rows of {len(centroids)} classes, "
-                    f"{dataset.name} has {len(dataset.class_names)}; build a bank of this data"
-                )
-            method = cls(config, half_if_accurate(centroids), student.embedding_dim)
+        method = cls(config, Setting(config, bank, dataset, student, device))
         shards = json.dumps(bank.meta["shards"], sort_keys=True)  # with their hashes
         method.inputs["bank"] = xxhash.xxh3_64_hexdigest(shards.encode())
         return method
 
     def distill(self, output: ModelOutput, batch: Batch, images: Tensor) -> dict[str, Tensor]:
-        target = batch.labels
-        if self.positions is not None:
-            target = self.positions(batch.sample_ids.cpu()).to(target.device)
-        return {"contrastive": self.contrastive(output.embedding, self.bank, target)}
+        step = Step(output, batch, self.bank, self.head)
+        return {name: term.of(step) for name, term in self.terms.items()}
+
+    def weight_of(self, term: str) -> float:
+        return self.mix[term] if term in self.mix else super().weight_of(term)
+
+    def numbers(self) -> dict[str, float]:
+        return {name: x for term in self.terms.values() for name, x in term.numbers().items()}
 
 
 def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
     """Raise ConfigError unless every image has a row of its own in the bank, by id and by class."""
-    remedy = "--targets centroids needs no row for every image"
+    remedy = "--distill contrastive --targets centroids needs no row for every image"
     try:
         positions = bank.positions(dataset.sample_ids)
     except BankError as error:

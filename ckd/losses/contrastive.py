@@ -1,4 +1,4 @@
-"""Losses as modules: an op and its trainable parameters."""
+"""Contrast with a bank: the op with a trainable projection and scale."""
 
 from __future__ import annotations
 
