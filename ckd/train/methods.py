@@ -65,10 +65,14 @@ class Method(nn.Module):
 
         `images` are the augmented uint8 images [B, C, H, W] that the student saw.
         """
-        logits = _logits(output)
-        if self.softmax_twice:  # the published student ends in a softmax; cross_entropy has its own
-            logits = logits.softmax(dim=1)
-        label_term = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        label_term = output.embedding.new_zeros((), dtype=torch.float32)
+        if bool((known := batch.labels >= 0).any()):
+            logits = _logits(output)[known]
+            if self.softmax_twice:  # the published student ends in a softmax, and so does this term
+                logits = logits.softmax(dim=1)
+            label_term = F.cross_entropy(
+                logits, batch.labels[known], label_smoothing=self.label_smoothing
+            )
         distill_terms = self.distill(output, batch, images)
         loss = label_term
         for term in distill_terms.values():
