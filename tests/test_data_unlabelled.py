@@ -229,6 +229,15 @@ def test_a_fraction_keeps_as_many_labels_in_each_class(fraction: float, kept: li
     assert data.labelled == 300
 
 
+def test_images_that_are_decoded_on_demand_lose_their_labels_too(tmp_path: Path) -> None:
+    write_layout(tmp_path, "train/cat", "train/dog")
+    data = keep_labels(load(tmp_path, memory_limit=0), 0.5, seed=0)
+    assert isinstance(data, FileImages)
+    batch = next(data.batches(torch.arange(4), 4))
+    assert torch.equal(batch.labels, data.labels)
+    assert sorted(batch.labels.tolist()) == [-1, -1, 0, 1]
+
+
 def test_the_whole_fraction_changes_nothing() -> None:
     data = some([0, 1, -1, 1])
     assert keep_labels(data, 1.0, seed=0) is data

@@ -2,6 +2,7 @@
 
 from ckd.data.augment import Augment
 from ckd.data.dataset import Batch, DataError, Dataset, MemoryImages, MissingSplit
+from ckd.data.labels import keep_labels
 from ckd.data.load import load
 from ckd.data.order import epoch_order, step_generator, training_batches
 from ckd.data.photo import MAX_PIXELS
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryImages",
     "MissingSplit",
     "epoch_order",
+    "keep_labels",
     "load",
     "step_generator",
     "training_batches",

@@ -46,6 +46,12 @@ class Method(nn.Module):
         self.inputs: dict[str, str] = {}  # hash of the teacher or bank, checked on a resume
 
     @classmethod
+    def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
+        """Whether a term of the loss depends on the student's logits; without one the student has
+        no class head, which would keep its random weights."""
+        return dataset.labelled > 0
+
+    @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
         """The method for a student and a training set; opens the bank or loads the teacher."""
         return cls(config)
@@ -96,7 +102,17 @@ class LogitKD(Method):
         self.temperature = config.temperature
 
     @classmethod
+    def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
+        distils = config.distill_weight > 0 and len(dataset.class_names) > 0
+        return distils or super().trains_class_head(config, dataset)
+
+    @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        if not dataset.class_names:
+            raise ConfigError(
+                f"--method logit-kd compares logits of classes, and {dataset.name} has no classes; "
+                "use teacher-kd or embed-kd, which need none"
+            )
         model = _load_teacher(config, device)
         classes = len(dataset.class_names)
         if model.num_classes != classes:
@@ -199,6 +215,12 @@ class EmbedKD(ContrastiveMethod):
             method = cls(config, bank.embeddings(), student.embedding_dim)
             method.positions = bank.positions
         else:
+            if dataset.labelled < len(dataset):
+                raise ConfigError(
+                    f"--targets centroids needs the label of every image, {dataset.labelled:,} of "
+                    f"{len(dataset):,} images of {dataset.name} have one; pass --targets samples, "
+                    "where the target is the image's own row of the bank"
+                )
             centroids = bank.centroids(config.centroids_per_class, seed=config.seed)
             if len(centroids) != len(dataset.class_names):
                 raise ConfigError(
@@ -225,7 +247,7 @@ def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
     except BankError as error:
         raise ConfigError(f"{error}; {remedy}") from error
     labels = bank.labels[positions]
-    others = (labels >= 0) & (labels != dataset.labels)
+    others = (labels >= 0) & (dataset.labels >= 0) & (labels != dataset.labels)
     if bool(others.any()):
         first = int(others.nonzero()[0])
         raise ConfigError(
