@@ -146,9 +146,9 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
     if not has_head and (method_type.needs is None or not config.distill_weight):
         why = f": {config.data} has none" if config.label_fraction else " (--label-fraction 0)"
         raise ConfigError(
-            f"--method {config.method} has nothing to learn from: no labels are used{why}, and there "
-            "is no distillation term; use --method embed-kd with --bank and a --distill-weight "
-            "above 0"
+            f"--method {config.method} has nothing to learn from: no labels are used{why}, and "
+            "there is no distillation term; use --method embed-kd with --bank and a "
+            "--distill-weight above 0"
         )
     torch.manual_seed(config.seed)
     student: Any = models.create(
