@@ -150,6 +150,11 @@ def test_labels_for_some_train_a_class_head_that_is_scored(tmp_path) -> None:
     assert student.class_names == tuple(f"class {c}" for c in range(3))
 
 
+def test_plain_takes_batches_without_a_label(tmp_path) -> None:
+    config = bare_config(tmp_path, keep=3, test=True, method="plain")
+    assert train(config, verbose=False)["test_accuracy"] is not None
+
+
 def test_test_images_without_a_label_are_left_out(tmp_path) -> None:
     config = tiny_config(tmp_path)
     student = models.create(config.student, num_classes=3, image_size=8, in_channels=1).eval()
@@ -182,25 +187,6 @@ def test_a_label_fraction_keeps_the_bank_of_all_images(tmp_path, capsys) -> None
     assert train(config)["test_accuracy"] is not None
     assert "9 of 90 training images are used with their labels" in capsys.readouterr().out
     assert lines(config)[-1]["cross_entropy"] > 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"method": "plain"}, "nothing to learn from: no labels are used: .*--method embed-kd"),
-        ({"distill_weight": 0.0}, "nothing to learn from.*a --distill-weight above 0"),
-        ({"method": "logit-kd"}, "bare has no classes; use teacher-kd or embed-kd"),
-        ({"targets": "centroids"}, "0 of 90 images of bare have one; pass --targets samples"),
-    ],
-)
-def test_what_needs_labels_is_refused_with_the_remedy(tmp_path, settings, says) -> None:
-    with pytest.raises(ConfigError, match=says):
-        train(bare_config(tmp_path, **settings), verbose=False)
-
-
-def test_plain_without_a_fraction_of_the_labels_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"no labels are used \(--label-fraction 0\)"):
-        train(tiny_config(tmp_path, method="plain", label_fraction=0.0), verbose=False)
 
 
 def test_logit_kd_trains_the_class_head_without_labels(tmp_path) -> None:

@@ -71,7 +71,7 @@ class Method(nn.Module):
 
         `images` are the augmented uint8 images [B, C, H, W] that the student saw.
         """
-        label_term = output.embedding.new_zeros((), dtype=torch.float32)
+        label_term = 0.0 * output.embedding.float().sum()  # has a gradient without a label too
         if bool((known := batch.labels >= 0).any()):
             logits = _logits(output)[known]
             if self.softmax_twice:  # the published student ends in a softmax, and so does this term
