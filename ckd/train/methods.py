@@ -217,7 +217,7 @@ class EmbedKD(ContrastiveMethod):
         else:
             if dataset.labelled < len(dataset):
                 raise ConfigError(
-                    f"--targets centroids needs the label of every image, {dataset.labelled:,} of "
+                    f"--targets centroids needs the label of every image: {dataset.labelled:,} of "
                     f"{len(dataset):,} images of {dataset.name} have one; pass --targets samples, "
                     "where the target is the image's own row of the bank"
                 )

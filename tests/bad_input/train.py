@@ -215,7 +215,7 @@ CASES = [
          ConfigError, ("nothing to learn from", "--distill-weight above 0")),
     Case("centroids with labels for some images",
          set_to(targets="centroids", label_fraction=0.1), ConfigError,
-         ("--targets centroids needs the label of every image, 9 of 90", "--targets samples")),
+         ("--targets centroids needs the label of every image: 9 of 90", "--targets samples")),
     Case("logit-kd without classes", without_classes(method="logit-kd"), ConfigError,
          ("tiny has no classes", "teacher-kd or embed-kd")),
     Case("plain without classes", without_classes(method="plain"), ConfigError,
