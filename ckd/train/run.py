@@ -153,7 +153,7 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
     torch.manual_seed(config.seed)
     student: Any = models.create(
         config.student,
-        num_classes=len(train_set.class_names) if has_head else None,
+        num_classes=(len(train_set.class_names) or None) if has_head else None,
         image_size=height,
         in_channels=channels,
     )
