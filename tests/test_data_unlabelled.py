@@ -111,13 +111,16 @@ def test_sets_without_a_test_split_say_so(tmp_path: Path) -> None:
 
 
 def test_a_single_class_is_pointed_out(tmp_path: Path) -> None:
-    write_layout(tmp_path, "images")
+    one = write_layout(tmp_path / "one", "images")
     with pytest.warns(UserWarning, match="one class, 'images'; .*no labels, call it 'unlabelled'"):
-        assert load(tmp_path, holdout=0).class_names == ("images",)
-    write_images(tmp_path / "unlabelled", pixels(2, seed=1))
+        assert load(one, holdout=0).class_names == ("images",)
+    write_images(one / "unlabelled", pixels(2, seed=1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(tmp_path, holdout=0)
+        load(one, holdout=0)
+    two = write_layout(tmp_path / "two", "train/images/a", "train/images/b", "test/images")
+    with pytest.warns(UserWarning, match=r"train holds one class, 'images'; .*, move them into"):
+        load(two)
 
 
 # -- parquet

@@ -53,7 +53,7 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
     folder, classes = folders[chosen], _classes(folders[chosen])
     bare = [*_loose(root, folder, classes), *_unlabelled(root, folder, classes)]
     if split == "train":
-        _warn_of_one_class(folder, classes)
+        _warn_of_one_class(root, folder, classes)
         bare += _unlabelled(root, root, classes)
     if other is not None and (split == "test" or not classes):
         known = _classes(folders[other])
@@ -66,7 +66,7 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
 def _divided(root: Path, split: str, holdout: float) -> FolderImages:
     """The images of `split` in a root without split folders."""
     classes = _classes(root)
-    _warn_of_one_class(root, classes)
+    _warn_of_one_class(root, root, classes)
     loose, unlabelled = _loose(root, root, classes), _unlabelled(root, root, classes)
     whole = _list(root, classes, [*loose, *unlabelled])
     divisible = whole.sample_ids[: len(whole) - len(unlabelled)]
@@ -313,7 +313,7 @@ def _named_alike(
     return {name: by_composed.get(name, folder / name) for name in known}
 
 
-def _warn_of_one_class(folder: Path, classes: dict[str, Path]) -> None:
+def _warn_of_one_class(root: Path, folder: Path, classes: dict[str, Path]) -> None:
     if len(classes) != 1 or _unlabelled_folder(folder):
         return
     ((name, place),) = classes.items()
@@ -322,7 +322,7 @@ def _warn_of_one_class(folder: Path, classes: dict[str, Path]) -> None:
     if len(inner) > 1 and not _images_in(place):
         remedy = (
             f"if the {len(inner)} folders in it are classes, such as {inner[0].name!r}, "
-            f"pass {place}"
+            f"{f'pass {place}' if folder == root else f'move them into {folder}'}"
         )
     warn(f"{folder} holds one class, {name!r}; {remedy}", stacklevel=5)
 
