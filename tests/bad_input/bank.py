@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from ckd import _lock
-from ckd.bank import BankError, BankWriter, EmbeddingBank
+from ckd.bank import BankError, BankWriter, ClassHead, EmbeddingBank
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import draw_bank
 from tests.bad_input import Case
 from tests.bank_tools import CLASSES, DIM, change_manifest, flip_bit, sample, write_bank
 
 IDS, ROWS, LABELS = sample()
+HEAD = ClassHead(torch.ones(3, DIM), torch.zeros(3))
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
@@ -342,6 +343,28 @@ CASES = [
         damaged(lambda b: change_manifest(b, lambda m: m.update(schema_version=7))),
         BankError,
         ("manifest.json", "schema version 7", "reads version 1"),
+    ),
+    Case(
+        "class head flipped bit",
+        lambda tmp_path: (
+            write_bank(tmp_path / "bank", class_head=HEAD),
+            flip_bit(tmp_path / "bank" / "class_head.safetensors", -1),
+            EmbeddingBank.open(tmp_path / "bank"),
+        ),
+        BankError,
+        ("class_head.safetensors is damaged", "the teacher's class head", "xxh3"),
+    ),
+    Case(
+        "class head of another width",
+        offered(IDS, ROWS, class_head=ClassHead(torch.zeros(3, DIM + 1), torch.zeros(3))),
+        BankError,
+        (f"weight [C, {DIM}]", f"got [3, {DIM + 1}]"),
+    ),
+    Case(
+        "class head of rows of length 1",
+        offered(IDS, ROWS, class_head=HEAD, normalize=True),
+        BankError,
+        ("class_head and normalize exclude each other",),
     ),
     Case(
         "manifest path traversal",
