@@ -22,6 +22,8 @@ SUFFIXES = frozenset(
 )
 # A folder of one of these names, in either case, holds images without labels, as in STL-10.
 UNLABELLED = ("unlabelled", "unlabeled")
+# Names of a single folder that hardly name a class.
+_NO_CLASS = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "data", "all"))
 
 
 def open_split(root: Path, split: str, holdout: float) -> FolderImages:
@@ -314,16 +316,20 @@ def _named_alike(
 
 
 def _warn_of_one_class(root: Path, folder: Path, classes: dict[str, Path]) -> None:
+    """Warn of a single class whose folder seems to hold the classes, or images without any."""
     if len(classes) != 1 or _unlabelled_folder(folder):
         return
     ((name, place),) = classes.items()
     inner = walk.subfolders(place)
-    remedy = f"if its images have no labels, call it {UNLABELLED[0]!r}"
     if len(inner) > 1 and not _images_in(place):
         remedy = (
             f"if the {len(inner)} folders in it are classes, such as {inner[0].name!r}, "
             f"{f'pass {place}' if folder == root else f'move them into {folder}'}"
         )
+    elif name.lower() in _NO_CLASS:
+        remedy = f"if its images have no labels, call it {UNLABELLED[0]!r}"
+    else:
+        return
     warn(f"{folder} holds one class, {name!r}; {remedy}", stacklevel=5)
 
 
