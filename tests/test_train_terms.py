@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from ckd.bank import BankWriter, ClassHead, EmbeddingBank
 from ckd.data import Batch
 from ckd.losses import soft
 from ckd.models import ModelOutput
-from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, train
+from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, terms, train
 from ckd.train.methods import _cross_entropy, method_class
 from ckd.train.mix import TERM_NAMES
 from ckd.train.terms import TERMS
 from tests.test_bank_statistics import as_version_1
 from tests.test_losses_soft import stand_in
-from tests.test_train_methods import Setting
+from tests.test_train_methods import CPU, Setting
 from tests.test_train_resume import interrupt_at
 from tests.train_runs import outcome, tiny_config
 
@@ -151,7 +152,7 @@ def test_a_class_head_without_an_order_is_matched_by_names_or_by_the_file_of_nam
     assert torch.equal(setting.method.logits.weight, expected)
     (tmp_path / "names.txt").write_text("class 1\nclass 2\nclass 0\n")
     other = replace(setting.config, teacher_classes=str(tmp_path / "names.txt"))
-    method = method_class(other).build(other, setting.student, setting.dataset, "cpu")
+    method = method_class(other).build(other, setting.student, setting.dataset, CPU)
     assert torch.equal(method.logits.weight, expected)
 
 
@@ -313,11 +314,11 @@ def test_without_label_weight_no_label_has_any_influence(tmp_path):
     bank = bank_with_head(tmp_path)
     config = tiny_config(tmp_path, bank=bank, distill="cosine", label_weight=0.0, epochs=1)
     setting = Setting(tmp_path, bank=bank, distill="cosine", label_weight=0.0)
-    terms = []
+    results = []
     for labels in (setting.batch.labels, torch.full((4,), -1)):
         setting.batch = setting.batch._replace(labels=labels)
-        terms.append(setting.loss())
-    assert terms[0] == terms[1]
+        results.append(setting.loss())
+    assert results[0] == results[1]
     train(config, verbose=False)
     line = json.loads((config.folder / "metrics.jsonl").read_text())
     assert "cross_entropy" not in line
@@ -489,3 +490,16 @@ def test_a_batch_is_looked_up_by_sample_id(tmp_path):
     other = Setting(tmp_path, bank=str(path), distill="cosine,logits")
     assert other.loss()[1] == pytest.approx(setting.loss()[1], rel=1e-5)
     assert isinstance(setting.batch, Batch)
+
+
+def test_logits_of_data_without_classes_are_refused(tmp_path):
+    config = tiny_config(tmp_path, bank=bank_with_head(tmp_path), distill="logits")
+    nameless = copy.copy(data.load(config.data))
+    nameless.class_names = ()
+    nameless.labels = torch.full_like(nameless.labels, -1)
+    method = method_class(config)
+    assert not method.trains_class_head(config, nameless)
+    student = models.create(config.student, num_classes=None, image_size=8, in_channels=1)
+    bank = EmbeddingBank.open(config.bank)
+    with pytest.raises(ConfigError, match=r"compares logits of classes, and .* has no classes"):
+        TERMS["logits"].build(terms.Setting(config, bank, nameless, student, CPU))

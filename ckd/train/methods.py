@@ -211,7 +211,8 @@ class EmbedKD(Method):
 
     @classmethod
     def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
-        return "logits" in config.mix or super().trains_class_head(config, dataset)
+        distils = "logits" in config.mix and len(dataset.class_names) > 0
+        return distils or super().trains_class_head(config, dataset)
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
