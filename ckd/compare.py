@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -54,7 +55,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             result["method"],
             result["student"],
             f"{result['parameters']:,}",
-            f"{result['test_accuracy']:.2%}",
+            "-" if result["test_accuracy"] is None else f"{result['test_accuracy']:.2%}",
             f"{result['time_per_epoch_s']:.2f}",
             f"{result['images_per_s']:,.0f}",
             f"{memory_mib(result):,.0f}",
@@ -69,19 +70,23 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def seed_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A Markdown table, one row for the runs of one setting under several seeds.
 
-    The spread is the sample standard deviation; times are medians over the runs.
+    The spread is the sample standard deviation, over the runs that have an accuracy; times are
+    medians over the runs.
     """
     rows = []
     for name, results in groups.items():
-        accuracies = [result["test_accuracy"] for result in results]
-        spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(results) > 1 else ""
+        scored = [result["test_accuracy"] for result in results]
+        accuracies = [accuracy for accuracy in scored if accuracy is not None]
+        mean = f"{100 * statistics.mean(accuracies):.2f}" if accuracies else "-"
+        spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+        low, high = (100 * one(accuracies, default=0.0) for one in (min, max))
         rows.append(
             [
                 name,
                 results[0]["method"],
                 str(len(results)),
-                f"{100 * statistics.mean(accuracies):.2f}{spread}",
-                f"{100 * min(accuracies):.2f} to {100 * max(accuracies):.2f}",
+                f"{mean}{spread}",
+                f"{low:.2f} to {high:.2f}" if accuracies else "-",
                 f"{statistics.median(r['time_per_epoch_s'] for r in results):.2f}",
                 f"{statistics.median(r['train_time_s'] for r in results):,.0f}",
             ]
@@ -114,29 +119,33 @@ def _without_seed(name: str) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The paper's figure: memory, time per epoch and accuracy of each run, side by side.
+    """The paper's figure: memory, time per epoch and accuracy, if any, of each run, side by side.
 
     Raises ImportError that names the extra if matplotlib is missing.
     """
     figure, axes = new_figure(11.0, 0.9 + 0.5 * len(results), columns=3, sharey=True)
     places = list(range(len(results)))
     colours = [METHOD_COLOURS.get(result["method"], GREEN) for result in results]
+    accuracies = [math.nan if (a := r["test_accuracy"]) is None else 100 * a for r in results]
     panels = (
         ("Peak memory of the run (MiB)", [memory_mib(r) for r in results], "{:,.0f}"),
         ("Training time per epoch (s)", [r["time_per_epoch_s"] for r in results], "{:.2f}"),
-        ("Test accuracy (%)", [100 * r["test_accuracy"] for r in results], "{:.2f}"),
+        ("Test accuracy (%)", accuracies, "{:.2f}"),
     )
     for one, (title, values, form) in zip(axes, panels):
         accuracy = title.startswith("Test accuracy")
         if accuracy:  # only differences matter: dots, on an axis that need not begin at 0
             one.scatter(values, places, s=70, color=colours, zorder=3)
-            spread = max(max(values) - min(values), 1.0)
-            one.set_xlim(min(values) - 0.25 * spread, max(values) + 0.45 * spread)
+            known = [value for value in values if not math.isnan(value)] or [0.0]
+            spread = max(max(known) - min(known), 1.0)
+            one.set_xlim(min(known) - 0.25 * spread, max(known) + 0.45 * spread)
             one.set_xticks([tick for tick in one.get_xticks()[1:-1] if tick <= 100])
         else:
             one.barh(places, values, height=0.62, color=colours)
             one.set_xlim(0, 1.22 * max(*values, 1e-9))
         for place, value in zip(places, values):
+            if math.isnan(value):
+                continue
             one.annotate(
                 form.format(value),
                 (value, place),

@@ -167,6 +167,37 @@ def test_progress_tells_the_estimate_and_the_teachers_accuracy(tmp_path, teacher
     assert "images/s" in err
 
 
+@pytest.mark.parametrize("classes", [0, 10])
+def test_a_bank_of_images_without_labels(tmp_path, teacher, digits, classes, capsys):
+    names = digits.class_names[:classes]
+    labels = torch.where(torch.arange(100) < 40, digits.labels, -1) if classes else None
+    dataset = data.MemoryImages(
+        digits.images,
+        torch.full((100,), -1) if labels is None else labels,
+        class_names=names,
+        name="some",
+    )
+    bank = build(dataset, teacher, tmp_path / "bank", progress=True)
+    out = capsys.readouterr().out
+    assert f"of some (train), {4 * classes} labelled, about" in out
+    assert ("accuracy on the 40 labelled rows" in out) == bool(classes)
+    assert torch.equal(bank.labels, dataset.labels)
+    assert bank.class_names == names
+    bank.check(class_names=names, fingerprint=dataset.fingerprint)
+    rows = digits.labels[:40].unique()
+    if classes:
+        first = bank.embeddings()[:40][digits.labels[:40] == rows[0]].double().mean(0)
+        torch.testing.assert_close(bank.centroids()[0], first.float())
+    else:
+        with pytest.raises(BankError, match="has no labels, so no centroids"):
+            bank.centroids()
+    assert main(["verify", str(bank.path)]) == 0
+    assert main(["info", str(bank.path), "--plot", str(tmp_path / "bank.png")]) == 0
+    told = capsys.readouterr().out
+    assert f"and {100 - 4 * classes} rows without a label" in told
+    assert ("of centroids, or" in told) == bool(classes)
+
+
 def test_embeddings_are_imported_from_npy_files(tmp_path):
     ids, embeddings, labels = (t.numpy() for t in sample())
     np.save(tmp_path / "e.npy", np.asfortranarray(embeddings.astype(np.float64)))

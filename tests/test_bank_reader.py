@@ -192,6 +192,11 @@ def test_check_passes_what_fits_and_compares_only_what_is_known(tmp_path):
     bare.check()
 
 
+def test_data_without_classes_fit_any_banks_classes(tmp_path):
+    write_bank(tmp_path / "named").check(class_names=())
+    write_bank(tmp_path / "bare", class_names=None).check(class_names=())
+
+
 @pytest.mark.parametrize(
     ("expected", "says"),
     [

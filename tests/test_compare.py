@@ -64,6 +64,31 @@ def test_table_is_markdown_with_one_row_a_run():
     assert "A CPU, CPU threads: 2, torch 2.6" in text
 
 
+NO_SCORES = dict.fromkeys(("test_accuracy", "test_loss", "best_test_accuracy", "best_epoch"))
+
+
+def cells(text: str, row: int) -> list[str]:
+    return [cell.strip() for cell in text.splitlines()[row].strip("|").split("|")]
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_run_without_an_accuracy_has_a_dash_and_no_dot(tmp_path, capsys, others):
+    runs = [write(tmp_path / "bare", result("embed-kd", **NO_SCORES))]
+    runs += [write(tmp_path / f"run{n}", result(test_accuracy=0.5 + n / 10)) for n in range(others)]
+    figure = tmp_path / "figure.png"
+    assert main([*map(str, runs), "--out", str(figure)]) == 0
+    assert cells(capsys.readouterr().out, 2)[4] == "-"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_means_over_seeds_leave_out_runs_without_an_accuracy():
+    bare, scored = result(**NO_SCORES), [result(test_accuracy=a) for a in (0.5, 0.6)]
+    text = seed_table({"some": [bare, *scored], "one": [bare, scored[0]], "none": [bare]})
+    assert cells(text, 2)[2:5] == ["3", "55.00 ± 7.07", "50.00 to 60.00"]
+    assert cells(text, 3)[2:5] == ["2", "50.00", "50.00 to 50.00"]
+    assert cells(text, 4)[2:5] == ["1", "-", "-"]
+
+
 def test_memory_on_the_cpu_is_above_the_idle_process_and_on_a_gpu_the_allocators():
     assert memory_mib(result()) == 600.0
     assert memory_mib(result(peak_cuda_mib=77.0)) == 77.0
@@ -113,6 +138,8 @@ def test_a_run_that_cannot_be_compared_is_one_line_and_status_2(tmp_path, capsys
         ({"images_per_s": 10**400}, "images_per_s is 10000"),
         ({"hardware": {**CPU, "device": 5}}, "device"),
         ({"hardware": {}}, "hardware"),
+        ({"test_accuracy": None}, "some of the scores"),
+        ({**NO_SCORES, "best_epoch": 3}, "some of the scores"),
         ({"peak_cuda_mib": 1.0}, "peak memory"),
         ({"extra": 1}, "extra"),
     ],

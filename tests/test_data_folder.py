@@ -387,11 +387,20 @@ def test_split_folders_that_hold_themselves(tmp_path: Path, train: str, test: st
 
 
 @pytest.mark.filterwarnings("ignore:.* is read")
-@pytest.mark.parametrize("folders", [("train", "test1"), ("train/train", "test1/test1")])
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "test1"),
+        ("train/train", "test1/test1"),
+        ("train_images", "test_images"),
+        ("train/unlabelled", "test/unlabeled"),
+    ],
+)
 def test_splits_without_class_folders_are_no_classes(tmp_path: Path, folders) -> None:
     write_layout(tmp_path, *folders)
-    with pytest.raises(DataError, match="holds no class folders"):
-        load(tmp_path)
+    for split in ("train", "test"):
+        data = load(tmp_path, split)
+        assert (data.class_names, data.labels.tolist()) == ((), [-1, -1])
 
 
 def test_a_test_folder_without_labels_gives_way_to_validation(tmp_path: Path) -> None:

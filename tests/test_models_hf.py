@@ -150,6 +150,16 @@ def test_untrained_student_from_a_configuration(classifier, tmp_path: Path) -> N
     assert weights_hash(loaded) == weights_hash(model)
 
 
+def test_untrained_student_without_classes_has_no_classifier(classifier, tmp_path: Path) -> None:
+    spec = store(classifier, tmp_path / "source")
+    model = create(spec, num_classes=None, image_size=8, in_channels=1)
+    assert (model.num_classes, model.class_names) == (None, ())
+    assert model(pixels(model)).logits is None
+    save(model, tmp_path / "m.safetensors")
+    loaded = load(spec, weights=tmp_path / "m.safetensors")
+    assert weights_hash(loaded) == weights_hash(model)
+
+
 def test_pretrained_student_gets_a_new_classifier(classifier, tmp_path: Path) -> None:
     model = create(store(classifier, tmp_path), num_classes=3, image_size=16, pretrained=True)
     assert model.training

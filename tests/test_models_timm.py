@@ -73,6 +73,14 @@ def test_without_classes_there_are_no_logits() -> None:
     assert class_head(model) is None
 
 
+def test_saved_student_without_classes_comes_back(tmp_path: Path) -> None:
+    model = create("timm:resnet10t", num_classes=None, image_size=32, in_channels=1)
+    save(model, tmp_path / "m.safetensors")
+    loaded = load("timm:resnet10t", weights=tmp_path / "m.safetensors")
+    assert loaded.num_classes is None
+    assert weights_hash(loaded) == weights_hash(model)
+
+
 def test_saved_student_comes_back(tmp_path: Path) -> None:
     model = create("timm:resnet10t", num_classes=5, image_size=32, in_channels=1)
     save(model, tmp_path / "m.safetensors")

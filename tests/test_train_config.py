@@ -82,6 +82,7 @@ def test_a_field_of_another_version_is_named(tmp_path):
         ({"lr": math.nan}, "--lr must be above 0"),
         ({"seed": 2**63}, "--seed must be at least 0 and at most 9,223,372,036,854,775,807"),
         ({"image_size": 10**9}, "--image-size must be at least 1 and at most 4,096"),
+        ({"label_fraction": 1.5}, "--label-fraction must be at least 0 and at most 1"),
         ({"flip": 1}, "flip"),
         ({"out": ["x"]}, "out"),
         ({"method": []}, "method"),

@@ -188,7 +188,7 @@ def measure_training(
     with torch_state(config, device):
         memory = Memory(device)
         run = set_up(config, device, method_class(config))
-        memory.held += sum(_nbytes(one) for one in (run.train_set, run.test_set))
+        memory.held += sum(_nbytes(one) for one in (run.train_set, run.test_set) if one)
         gauge = setting.gauge(memory, turn_over)
         with contextlib.suppress(Enough):
             train_epoch(run, gauge, verbose=False)

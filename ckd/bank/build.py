@@ -75,9 +75,10 @@ def build_bank(
         say(f"{writer.path} is complete already, with the same settings: nothing to do", flush=True)
         return EmbeddingBank.open(writer.path)
     bytes_per_row = 2 * model.embedding_dim + _BYTES_BESIDE_A_ROW
+    some = "" if dataset.labelled == len(dataset) else f", {dataset.labelled:,} labelled"
     say(
         f"{writer.path}: {len(dataset):,} rows x {model.embedding_dim} float16 of {dataset.name} "
-        f"({dataset.split}), about {human_bytes(len(dataset) * bytes_per_row)}",
+        f"({dataset.split}){some}, about {human_bytes(len(dataset) * bytes_per_row)}",
         flush=True,
     )
     if model.num_classes is not None and head is None:
@@ -106,11 +107,12 @@ def build_bank(
                 writer.write(batch.sample_ids, embedding, batch.labels)
                 if logits is not None and order is not None:
                     correct += int((logits[:, order].argmax(1) == batch.labels).sum())
-                    counted += len(batch.labels)
+                    counted += int((batch.labels >= 0).sum())
                 bar.update(len(batch.labels))
     if counted:
         share = 100 * correct / counted
-        say(f"the teacher's own accuracy on the {counted:,} rows of this run: {share:.2f} %")
+        which = "labelled rows" if some else "rows"
+        say(f"the teacher's own accuracy on the {counted:,} {which} of this run: {share:.2f} %")
     return EmbeddingBank.open(writer.path)
 
 

@@ -232,15 +232,16 @@ class EmbeddingBank:
         """Raise BankError, with both values and the remedy, if the bank does not fit.
 
         dim: the width that the loss expects. class_names, fingerprint: those of the training data.
-        Arguments that are None, and values that the bank does not record (embeddings imported
-        without them), are not compared; but all labels must be indices of `class_names`.
+        Arguments that are None, class names of data without classes, and values that the bank does
+        not record (embeddings imported without them), are not compared; but all labels must be
+        indices of `class_names`.
         """
         if dim is not None and dim != self.dim:
             raise BankError(
                 f"the bank {self.path} has embeddings of width {self.dim}, expected {dim}; "
                 f"set teacher_dim={self.dim}, or build a bank with the other teacher"
             )
-        if class_names is not None:
+        if class_names:
             self._check_class_names(tuple(class_names))
         recorded = self.meta["fingerprint"]
         if fingerprint is not None and recorded is not None and fingerprint != recorded:

@@ -149,6 +149,9 @@ def _class_lines(classes: list[dict[str, Any]], unlabelled: int) -> list[tuple[s
 def _saving_lines(saves: dict[str, int] | None, rows: int) -> list[tuple[str, str]]:
     if saves is None:
         return [("saves", "unknown: the cost of the teacher was not recorded")]
+    held = human_bytes(saves["bank_bytes_held_as_samples"]) + " with every sample's own row"
+    if saves["bank_bytes_held_as_centroids"]:
+        held = f"{human_bytes(saves['bank_bytes_held_as_centroids'])} of centroids, or {held}"
     return [
         ("saves", "against running the teacher while the student trains:"),
         (
@@ -158,14 +161,13 @@ def _saving_lines(saves: dict[str, int] | None, rows: int) -> list[tuple[str, st
         ),
         (
             "",
-            f"  memory   {human_bytes(saves['teacher_weights_bytes'])} of weights; "
-            f"now {human_bytes(saves['bank_bytes_held_as_centroids'])} of centroids, or "
-            f"{human_bytes(saves['bank_bytes_held_as_samples'])} with every sample's own row",
+            f"  memory   {human_bytes(saves['teacher_weights_bytes'])} of weights; now {held}",
         ),
         (
             "",
             f"  reading  {human_bytes(saves['bank_bytes_read_per_image'])} an image "
-            "with every sample's own row; nothing with centroids",
+            "with every sample's own row"
+            f"{'; nothing with centroids' if saves['bank_bytes_held_as_centroids'] else ''}",
         ),
     ]
 

@@ -18,8 +18,10 @@ from ckd import _npy
 from ckd._files import open_regular
 from ckd.data import splits
 from ckd.data.dataset import (
+    LABEL_NAMES,
     DataError,
     MemoryImages,
+    MissingSplit,
     check_rows,
     composed,
     numbered_classes,
@@ -28,6 +30,8 @@ from ckd.data.dataset import (
 )
 from ckd.data.decode import fit
 
+# Names of the arrays of images and of their labels, if they have any.
+_Pair = tuple[str, str | None]
 _DIGITS_TRAIN = 1437
 # Errors of numpy and zipfile on damaged and foreign files.
 _DAMAGE = (*_npy.DAMAGE, zipfile.BadZipFile, zlib.error)
@@ -57,34 +61,37 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
 
     Arrays: `images` and `labels`, divided by `splits.holdout_positions`; or one pair per split,
     such as `train_images` and `train_labels`, `x_test` and `y_test`. Images are uint8
-    [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, labels integers [N] or [N, 1].
-    `class_names` (optional) is an array of strings, or of UTF-8 bytes; without it the classes are
-    numbered up to the largest label of any split. Sample ids are row numbers. Other arrays are not
-    read.
+    [N, H, W], [N, H, W, C] or [N, C, H, W] with C = 1 or 3, labels integers [N] or [N, 1], -1
+    where unknown; images without an array of labels have none. `class_names` (optional) is an array
+    of strings, or of UTF-8 bytes; without it the classes are numbered up to the largest label of
+    any split. Sample ids are row numbers. Other arrays are not read.
     """
     arrays = _Arrays(path)
     pairs = _pairs(arrays)
     divided = bool(pairs)
-    if not divided and {"images", "labels"} <= set(arrays.names):
-        pairs = {split: ("images", "labels")}
+    if not divided and "images" in arrays.names:
+        labelled = "labels" in arrays.names
+        pairs = {split: ("images", "labels" if labelled else None)}
     chosen = splits.choose(pairs, split, path)
     if chosen is None:
-        raise DataError(
+        raise MissingSplit(
             f"{path} has no images of the {split} split: expected arrays images and labels, or "
             f"{split}_images and {split}_labels, or x_{split} and y_{split}; "
             f"found {', '.join(arrays.names) or 'none'}"
         )
+    _refuse_unread_labels(arrays, pairs)
     image_key, label_key = pairs[chosen]
     images = _channels_first(path, image_key, arrays.read(image_key))
-    labels = _labels(path, label_key, arrays.read(label_key))
+    labels = _labels(arrays, label_key, len(images))
     if "class_names" in arrays.names:
         class_names = _class_names(path, arrays.read("class_names"))
     else:
         # Any split may lack the last class: look at the labels of all.
-        every = [_labels(path, key, arrays.read(key)) for _, key in pairs.values()]
+        every = [_labels(arrays, key, 0) for _, key in pairs.values()]
         class_names = numbered_classes(every, path)
     ids = torch.arange(len(images))
-    check_rows(labels, ids, class_names, len(images), f"{path} ({image_key}, {label_key})")
+    keys = image_key if label_key is None else f"{image_key}, {label_key}"
+    check_rows(labels, ids, class_names, len(images), f"{path} ({keys})")
     if not divided:
         rows = splits.holdout_positions(ids, split, holdout)
         images, labels, ids = images[rows], labels[rows], ids[rows]
@@ -144,16 +151,43 @@ def _check_sizes(entry: zipfile.ZipInfo, size: int) -> None:
         )
 
 
-def _pairs(arrays: _Arrays) -> dict[str, tuple[str, str]]:
-    """Split name -> names of its image and label arrays, for every split that the file has."""
-    pairs: dict[str, tuple[str, str]] = {}
-    for name in splits.ALL_NAMES:
-        for pair in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}")):
-            if set(pair) <= set(arrays.names) and pairs.setdefault(name, pair) != pair:
+def _pairs(arrays: _Arrays) -> dict[str, _Pair]:
+    """Split name -> names of its image and label arrays, for every split that the file has.
+
+    Images without labels count if the file has no others for that half, "train" or "test".
+    """
+    found = set(arrays.names)
+    pairs: dict[str, _Pair] = {}
+    for groups in splits.NAMES_ON_DISK.values():
+        names = [name for synonyms in groups for name in synonyms]
+        every = [
+            (name, pair)
+            for name in names
+            for pair in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}"))
+        ]
+        chosen: list[tuple[str, _Pair]] = [(name, pair) for name, pair in every if {*pair} <= found]
+        if not chosen and not {"images", "labels"} <= found:
+            chosen = [(name, (images, None)) for name, (images, _) in every if images in found]
+        for name, pair in chosen:
+            if pairs.setdefault(name, pair) != pair:
                 raise DataError(
                     f"{arrays.path} has both {pairs[name][0]} and {pair[0]}; remove or rename one"
                 )
     return pairs
+
+
+def _refuse_unread_labels(arrays: _Arrays, pairs: dict[str, _Pair]) -> None:
+    """Raise DataError if images have no labels and the file has an array that seems to be theirs:
+    to leave it unread would be to train without labels unnoticed."""
+    used = {"class_names", *(labels for _, labels in pairs.values())}
+    bare = [images for images, labels in pairs.values() if labels is None]
+    unread = [name for name in arrays.names if name not in used and LABEL_NAMES.search(name)]
+    if bare and unread:
+        name = bare[0].replace("images", "labels").replace("x_", "y_")
+        raise DataError(
+            f"{arrays.path} has no array {name} for {bare[0]}, but {unread[0]}; call it {name}, or "
+            "remove it if these images have no labels"
+        )
 
 
 def _channels_first(path: Path, key: str, images: np.ndarray) -> Tensor:
@@ -175,7 +209,11 @@ def _channels_first(path: Path, key: str, images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images))
 
 
-def _labels(path: Path, key: str, labels: np.ndarray) -> Tensor:
+def _labels(arrays: _Arrays, key: str | None, count: int) -> Tensor:
+    """The labels int64 [N] under this name; without a name, `count` times -1."""
+    if key is None:
+        return torch.full((count,), -1)
+    path, labels = arrays.path, arrays.read(key)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,25 +19,37 @@ from torch import Tensor
 from ckd._errors import CkdError, warn
 from ckd._files import LFS_POINTER, holds_lfs_pointer
 
+# What arrays and columns of labels are called.
+LABEL_NAMES = re.compile("label|class|klass|target|categor|^y$|^y_|_y$", re.IGNORECASE)
+
 
 class DataError(CkdError, ValueError):
     """Unusable data or a wrong argument; the message names the file, row or argument."""
 
 
+class MissingSplit(DataError):
+    """The data set has no images of the split that is asked for."""
+
+
 class Batch(NamedTuple):
-    """`images` uint8 [B, C, H, W], `labels` int64 [B], `sample_ids` int64 [B], on one device."""
+    """`images` uint8 [B, C, H, W], `labels` int64 [B], -1 where unknown, `sample_ids` int64 [B], on
+    one device."""
 
     images: Tensor
     labels: Tensor
     sample_ids: Tensor
 
 
-class Dataset(ABC):
-    """Labelled uint8 images that are read by position.
+_Self = TypeVar("_Self", bound="Dataset")
 
-    `labels` and `sample_ids` are int64 [N] on the CPU, labels within 0..len(class_names)-1, sample
-    ids unique and stable: the same image always has the same id. `fingerprint` is a hash of the
-    content, which tells data sets apart.
+
+class Dataset(ABC):
+    """uint8 images with labels, where these are known, that are read by position.
+
+    `labels` and `sample_ids` are int64 [N] on the CPU, labels within 0..len(class_names)-1, or -1
+    where unknown; a data set without classes has no class names. Sample ids are unique and stable:
+    the same image always has the same id. `fingerprint` is a hash of the content, which tells data
+    sets apart.
     """
 
     name: str
@@ -48,6 +62,26 @@ class Dataset(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        channels, height, width = self.image_shape
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.split!r}: {len(self):,} images of "
+            f"{channels} x {height} x {width}, {len(self.class_names):,} classes, "
+            f"{self.labelled:,} labelled)"
+        )
+
+    @property
+    def labelled(self) -> int:
+        """The number of images with a label."""
+        return int((self.labels >= 0).sum())
+
+    def with_labels(self: _Self, labels: Tensor) -> _Self:
+        """The same images with other labels, int64 [N]; the fingerprint stays, since it tells
+        which images these are."""
+        other = copy.copy(self)
+        other.labels = labels
+        return other
 
     def batches(
         self,
@@ -154,7 +188,7 @@ class MemoryImages(Dataset):
 def check_rows(
     labels: Tensor, sample_ids: Tensor, class_names: Sequence[str], n: int, where: object
 ) -> None:
-    """DataError unless labels and sample ids are int64 [n], in range, and unique."""
+    """DataError unless labels and sample ids are int64 [n], in range (-1: unknown), and unique."""
     if n == 0:
         raise DataError(f"{where} holds no images")
     for name, tensor in (("labels", labels), ("sample_ids", sample_ids)):
@@ -163,13 +197,14 @@ def check_rows(
                 f"{where}: {name} must be int64 of shape ({n},), one per image, "
                 f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
-    wrong = torch.nonzero((labels < 0) | (labels >= len(class_names))).flatten()
+    wrong = torch.nonzero((labels < -1) | (labels >= len(class_names))).flatten()
     if len(wrong):
         row = int(wrong[0])
+        known = f"outside 0..{len(class_names) - 1}" if class_names else "of a set without classes"
         raise DataError(
-            f"{where}: label {int(labels[row])} of row {row} is outside 0..{len(class_names) - 1} "
+            f"{where}: label {int(labels[row])} of row {row} is {known} "
             f"({len(class_names)} classes; {len(wrong)} such rows); "
-            "labels must be class indices, and rows without a label must be left out"
+            "labels must be class indices, or -1 where they are unknown"
         )
     ids, counts = torch.unique(sample_ids, return_counts=True)
     if len(ids) < n:

@@ -1,4 +1,4 @@
-"""Image files in one folder per class, with or without split folders above."""
+"""Image files in one folder per class or without classes, with or without split folders above."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from torch import Tensor
 from ckd._errors import warn
 from ckd._files import read_regular
 from ckd.data import photo, splits, walk
-from ckd.data.dataset import DataError, composed
+from ckd.data.dataset import DataError, MissingSplit, composed
 from ckd.data.decode import EncodedImages
 
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
+# A folder of one of these names, in either case, holds images without labels, as in STL-10.
+UNLABELLED = ("unlabelled", "unlabeled")
+# Names of a single folder that hardly name a class.
+_NO_CLASS = frozenset(("images", "image", "imgs", "img", "photos", "pictures", "data", "all"))
 
 
 def open_split(root: Path, split: str, holdout: float) -> FolderImages:
@@ -30,6 +34,11 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
     `splits.holdout_positions`. If `root` holds a single folder with the split folders in it, that
     folder takes its place. A test folder without class folders is passed over if there is a
     validation folder.
+
+    Without labels (-1) are the images of a root or split folder that has no class folders
+    (root/1.jpg, root/train/1.jpg), and those at any depth of a folder UNLABELLED beside class or
+    split folders. That of a split folder belongs to its split, that of `root` to the training
+    split: nothing of it is held out.
     """
     root = _root_of_splits(root)
     folders = {name: _unwrapped(folder) for name, folder in _split_folders(root).items()}
@@ -37,19 +46,42 @@ def open_split(root: Path, split: str, holdout: float) -> FolderImages:
     chosen = splits.choose(folders, split, root)
     other = splits.choose(folders, "train" if split == "test" else "test", root)
     if chosen is None and other is not None:
-        raise DataError(
+        raise MissingSplit(
             f"{root} has a folder {folders[other].name!r} but none for the {split} split; "
             f"add one, or pass {folders[other]} to have a part of it held out"
         )
     if chosen is None:
-        classes = _classes(root)
-        _warn_of_one_class(classes)
-        whole = _list(root, classes)
-        return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
-    classes = _classes(folders[chosen])
-    if split == "test" and other is not None:
-        classes = _named_alike(classes, _classes(folders[other]), folders[chosen], folders[other])
-    return _list(root, classes)
+        return _divided(root, split, holdout)
+    folder, classes = folders[chosen], _classes(folders[chosen])
+    bare = [*_loose(root, folder, classes), *_unlabelled(root, folder, classes)]
+    if split == "train":
+        _warn_of_one_class(root, folder, classes)
+        bare += _unlabelled(root, root, classes)
+    if other is not None and (split == "test" or not classes):
+        known = _classes(folders[other])
+        if known and not classes:
+            warn(f"{folder} holds no class folders: its images have no labels", stacklevel=4)
+        classes = _named_alike(classes, known, folder, folders[other]) if known else classes
+    return _list(root, classes, bare)
+
+
+def _divided(root: Path, split: str, holdout: float) -> FolderImages:
+    """The images of `split` in a root without split folders."""
+    classes = _classes(root)
+    _warn_of_one_class(root, root, classes)
+    loose, unlabelled = _loose(root, root, classes), _unlabelled(root, root, classes)
+    whole = _list(root, classes, [*loose, *unlabelled])
+    divisible = whole.sample_ids[: len(whole) - len(unlabelled)]
+    if len(divisible) == 0 and split == "test":
+        raise MissingSplit(
+            f"{root} has no images of the {split} split: all are in {_unlabelled_folder(root)}, "
+            "of which nothing is held out; to have a part held out, pass that folder"
+        )
+    positions = torch.arange(len(whole))
+    if len(divisible):
+        chosen = splits.holdout_positions(divisible, split, holdout)
+        positions = chosen if split == "test" else torch.cat([chosen, positions[len(divisible) :]])
+    return whole.select(positions)
 
 
 class FolderImages(EncodedImages):
@@ -110,7 +142,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     test_images/), or if there are no other folders and all have a class folder of one name in
     common, or one of them is called like a split: bullet-train/ and test tube/ are classes.
     """
-    folders = walk.subfolders(root)
+    folders = _labelled_subfolders(root)
     groups: dict[str, list[tuple[str, Path]]] = {}
     for folder in folders:
         name, rest = splits.name_and_rest(folder.name)
@@ -149,7 +181,7 @@ def _with_classes(folders: dict[str, Path]) -> dict[str, Path]:
     """The split folders without those for testing that hold no class folders, if others do:
     contests publish their test images without labels."""
     tests = [name for group in splits.NAMES_ON_DISK["test"] for name in group if name in folders]
-    bare = [name for name in tests if not walk.subfolders(folders[name])]
+    bare = [name for name in tests if not _labelled_subfolders(folders[name])]
     if len(bare) in (0, len(tests)):
         return folders
     for name in bare:
@@ -201,12 +233,16 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _classes(folder: Path) -> dict[str, Path]:
-    """Class name -> folder, sorted by name; warns of images that are in none of them."""
-    classes = {entry.name: entry for entry in walk.subfolders(folder)}
-    if not classes:
+    """Class name -> folder, sorted by name; warns of images that are in none of them.
+
+    Empty if the folder holds images without labels alone; DataError if it holds none either.
+    """
+    classes = {entry.name: entry for entry in _labelled_subfolders(folder)}
+    loose = _images_in(folder)
+    if not (classes or loose or _unlabelled_folder(folder)):
         raise DataError(
-            f"{folder} holds no class folders; expected one folder of images per class, "
-            f"such as {folder / 'cat' / '1.png'}, or parquet files"
+            f"{folder} holds no class folders and no images; expected one folder of images per "
+            f"class, such as {folder / 'cat' / '1.png'}, images without classes, or parquet files"
         )
     for name in classes:
         # Class names are written into JSON, headers and reports, all of which are UTF-8.
@@ -216,13 +252,54 @@ def _classes(folder: Path) -> dict[str, Path]:
                 "rename it"
             )
     composed(classes, f"{folder}: the class folders")
-    if loose := _images_in(folder):
+    if classes and loose:
         warn(
             f"{folder}: images that lie beside the class folders are left out ({len(loose)}, such "
-            f"as {loose[0]!r})",
+            f"as {loose[0]!r}); a folder {UNLABELLED[0]!r} may hold images without labels",
             stacklevel=5,
         )
     return classes
+
+
+def _labelled_subfolders(folder: Path) -> list[Path]:
+    """The subfolders, without those for images without labels."""
+    return [place for place in walk.subfolders(folder) if place.name.lower() not in UNLABELLED]
+
+
+def _unlabelled_folder(folder: Path) -> Path | None:
+    """The folder UNLABELLED in `folder`. Raises DataError if there are several."""
+    found = [place for place in walk.subfolders(folder) if place.name.lower() in UNLABELLED]
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} has several folders for images without labels, "
+            f"{' and '.join(place.name for place in found)}; put all images into one"
+        )
+    return found[0] if found else None
+
+
+def _unlabelled(root: Path, folder: Path, classes: dict[str, Path]) -> list[Path]:
+    """The images in the folder UNLABELLED in `folder`.
+
+    Raises DataError if it has none, or a folder that is named after a class: its images may have a
+    label.
+    """
+    place = _unlabelled_folder(folder)
+    if place is None:
+        return []
+    if both := sorted({inner.name for inner in walk.subfolders(place)} & classes.keys()):
+        raise DataError(
+            f"{place / both[0]} is named after a class, but images in {place.name} have no "
+            f"labels; move them to the folder of that class, or rename {both[0]!r} if they are "
+            "not of it"
+        )
+    if found := _images(root, place):
+        return found
+    raise DataError(f"{place} holds no images; add some or remove it")
+
+
+def _loose(root: Path, folder: Path, classes: dict[str, Path]) -> list[Path]:
+    """The images in `folder` itself, if it has no class folders."""
+    return [] if classes else [path for path in _images(root, folder) if path.parent == folder]
 
 
 def _named_alike(
@@ -238,19 +315,26 @@ def _named_alike(
     return {name: by_composed.get(name, folder / name) for name in known}
 
 
-def _warn_of_one_class(classes: dict[str, Path]) -> None:
-    (name, folder), *others = classes.items()
-    inner = walk.subfolders(folder)
-    if others or len(inner) < 2 or _images_in(folder):
+def _warn_of_one_class(root: Path, folder: Path, classes: dict[str, Path]) -> None:
+    """Warn of a single class whose folder seems to hold the classes, or images without any."""
+    if len(classes) != 1 or _unlabelled_folder(folder):
         return
-    warn(
-        f"{folder.parent} holds one class, {name!r}; if the {len(inner)} folders in it are "
-        f"classes, such as {inner[0].name!r}, pass {folder}",
-        stacklevel=5,
-    )
+    ((name, place),) = classes.items()
+    inner = walk.subfolders(place)
+    if len(inner) > 1 and not _images_in(place):
+        remedy = (
+            f"if the {len(inner)} folders in it are classes, such as {inner[0].name!r}, "
+            f"{f'pass {place}' if folder == root else f'move them into {folder}'}"
+        )
+    elif name.lower() in _NO_CLASS:
+        remedy = f"if its images have no labels, call it {UNLABELLED[0]!r}"
+    else:
+        return
+    warn(f"{folder} holds one class, {name!r}; {remedy}", stacklevel=5)
 
 
-def _list(root: Path, classes: dict[str, Path]) -> FolderImages:
+def _list(root: Path, classes: dict[str, Path], bare: Sequence[Path]) -> FolderImages:
+    """The images of the class folders, then the images `bare` without labels."""
     paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(classes.values()):
@@ -264,6 +348,8 @@ def _list(root: Path, classes: dict[str, Path]) -> FolderImages:
         for path in found or ():
             paths.append(path.relative_to(root).as_posix())
             labels.append(label)
+    paths += [path.relative_to(root).as_posix() for path in bare]
+    labels += [-1] * len(bare)
     # Hashes the bytes of the path, since file names need not be UTF-8.
     ids = [xxhash.xxh3_64_intdigest(os.fsencode(path)) & 0x7FFF_FFFF_FFFF_FFFF for path in paths]
     seen: dict[int, str] = {}
@@ -273,7 +359,8 @@ def _list(root: Path, classes: dict[str, Path]) -> FolderImages:
                 f"{root}: {seen[sample_id]} and {name} have the same sample id; rename one"
             )
         seen[sample_id] = name
-    return FolderImages(root, paths, torch.tensor(labels), torch.tensor(ids), tuple(classes))
+    known, sample_ids = torch.tensor(labels, dtype=torch.int64), torch.tensor(ids)
+    return FolderImages(root, paths, known, sample_ids, tuple(classes))
 
 
 def _images_in(folder: Path) -> list[str]:

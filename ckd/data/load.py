@@ -24,7 +24,7 @@ def load(
     memory_limit: int = 2 << 30,
     max_pixels: int = photo.MAX_PIXELS,
 ) -> Dataset:
-    """The `split` ("train" or "test") of a data set.
+    """The `split` ("train" or "test") of a data set, labelled or not.
 
     `spec` is "digits" (comes with the package), an image folder, a Hugging Face parquet file or a
     folder of them at any depth, or an .npz file; `~` is the home folder. Validation data on disk
@@ -42,7 +42,11 @@ def load(
     Warns of images with the same content within the split (unless the images exceed 2 GiB), and of
     folders that may not be meant as they are read.
 
-    Raises DataError, naming the file, for data that is missing or not as described.
+    Images without labels have the label -1: those of files and folders without labels or classes,
+    labels that are -1 or null, and image folders named `unlabelled` (`unlabeled`).
+
+    Raises DataError, naming the file, for data that is missing or not as described; MissingSplit if
+    the data set has no images of this split.
     """
     if split not in splits.NAMES_ON_DISK:
         raise DataError(unknown("split", split, splits.NAMES_ON_DISK))

@@ -1,4 +1,4 @@
-"""Images in Hugging Face parquet files: an image column of {bytes, path} and a label column."""
+"""Images in Hugging Face parquet files: an image column of {bytes, path}, mostly a label column."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from ckd._errors import warn
 from ckd._files import check_regular
 from ckd._hints import require
 from ckd.data import splits, walk
-from ckd.data.dataset import DataError, composed, nfc, numbered_classes, unreadable
+from ckd.data.dataset import (
+    LABEL_NAMES,
+    DataError,
+    MissingSplit,
+    composed,
+    nfc,
+    numbered_classes,
+    unreadable,
+)
 from ckd.data.decode import EncodedImages
 
 IMAGE_COLUMNS = ("img", "image")
@@ -43,6 +51,7 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
     A file with a split's name in its path (train-00000-of-00004.parquet, test/0000.parquet)
     belongs to that split; if there is none, the rows are divided by `splits.holdout_positions`.
     The files of a split are in one folder, or below one folder with its name.
+    Labels that are null, or of a file without a label column, are unknown (-1).
     Sample ids number the rows of the split's (or all) files, sorted by path.
     """
     names: dict[str | None, list[Path]] = {}
@@ -71,19 +80,22 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
     chosen = splits.choose([name for name in names if name], split, path)
     if chosen is None:
         found = ", ".join(sorted(name for name in names if name))
-        raise DataError(
+        raise MissingSplit(
             f"{path} has no {split} split (found: {found}); "
             + ("pass the folder that holds all splits" if path.is_file() else "add its files")
         )
     files = [file for file in every if file.path in names[chosen]]
     others = [name for name in names if name not in (None, chosen)]
     validation = splits.choose([name for name in others if name], split, path)
-    if validation and all((file.labels < 0).all() for file in files):
-        warn(
-            f"{path}: the {chosen} files have no labels (all are negative): {validation} is read",
-            stacklevel=4,
-        )
-        files = [file for file in every if file.path in names[validation]]
+    if validation and not any(file.labelled for file in files):
+        labelled = [file for file in every if file.path in names[validation]]
+        if any(file.labelled for file in labelled):
+            warn(
+                f"{path}: the {chosen} files have no labels (all are unknown): {validation} is "
+                "read",
+                stacklevel=4,
+            )
+            files = labelled
     return ParquetImages(files, _class_names(every))
 
 
@@ -184,18 +196,30 @@ class _ParquetFile:
             file = parquet.ParquetFile(path)
             schema = file.schema_arrow
             self._image = self._find(schema, IMAGE_COLUMNS, "image")
-            label = self._find(schema, LABEL_COLUMNS, "label")
+            features = _hugging_face_features(schema.metadata or {}, path)
+            label = None
+            if any(_seems_labels(name, features) for name in schema.names):
+                label = self._find(schema, LABEL_COLUMNS, "label")
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             self.group_rows = [group.num_rows for group in groups]
             self.group_bytes = [group.total_byte_size for group in groups]
             self._check_counts(file.metadata)
-            self.labels = self._read_labels(file, label)
+            self.labels = np.full(sum(self.group_rows), -1)
+            if label is not None:
+                self.labels = self._read_labels(file, label)
         except DataError:
             raise
         except _DAMAGE as error:
             raise unreadable(path, "a parquet", error) from error
-        self.class_names = _hugging_face_names(schema.metadata or {}, label, path)
-        composed(self.class_names, f"{path}: the class names")
+        self.class_names: tuple[str, ...] | None = None  # no classes, rather than without names
+        if label is not None:
+            self.class_names = _class_names_in(features, label, path)
+            composed(self.class_names, f"{path}: the class names")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any row has a label."""
+        return bool((self.labels >= 0).any())
 
     def read_images(self, group: int) -> Any:
         """The encoded images of a row group as one pyarrow binary array."""
@@ -236,9 +260,10 @@ class _ParquetFile:
                 "rename all but the one to use"
             )
         if not found:
+            remedy = "" if what == "image" else ", or leave it out if no image has a label"
             raise DataError(
                 f"{self.path} has no {what} column: expected one of {', '.join(known)}, "
-                f"found {', '.join(schema.names)}; rename the column"
+                f"found {', '.join(schema.names)}; rename the column{remedy}"
             )
         return found[0]
 
@@ -259,42 +284,60 @@ class _ParquetFile:
     def _read_labels(self, file: Any, column: str) -> np.ndarray:
         arrow = require("pyarrow", extra="parquet", purpose="reading parquet files")
         labels = file.read(columns=[column]).column(column)
+        if arrow.types.is_null(labels.type):  # every value is
+            labels = labels.cast(arrow.int64())
         if not arrow.types.is_integer(labels.type):
             raise DataError(
                 f"{self.path}: column {column!r} must hold integer class indices, got {labels.type}"
             )
-        if labels.null_count:
-            raise DataError(
-                f"{self.path}: column {column!r} has {labels.null_count} rows without a label"
-            )
         if len(labels) != sum(self.group_rows):
             raise ValueError(f"{len(labels)} labels in {sum(self.group_rows)} rows")
-        return labels.to_numpy().astype(np.int64)
+        return labels.cast(arrow.int64()).fill_null(-1).to_numpy().astype(np.int64)
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _hugging_face_names(metadata: dict[bytes, bytes], label: str, path: Path) -> tuple[str, ...]:
-    """Class names from the ClassLabel feature that Hugging Face datasets writes, or ()."""
+def _hugging_face_features(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
+    """Column -> its feature, as Hugging Face datasets writes them, or {}."""
     try:
         features = _json.parse_object(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return features if isinstance(features, dict) else {}
+    except _json.JsonError as error:
+        warn(f"the class names in the metadata of {path} are passed over: {error}", stacklevel=2)
+        return {}
+    except (KeyError, TypeError):  # foreign metadata
+        return {}
+
+
+def _class_names_in(features: dict[str, Any], label: str, path: Path) -> tuple[str, ...]:
+    """The class names of a ClassLabel feature, or ()."""
+    try:
         return tuple(map(str, _json.check_types(features[label]["names"], list[str | int])))
     except _json.JsonError as error:
         warn(f"the class names in the metadata of {path} are passed over: {error}", stacklevel=2)
         return ()
-    except (KeyError, TypeError):  # foreign metadata
+    except (KeyError, TypeError):
         return ()
+
+
+def _seems_labels(column: str, features: dict[str, Any]) -> bool:
+    """Whether a column holds labels by its name or feature; to leave one unread would be to train
+    without labels unnoticed."""
+    feature = features.get(column)
+    is_class_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    return is_class_label or LABEL_NAMES.search(column) is not None
 
 
 def _class_names(files: Sequence[_ParquetFile]) -> tuple[str, ...]:
     """The files' common class names; if they have none, the numbers up to the largest label."""
-    stored = {tuple(map(nfc, file.class_names)): file.path for file in files}
+    with_labels = [file for file in files if file.class_names is not None]
+    stored = {tuple(map(nfc, file.class_names or ())): file.path for file in with_labels}
     if len(stored) > 1:
         first, second = list(stored.values())[:2]
         raise DataError(f"{first} and {second} have different class names; they must be the same")
-    names = files[0].class_names
+    names = with_labels[0].class_names if with_labels else None
     labels = [torch.from_numpy(file.labels) for file in files]
     return names or numbered_classes(labels, files[0].path.parent)
 

@@ -9,7 +9,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ckd.data.dataset import DataError
+from ckd.data.dataset import DataError, MissingSplit
 
 # Groups of synonyms in order of preference: a data set with both a test and a validation part is
 # tested on "test".
@@ -74,7 +74,7 @@ def holdout_positions(sample_ids: Tensor, split: str, holdout: float) -> Tensor:
     )
     positions = torch.nonzero(held_out if split == "test" else ~held_out).flatten()
     if len(positions) == 0:
-        raise DataError(
+        raise MissingSplit(
             f"with holdout {holdout} none of the {len(sample_ids)} images is in the {split} split; "
             "choose another holdout, or lay the splits out in folders or files of their own"
         )

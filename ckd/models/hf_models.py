@@ -100,7 +100,7 @@ def create(
     weights: Weights | None,
     pool: Pool | None,
 ) -> HFModel:
-    """The model by name, with its own classifier, or a new one if `num_classes` is given.
+    """The model by name: a new classifier if `num_classes` is given, else a trained one's own.
 
     `image_size` and `in_channels` default to the model's own. Position embeddings of a pretrained
     model are interpolated to another image size.
@@ -130,7 +130,8 @@ def create(
         else:
             own = stored_normalisation(spec, native_size)
             vision.image_size, vision.num_channels = image_size or native_size, channels
-        family = _class_for(spec, transformers, config, num_classes, pool)
+        keep = trained and pool is None
+        family = _class_for(spec, transformers, config, num_classes, keep)
         with quiet(transformers):  # `_refuse_unfit` tells what matters of its report
             if weights is not None:
                 network, fit = _from_weights(family, config, weights, pool)
@@ -187,16 +188,19 @@ def _refuse_unfit(spec: Spec, model: HFModel, fit: _Fit, weights: Weights | None
 
 
 def _class_for(
-    spec: Spec, transformers: Any, config: Any, num_classes: int | None, pool: Pool | None
+    spec: Spec, transformers: Any, config: Any, num_classes: int | None, keep: bool
 ) -> Any:
-    """The class of transformers, or one of its Auto classes, that loads the model."""
+    """The class of transformers, or one of its Auto classes, that loads the model.
+
+    keep: keep the model's own classifier, if it has one.
+    """
     if config.model_type in ("timm_wrapper", "timm_backbone"):
         raise ModelError(
             f"{spec.text!r} is a model of timm; load it as timm:hf-hub:{spec.name}, or from a "
             "folder as timm:local-dir:FOLDER"
         )
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    if num_classes is not None or (architecture.endswith(_CLASSIFIER) and pool is None):
+    if num_classes is not None or (architecture.endswith(_CLASSIFIER) and keep):
         return transformers.AutoModelForImageClassification
     if architecture.endswith(_AS_SAVED):
         if not hasattr(transformers, architecture):

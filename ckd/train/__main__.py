@@ -53,8 +53,10 @@ class Command:
             print(evaluate_source(self.config, self.eval))
             return
         result = train(self.config, resume=self.resume is not None)
+        accuracy = result["test_accuracy"]
         print(
-            f"{self.config.folder}: test accuracy {result['test_accuracy']:.2%} after "
+            f"{self.config.folder}: "
+            f"{'no test accuracy' if accuracy is None else f'test accuracy {accuracy:.2%}'} after "
             f"{result['epochs']} epochs, {result['train_time_s']:.0f} s of training"
         )
 

@@ -90,6 +90,9 @@ class Config:
     """Epochs of linear warm-up, before the cosine decay of the learning rate to zero."""
     clip_norm: float = 0.0
     """Clip the norm of the gradient to this value; 0: off."""
+    label_fraction: float = 1.0
+    """Train with the labels of this fraction of the images only, as many of each class, drawn by
+    seed; of the others, images alone. 0: without labels."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy against the labels."""
     ema: float = 0.0
@@ -317,6 +320,7 @@ _RANGES: Mapping[str, _Range] = {
     "weight_decay": _Range(0),
     "warmup_epochs": _Range(0),
     "clip_norm": _Range(0),
+    "label_fraction": _Range(0, 1),
     "label_smoothing": _Range(0, 1, open_high=True),
     "ema": _Range(0, 1, open_high=True),
     "crop_padding": _Range(0, _SIZE),

@@ -1,4 +1,4 @@
-"""curves.png: loss, accuracy and learning rate of a run over its epochs."""
+"""curves.png: loss, accuracy, if there is one, and learning rate of a run over its epochs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ _TERMS = {
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Draw the records of metrics.jsonl. Raises ImportError naming the extra without matplotlib."""
-    figure, (loss_axes, accuracy_axes, rate_axes) = new_figure(11.0, 3.4, columns=3)
+    scored = records[-1]["test_accuracy"] is not None
+    columns = 3 if scored else 2
+    figure, (loss_axes, *more, rate_axes) = new_figure(11.0 / 3 * columns, 3.4, columns=columns)
     epochs = [record["epoch"] for record in records]
     # A single point draws no line, so mark it.
     style = {"linewidth": 1.8, "marker": "o" if len(epochs) == 1 else None, "markersize": 5}
@@ -49,23 +51,27 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         for name, (label, colour) in _TERMS.items()
         if name in terms
     ]
-    lines.append(("test", GREY, [record["test_loss"] for record in records]))
+    if scored:
+        lines.append(("test", GREY, [record["test_loss"] for record in records]))
     for label, colour, values in lines:
         dashes = "--" if label == "test" else "-"
         loss_axes.plot(epochs, values, dashes, color=colour, **style)
     label_ends(loss_axes, [(label, colour, values[-1]) for label, colour, values in lines])
 
-    accuracy = [100 * record["test_accuracy"] for record in records]
-    accuracy_axes.plot(epochs, accuracy, color=BLUE, **style)
-    accuracy_axes.plot(epochs[-1:], accuracy[-1:], "o", color=BLUE, markersize=5)
-    label_ends(accuracy_axes, [(f"{accuracy[-1]:.2f} %", BLUE, accuracy[-1])])
+    for axes in more:
+        accuracy = [100 * record["test_accuracy"] for record in records]
+        axes.plot(epochs, accuracy, color=BLUE, **style)
+        axes.plot(epochs[-1:], accuracy[-1:], "o", color=BLUE, markersize=5)
+        label_ends(axes, [(f"{accuracy[-1]:.2f} %", BLUE, accuracy[-1])])
 
     rate_axes.plot(epochs, [record["lr"] for record in records], color=BLUE, **style)
     rate_axes.ticklabel_format(axis="y", style="plain")
     rate_axes.set_ylim(bottom=0)
 
-    titles = ("Loss, mean over the epoch", "Test accuracy (%)", "Learning rate at the end of epoch")
-    for axes, title_of_axes in zip((loss_axes, accuracy_axes, rate_axes), titles):
+    titles = ["Loss, mean over the epoch", "Test accuracy (%)", "Learning rate at the end of epoch"]
+    if not scored:
+        del titles[1]
+    for axes, title_of_axes in zip((loss_axes, *more, rate_axes), titles):
         axes.set_title(title_of_axes, fontsize=10, loc="left")
         axes.set_xlabel("epoch", fontsize=9)
         if len(epochs) == 1:

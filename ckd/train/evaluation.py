@@ -20,10 +20,13 @@ from ckd.train.errors import ConfigError
 
 
 class Scores(NamedTuple):
-    """`accuracy` in 0..1, the mean cross-entropy `loss`, and `correct` of `images` images."""
+    """`accuracy` in 0..1, the mean cross-entropy `loss`, and `correct` of `images` labelled images.
 
-    accuracy: float
-    loss: float
+    Without a class head or a labelled image, accuracy and loss are None.
+    """
+
+    accuracy: float | None
+    loss: float | None
     correct: int
     images: int
 
@@ -38,16 +41,21 @@ def evaluate(
     workers: int = 0,
     order: Tensor | None = None,
 ) -> Scores:
-    """Score the model in evaluation mode and float32; its training mode is restored.
+    """Score the model on the labelled images, in evaluation mode and float32; its training mode is
+    restored.
 
     order: the logit of each class of the data (see `logit_order`); None: the same order.
     """
+    labelled = torch.nonzero(dataset.labels >= 0).flatten()
+    n = len(labelled)
+    if model.num_classes is None or not n:
+        return Scores(None, None, 0, 0)
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     try:
-        for batch in dataset.batches(torch.arange(len(dataset)), batch_size, device, workers):
+        for batch in dataset.batches(labelled, batch_size, device, workers):
             logits = model(models.prepare(model, batch.images)).logits.float()
             if order is not None:
                 logits = logits[:, order]
@@ -55,7 +63,6 @@ def evaluate(
             loss += F.cross_entropy(logits, batch.labels, reduction="sum")
     finally:
         model.train(was_training)
-    n = len(dataset)
     return Scores(correct.item() / n, loss.item() / n, int(correct), n)
 
 
@@ -71,7 +78,12 @@ def evaluate_source(config: Config, source: str) -> str:
     ).to(device)
     model = models.load(source, weights=config.teacher_weights).to(device)
     if model.num_classes is None:
-        raise ConfigError(f"{source} has no classifier, so it has no accuracy")
+        raise ConfigError(f"{source} has no class head, so it has no accuracy")
+    if not dataset.labelled:
+        raise ConfigError(
+            f"no image of {dataset.name} ({dataset.split}) has a label, so there is no accuracy; "
+            "name a data set with labels with --data"
+        )
     if model.num_classes != len(dataset.class_names):
         raise ConfigError(
             f"{source} tells {model.num_classes} classes apart, {dataset.name} has "

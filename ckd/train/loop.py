@@ -32,7 +32,7 @@ from ckd.train.config import Config
 from ckd.train.curves import draw_curves
 from ckd.train.device import autocast, torch_state
 from ckd.train.errors import Interrupted, TrainError
-from ckd.train.evaluation import evaluate
+from ckd.train.evaluation import Scores, evaluate
 from ckd.train.interrupt import stop_on_signals
 from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
@@ -66,6 +66,9 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
         run = set_up(config, device, method_type)
         if resume:
             restore(run)
+        if verbose:
+            for note in run.notes:
+                print(note, flush=True)
         log = MetricsLog(
             folder,
             keep_bytes=run.progress.metrics_bytes,
@@ -215,13 +218,15 @@ def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
     """Evaluate, and reset the progress for the next epoch; returns the line for metrics.jsonl."""
     config, progress = run.config, run.progress
     began = time.monotonic()
-    scores = evaluate(
-        run.evaluated,
-        run.test_set,
-        batch_size=config.batch_size,
-        device=run.device,
-        workers=config.workers,
-    )
+    scores = Scores(None, None, 0, 0)
+    if run.test_set is not None:
+        scores = evaluate(
+            run.evaluated,
+            run.test_set,
+            batch_size=config.batch_size,
+            device=run.device,
+            workers=config.workers,
+        )
     record = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
@@ -279,7 +284,8 @@ def interrupt(run: Run) -> NoReturn:
 def finish(run: Run) -> dict[str, Any]:
     """Write student.safetensors, curves.png and, last, result.json, whose content is returned."""
     folder = run.config.folder
-    models.save(run.evaluated, folder / STUDENT, class_names=run.train_set.class_names)
+    classes = () if run.evaluated.num_classes is None else run.train_set.class_names
+    models.save(run.evaluated, folder / STUDENT, class_names=classes)
     title = f"{run.config.method}: {run.config.student} on {run.config.data}"
     try:
         draw_curves(run.records, folder / "curves.png", title)

@@ -57,8 +57,9 @@ class Method(nn.Module):
 
     @classmethod
     def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
-        """Whether a term of the loss depends on the student's logits."""
-        return config.label_weight > 0 and bool((dataset.labels >= 0).any())
+        """Whether a term of the loss depends on the student's logits; without one the student has
+        no class head, which would keep its random weights."""
+        return config.label_weight > 0 and dataset.labelled > 0
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
@@ -127,6 +128,11 @@ class LogitKD(Method):
 
     @classmethod
     def build(cls, config: Config, student: Any, dataset: Dataset, device: torch.device) -> Method:
+        if not dataset.class_names:
+            raise ConfigError(
+                f"--method logit-kd compares logits of classes, and {dataset.name} has no classes; "
+                "use teacher-kd or embed-kd, which need none"
+            )
         model = _load_teacher(config, device)
         remedy = (
             "fine-tune it on this data, or use teacher-kd or embed-kd, which need its embeddings "
@@ -239,7 +245,7 @@ def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
     except BankError as error:
         raise ConfigError(f"{error}; {remedy}") from error
     labels = bank.labels[positions]
-    others = (labels >= 0) & (labels != dataset.labels)
+    others = (labels >= 0) & (dataset.labels >= 0) & (labels != dataset.labels)
     if bool(others.any()):
         first = int(others.nonzero()[0])
         raise ConfigError(

@@ -21,6 +21,7 @@ from ckd.train.errors import TrainError
 RESULT = "result.json"
 SCHEMA_VERSION = 1
 MIB = 1 << 20
+SCORES = ("test_accuracy", "test_loss", "best_test_accuracy", "best_epoch")
 MEMORY_KEYS = ("peak_cuda_mib", "peak_rss_mib", "start_rss_mib")
 
 
@@ -42,10 +43,10 @@ class _Required(TypedDict):
     seed: int
     epochs: int
     parameters: int
-    test_accuracy: float
-    test_loss: float
-    best_test_accuracy: float
-    best_epoch: int
+    test_accuracy: float | None
+    test_loss: float | None
+    best_test_accuracy: float | None
+    best_epoch: int | None
     time_per_epoch_s: float
     train_time_s: float
     images_per_s: float
@@ -53,7 +54,10 @@ class _Required(TypedDict):
 
 
 class Result(_Required, total=False):
-    """result.json, beside its checksum: `peak_cuda_mib`, or both of the others."""
+    """result.json, beside its checksum: `peak_cuda_mib`, or both of the others.
+
+    The scores on test images are None all together: without a class head or labelled images.
+    """
 
     peak_cuda_mib: float
     peak_rss_mib: float
@@ -120,7 +124,8 @@ def summary(
 ) -> dict[str, Any]:
     """The run in one object. Times and rates are medians over the epochs."""
     last = records[-1]
-    best = max(records, key=lambda record: record["test_accuracy"])
+    scored = [record for record in records if record["test_accuracy"] is not None]
+    best = max(scored, key=lambda record: record["test_accuracy"], default=None)
     memory_key = "peak_cuda_mib" if device.type == "cuda" else "peak_rss_mib"
     largest = max(records, key=lambda record: record.get(memory_key, 0.0))
     return {
@@ -133,8 +138,8 @@ def summary(
         "parameters": parameters,
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
-        "best_test_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
+        "best_test_accuracy": None if best is None else best["test_accuracy"],
+        "best_epoch": None if best is None else best["epoch"],
         "time_per_epoch_s": statistics.median_low(record["time_s"] for record in records),
         "train_time_s": sum(record["time_s"] for record in records),
         "images_per_s": statistics.median_high(record["images_per_s"] for record in records),
@@ -163,6 +168,8 @@ def read_result(run: Path) -> dict[str, Any]:
         memory = [key in result for key in MEMORY_KEYS]
         if memory not in ([True, False, False], [False, True, True]):
             raise JsonError("it has no peak memory, or that of two devices")
+        if len({result[name] is None for name in SCORES}) > 1:
+            raise JsonError("it has some of the scores on test images, but not all")
         for name, value in result.items():
             # A loss that the test data drive to infinity is a result too.
             number = isinstance(value, int | float) and name != "test_loss"
@@ -179,9 +186,11 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
     """A record of metrics in words, for the terminal."""
+    accuracy = record["test_accuracy"]
+    test = "" if accuracy is None else f"test {accuracy:6.2%}   "
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}   loss {record['loss']:.4f}   "
-        f"test {record['test_accuracy']:6.2%}   lr {record['lr']:.2e}   "
+        f"{test}lr {record['lr']:.2e}   "
         f"{record['time_s']:.1f} s   {record['images_per_s']:,.0f} images/s"
     )
 

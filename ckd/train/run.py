@@ -54,7 +54,7 @@ class Run:
     config: Config
     device: torch.device
     train_set: Dataset
-    test_set: Dataset
+    test_set: Dataset | None  # None: no test split, which a training set without labels may lack
     student: Any
     forward: Callable[[Tensor], models.ModelOutput]  # the student, compiled if asked
     method: Method
@@ -84,11 +84,24 @@ class Run:
     @property
     def inputs(self) -> dict[str, str]:
         """Hashes of the data and of the teacher or bank; a resume must find the same."""
-        return {
-            "training data": self.train_set.fingerprint,
-            "test data": self.test_set.fingerprint,
-            **self.method.inputs,
-        }
+        sets = {"training data": self.train_set, "test data": self.test_set}
+        hashes = {name: one.fingerprint for name, one in sets.items() if one is not None}
+        return {**hashes, **self.method.inputs}
+
+    @property
+    def notes(self) -> list[str]:
+        """What is missing in this run, for the terminal."""
+        total, labelled = len(self.train_set), self.train_set.labelled
+        notes = []
+        if labelled < total:
+            notes.append(f"{labelled:,} of {total:,} training images are used with their labels")
+        if self.student.num_classes is None:
+            notes.append("the student has no class head, since nothing would train it")
+        if self.test_set is None:
+            notes.append(f"{self.config.data} has no test split: nothing is scored")
+        elif not self.test_set.labelled:
+            notes.append("no test image has a label: there is no test accuracy")
+        return notes
 
 
 @contextmanager
@@ -127,31 +140,20 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
 
 def set_up(config: Config, device: torch.device, method_type: type[Method]) -> Run:
     """Load the data and make the student, its method and its optimizer on `device`."""
-    train_set, test_set = (
-        data.load(
-            config.data,
-            split,
-            image_size=config.image_size,
-            max_pixels=config.max_image_pixels,
-        ).to(device)
-        for split in ("train", "test")
-    )
-    channels, height, width = train_set.image_shape
-    if height != width or test_set.image_shape != train_set.image_shape:
+    train_set, test_set = _load(config, device)
+    channels, height, _ = train_set.image_shape
+    has_head = method_type.trains_class_head(config, train_set)
+    if not has_head and not config.distils:
+        why = f": {config.data} has none" if config.label_fraction else " (--label-fraction 0)"
         raise ConfigError(
-            f"images must be square and of one size, {config.data} has {width} x {height} pixels "
-            f"for training and {test_set.image_shape[2]} x {test_set.image_shape[1]} for testing; "
-            "pass --image-size"
-        )
-    if test_set.class_names != train_set.class_names:
-        raise ConfigError(
-            f"{config.data} has other classes for testing than for training: "
-            f"{', '.join(sorted({*test_set.class_names} ^ {*train_set.class_names}))}"
+            f"--method {config.method} has nothing to learn from: no labels are used{why}, and "
+            "there is no distillation term; use --method embed-kd with --bank and a "
+            "--distill-weight above 0"
         )
     torch.manual_seed(config.seed)
     student: Any = models.create(
         config.student,
-        num_classes=len(train_set.class_names),
+        num_classes=(len(train_set.class_names) or None) if has_head else None,
         image_size=height,
         in_channels=channels,
     )
@@ -174,6 +176,37 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
         ema=_average(student, config.ema) if config.ema else None,
         augment=Augment(padding, config.flip),
     )
+
+
+def _load(config: Config, device: torch.device) -> tuple[Dataset, Dataset | None]:
+    """The training set, with the labels that are used, and the test set.
+
+    A training set without labels needs no test set. Raises ConfigError unless both have square
+    images of one size, and the same classes.
+    """
+    options: dict[str, Any] = {
+        "image_size": config.image_size,
+        "max_pixels": config.max_image_pixels,
+    }
+    train_set, test_set = data.load(config.data, "train", **options).to(device), None
+    try:
+        test_set = data.load(config.data, "test", **options).to(device)
+    except data.MissingSplit:
+        if train_set.labelled:
+            raise
+    shapes = [one.image_shape for one in (train_set, test_set) if one is not None]
+    if shapes[0][1] != shapes[0][2] or shapes[0] != shapes[-1]:
+        train, test = (f"{width} x {height}" for _, height, width in (shapes[0], shapes[-1]))
+        raise ConfigError(
+            f"images must be square and of one size, {config.data} has {train} pixels for training "
+            f"and {test} for testing; pass --image-size"
+        )
+    if test_set is not None and test_set.class_names != train_set.class_names:
+        raise ConfigError(
+            f"{config.data} has other classes for testing than for training: "
+            f"{', '.join(sorted({*test_set.class_names} ^ {*train_set.class_names}))}"
+        )
+    return data.keep_labels(train_set, config.label_fraction, config.seed), test_set
 
 
 def _average(student: nn.Module, decay: float) -> AveragedModel:
@@ -214,8 +247,9 @@ def restore(run: Run) -> None:
     saved = checkpoint.load(path)
     state = checked_state(saved.state, path)
     _refuse_other_settings(path, Config.from_dict(state["config"], path), run.config)
-    for name, now in run.inputs.items():
-        if (stored := state["inputs"].get(name)) != now:
+    for name in (*run.inputs, *(state["inputs"].keys() - run.inputs.keys())):
+        stored, now = (inputs.get(name) for inputs in (state["inputs"], run.inputs))
+        if stored != now:
             raise CheckpointError(
                 f"the {name} is not what {path} was trained with: hash {stored} then, "
                 f"{now} now; restore it, or begin another run"

@@ -130,6 +130,16 @@ class Contrastive(Term, EmbeddingDistillationLoss):
         if term.own_rows:
             rows = setting.rows
         else:
+            if not dataset.labelled or config.label_fraction < 1:
+                why = (
+                    f"--label-fraction {config.label_fraction} leaves labels out that the bank has"
+                    if dataset.labelled
+                    else f"no label of {dataset.name} is used"
+                )
+                raise ConfigError(
+                    f"--targets centroids takes the classes of the bank's rows and of the images, "
+                    f"but {why}; pass --targets samples, where the target is the image's own row"
+                )
             centroids = bank.centroids(config.centroids_per_class, seed=config.seed)
             if len(centroids) != len(dataset.class_names):
                 raise ConfigError(

@@ -157,9 +157,13 @@ def _link(target: str) -> Callable[[Path], object]:
     return lambda path: path.symlink_to(target)
 
 
-def _flat_splits(tmp_path: Path) -> object:
-    for name in ("train", "test"):
-        write_images(tmp_path / name, pixels(1))
+def _unlabelled_alone(tmp_path: Path) -> object:
+    return load(write_layout(tmp_path, "unlabelled"), "test")
+
+
+def _empty_split(tmp_path: Path) -> object:
+    write_images(tmp_path / "test" / "cat", pixels(1))
+    (tmp_path / "train").mkdir()
     return load(tmp_path)
 
 
@@ -276,8 +280,8 @@ CASES = [
     Case("too many pixels", _folder(lambda f: None, max_pixels=63), DataError,
          ("cat/0.png: 8 x 8 pixels", "more than 63", "max_pixels (--max-image-pixels)")),
     Case("pixel limit of zero", _digits(max_pixels=0), DataError, ("max_pixels", "at least 1")),
-    Case("split folders without class folders", _flat_splits, DataError,
-         ("train", "no class folders")),
+    Case("empty split folder", _empty_split, DataError,
+         ("train", "no class folders and no images")),
     Case("dangling link in place of a class", _folder(lambda f: (f / "emu").symlink_to(f / "gone")),
          DataError, ("emu", "link to nothing", "mend or remove")),
     Case("two folders for one split", _layout("train/cat", "Train/cat", "test/cat"), DataError,
@@ -292,8 +296,14 @@ CASES = [
          ("/cifar, ", "/mnist", "pass one")),
     Case("splits below the classes", _layout("cat/train", "cat/test", "dog/train", "dog/test"),
          DataError, ("/cat, ", "/dog", "put the splits above", "train/cat")),
-    Case("split folders of more words without classes", _layout("train_images", "test_images"),
-         DataError, ("train_images", "no class folders")),
+    Case("two folders without labels", _layout("cat", "unlabelled", "Unlabeled"), DataError,
+         ("several folders for images without labels", "Unlabeled and unlabelled", "into one")),
+    Case("class below the folder without labels", _layout("cat", "unlabelled/cat"), DataError,
+         ("unlabelled/cat is named after a class", "move them", "rename 'cat'")),
+    Case("empty folder without labels", _folder(lambda f: (f / "unlabelled").mkdir()), DataError,
+         ("unlabelled holds no images", "add some or remove")),
+    Case("folder without labels of which nothing is held out", _unlabelled_alone, DataError,
+         ("no images of the test split", "pass that folder")),
     Case("class folders that look equal", _layout("caf\u00e9", "cafe\u0301"), DataError,
          ("'caf\\xe9'", "'cafe\\u0301'", "look equal", "rename one")),
     Case("image that is a Git LFS pointer", _pointer("cat/1.png"), DataError,
@@ -329,8 +339,11 @@ CASES = [
          ("train.parquet, row 2", "cannot be read as an image")),
     Case("parquet with a missing image", _parquet([_PNGS[0], None], [0, 1]), DataError,
          ("train.parquet, row 1", "no bytes")),
-    Case("parquet with a negative label", _parquet(_PNGS, [0, -1, 0]), DataError,
-         ("label -1 of row 1", "outside 0..0")),
+    Case("parquet with a negative label", _parquet(_PNGS, [0, -2, 0]), DataError,
+         ("label -2 of row 1", "outside 0..0", "-1 where they are unknown")),
+    Case("parquet with a label column of another name by its feature",
+         _parquet(_PNGS, [0, 1, 0], label_column="breed", class_names=["a", "b"]), DataError,
+         ("no label column", "found img, breed", "or leave it out")),
     Case("parquet with a label beyond the class names",
          _parquet(_PNGS, [0, 1, 7], class_names=["a", "b"]), DataError,
          ("label 7 of row 2", "outside 0..1")),
@@ -344,6 +357,13 @@ CASES = [
          DataError, ("set.npz", "uint8", "float64")),
     Case("npz with other arrays", _npz(pictures=pixels(3), labels=_LABELS), DataError,
          ("set.npz", "images and labels", "found pictures, labels")),
+    Case("npz with labels of another name", _npz(images=pixels(3), targets=_LABELS), DataError,
+         ("set.npz", "no array labels for images, but targets", "call it labels, or remove it")),
+    Case("npz with labels of another name for one split",
+         _npz(x_train=pixels(3), y=_LABELS, x_test=pixels(3), y_test=_LABELS), DataError,
+         ("no array y_train for x_train, but y;",)),
+    Case("npz with labels below -1", _npz(images=pixels(3), labels=_LABELS - 2), DataError,
+         ("label -2 of row 0", "of a set without classes")),
     Case("npz with too few labels", _npz(images=pixels(3), labels=_LABELS[:2]), DataError,
          ("set.npz", "shape (3,)", "(2,)")),
     Case("npz with five channels",

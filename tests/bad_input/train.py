@@ -29,6 +29,19 @@ def set_to(**settings: Any) -> Callable[[Path], Any]:
     return lambda tmp_path: train(tiny_config(tmp_path, **settings), verbose=False)
 
 
+def without_classes(**settings: Any) -> Callable[[Path], Any]:
+    """A tiny run on images without labels or classes."""
+
+    def call(tmp_path: Path) -> None:
+        config = tiny_config(tmp_path, **settings)
+        with np.load(config.data) as file:
+            images = file["train_images"]
+        np.savez(config.data, train_images=images)
+        train(config, verbose=False)
+
+    return call
+
+
 def bank_with(**settings: Any) -> Callable[[Path], Any]:
     """A tiny run with a bank that does not fit."""
 
@@ -194,6 +207,21 @@ CASES = [
     Case("empty batches", set_to(batch_size=0), ConfigError, ("--batch-size must be at least 1",)),
     Case("learning rate zero", set_to(lr=0.0), ConfigError, ("--lr must be above 0, got 0.0",)),
     Case("learning rate NaN", set_to(lr=float("nan")), ConfigError, ("--lr", "got nan")),
+    Case("fraction of the labels above one", set_to(label_fraction=1.5), ConfigError,
+         ("--label-fraction must be at least 0 and at most 1, got 1.5",)),
+    Case("plain without labels", set_to(method="plain", label_fraction=0.0), ConfigError,
+         ("nothing to learn from", "no labels are used (--label-fraction 0)", "embed-kd")),
+    Case("no labels and no distillation", set_to(distill_weight=0.0, label_fraction=0.0),
+         ConfigError, ("nothing to learn from", "--distill-weight above 0")),
+    Case("centroids with labels for some images",
+         set_to(targets="centroids", label_fraction=0.1), ConfigError,
+         ("--label-fraction 0.1 leaves labels out that the bank has", "--targets samples")),
+    Case("centroids without labels", set_to(targets="centroids", label_fraction=0.0), ConfigError,
+         ("no label of tiny is used", "--targets samples")),
+    Case("logit-kd without classes", without_classes(method="logit-kd"), ConfigError,
+         ("tiny has no classes", "teacher-kd or embed-kd")),
+    Case("plain without classes", without_classes(method="plain"), ConfigError,
+         ("nothing to learn from", "tiny.npz has none")),
     Case("smoothing of one", set_to(label_smoothing=1.0), ConfigError,
          ("--label-smoothing must be at least 0 and below 1",)),
     Case("logit scale beyond its maximum", set_to(logit_scale=101.0), ConfigError,
