@@ -154,6 +154,18 @@ def test_a_class_head_without_an_order_is_matched_by_names_or_by_the_file_of_nam
     other = replace(setting.config, teacher_classes=str(tmp_path / "names.txt"))
     method = method_class(other).build(other, setting.student, setting.dataset, CPU)
     assert torch.equal(method.logits.weight, expected)
+    (tmp_path / "names.txt").write_text("class 0\nclass 1\nclass 2\n")  # the user knows better
+    (tmp_path / "with head").rename(tmp_path / "old")
+    bank_with_head(tmp_path, class_head((2, 0, 1)))
+    method = method_class(other).build(other, setting.student, setting.dataset, CPU)
+    assert torch.equal(method.logits.weight, named.weight)
+
+
+def test_autocast_leaves_the_teachers_logits_and_its_rows_in_float32(tmp_path):
+    setting = Setting(tmp_path, bank=bank_with_head(tmp_path), distill="logits")
+    expected = setting.loss()[1]["logits"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert setting.loss()[1]["logits"] == expected
 
 
 def test_a_mix_is_the_sum_of_its_terms_with_their_weights(tmp_path):
