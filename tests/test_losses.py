@@ -28,6 +28,15 @@ def test_forward_is_the_op_with_its_own_parameters(backend: str) -> None:
     torch.testing.assert_close(criterion(student, bank, target), expected)
 
 
+def test_forward_takes_weighted_targets() -> None:
+    criterion = ckd.EmbeddingDistillationLoss(8, 12)
+    student, bank = torch.randn(5, 8), torch.randn(9, 12).half()
+    target, weight = torch.randint(9, (5, 3)), torch.rand(5, 3)
+    own = (criterion.weight, criterion.bias, criterion.logit_scale)
+    expected = ckd.contrastive_cross_entropy(student, bank, target, *own, target_weight=weight)
+    torch.testing.assert_close(criterion(student, bank, target, weight), expected)
+
+
 def test_state_dict_round_trips() -> None:
     one, two = (ckd.EmbeddingDistillationLoss(8, 12) for _ in range(2))
     assert set(one.state_dict()) == {"weight", "bias", "log_logit_scale"}

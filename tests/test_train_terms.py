@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckd import data, models
-from ckd.bank import BankWriter, ClassHead, EmbeddingBank
+from ckd.bank import BankWriter, ClassHead, EmbeddingBank, Neighbours
 from ckd.data import Batch
-from ckd.losses import soft
 from ckd.models import ModelOutput
+from ckd.neighbours import build_neighbours
 from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, terms, train
 from ckd.train.methods import _cross_entropy, method_class
 from ckd.train.mix import TERM_NAMES
 from ckd.train.terms import TERMS
 from tests.test_bank_statistics import as_version_1
-from tests.test_losses_soft import stand_in
 from tests.test_train_methods import CPU, Setting
 from tests.test_train_resume import interrupt_at
 from tests.train_runs import outcome, tiny_config
@@ -53,39 +52,21 @@ def bank_with_head(folder: Path, head: ClassHead | None = None, **settings: Any)
     return str(path)
 
 
-@dataclass
-class Neighbours:
-    """A stand-in for the neighbours of a bank, computed densely."""
-
-    rows: Tensor
-    weights: Tensor
-    lse: Tensor
-    mean: Tensor | None
-    left_out: Tensor
-    temperature: float = 0.1
-
-    @classmethod
-    def of(cls, bank: EmbeddingBank, k: int, exact: bool) -> Neighbours:
-        unit = F.normalize(bank.embeddings().double(), dim=1)
-        logits = unit @ unit.T / cls.temperature
-        q = logits.softmax(1)
-        weights, rows = q.topk(k, dim=1)
-        mean = (q @ unit).half() if exact else None
-        lse = logits.logsumexp(1).float()
-        return cls(rows.int(), weights.half(), lse, mean, (1 - weights.sum(1)).float())
+NEIGHBOURS = {"k": 5, "temperature": 0.1}
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "top"])
 def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every bank has neighbours; the op's weighted targets are a dense stand-in."""
-    monkeypatch.setattr(
-        EmbeddingBank,
-        "neighbours",
-        lambda bank: Neighbours.of(bank, 5, request.param),
-        raising=False,
-    )
-    if not request.param:
-        monkeypatch.setattr(soft, "contrastive_cross_entropy", stand_in)
+    """Every bank has neighbours."""
+    opened = EmbeddingBank.neighbours
+
+    def neighbours(bank: EmbeddingBank) -> Neighbours:
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddingBank, "neighbours", opened)
+            options = {"exact": request.param, "replace": True, "progress": False}
+            return build_neighbours(bank.path, **NEIGHBOURS, **options)
+
+    monkeypatch.setattr(EmbeddingBank, "neighbours", neighbours)
     return request.param
 
 
@@ -377,7 +358,7 @@ def test_a_resume_with_another_class_head_or_other_neighbours_is_refused(
     with pytest.raises(Interrupted):
         train(config, verbose=False)
     if term == "soft":
-        monkeypatch.setattr(Neighbours, "temperature", 0.2)
+        monkeypatch.setitem(NEIGHBOURS, "temperature", 0.2)
     else:
         (tmp_path / "with head").rename(tmp_path / "old")
         bank_with_head(tmp_path, replace(class_head(), bias=torch.zeros(3)))

@@ -195,7 +195,7 @@ class Neighbours:
         return cls(folder, manifest, map_parts(folder, manifest, verify))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._open_again, (str(self.path), self._manifest.checksum())
+        return type(self)._open_again, (str(self.path), self.checksum)
 
     @classmethod
     def _open_again(cls, folder: str, expected: str) -> Neighbours:
@@ -213,6 +213,11 @@ class Neighbours:
     def __repr__(self) -> str:
         settings = f"k={self.k}, temperature={self.temperature}"
         return f"Neighbours({str(self.path)!r}, rows={len(self)}, {settings})"
+
+    @property
+    def checksum(self) -> str:
+        """The hash of the manifest, which covers all files and the bank."""
+        return self._manifest.checksum()
 
     @cached_property
     def rows(self) -> Tensor:

@@ -31,7 +31,8 @@ class EmbeddingDistillationLoss(nn.Module):
         max_logit_scale: each forward clamps the learned scale to this, up to rounding (CLIP: 100).
         label_smoothing, ignore_index, reduction, backend: as for the op.
 
-    Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none".
+    Shapes: forward(student [B, W], bank [K, D], target [B]) -> scalar, or [B] for "none"; also
+    forward(student, bank, target [B, M], target_weight [B, M]), as for the op.
 
     Under DistributedDataParallel the module is used like any other. torch's `fully_shard` takes no
     0-dim parameter: `fully_shard(criterion, ignored_params={criterion.log_logit_scale})`, and
@@ -108,7 +109,9 @@ class EmbeddingDistillationLoss(nn.Module):
         """The current scale, 0-dim, differentiable if it is learned."""
         return self.log_logit_scale.exp()
 
-    def forward(self, student: Tensor, bank: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, student: Tensor, bank: Tensor, target: Tensor, target_weight: Tensor | None = None
+    ) -> Tensor:
         if self.log_logit_scale.requires_grad:
             # The parameter is clamped, not its exponential: the gradient of a clamped exponential
             # is zero above the maximum, so that a parameter there would stay there.
@@ -121,6 +124,7 @@ class EmbeddingDistillationLoss(nn.Module):
             self.weight,
             self.bias,
             self.logit_scale,
+            target_weight=target_weight,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

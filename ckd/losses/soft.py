@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -125,15 +123,14 @@ class TopSoftDistillationLoss(_SoftLoss):
             )
         share = widened(weights.detach())
         share = share / share.sum(dim=1, keepdim=True)
-        weighted: dict[str, Any] = {"target_weight": share}
         cross_entropy = contrastive_cross_entropy(
             student,
             bank,
             rows.long(),
             logit_scale=1 / self.temperature,
+            target_weight=share,
             reduction="none",
             backend=self.backend,
-            **weighted,
         )
         entropy = -torch.xlogy(share, share).sum(dim=1)
         return reduced(cross_entropy - entropy, self.reduction)

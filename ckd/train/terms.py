@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
-from ckd.bank import EmbeddingBank
+from ckd.bank import EmbeddingBank, Neighbours
 from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
 from ckd.losses import (
@@ -186,7 +186,7 @@ class Soft(Term, nn.Module):
     uses_head = True
     bank: Tensor
 
-    def __init__(self, bank: Tensor, neighbours: Any, own: Tensor) -> None:
+    def __init__(self, bank: Tensor, neighbours: Neighbours, own: Tensor) -> None:
         """own: the positions of the training images, over which the mass left out is averaged."""
         super().__init__()
         self.register_buffer("bank", bank, persistent=False)
@@ -197,26 +197,19 @@ class Soft(Term, nn.Module):
         else:
             self.top = TopSoftDistillationLoss(neighbours.temperature)
         self.left_out = neighbours.left_out[own].mean().item()
-        settings = f"{neighbours.temperature!r} {list(neighbours.rows.shape)} {self.exact is None}"
-        digest = xxhash.xxh3_64(settings.encode())
-        digest.update(neighbours.lse.contiguous().numpy().tobytes())
-        self.inputs = {"neighbours of the bank": digest.hexdigest()}
+        self.inputs = {"neighbours of the bank": neighbours.checksum}
 
     @classmethod
     def build(cls, setting: Setting) -> Soft:
         bank = setting.bank
-        open_neighbours = getattr(bank, "neighbours", None)
-        if open_neighbours is None:
-            raise ConfigError(
-                f"--distill soft needs the neighbours of the bank {bank.path}; make them with: "
-                f"python -m ckd.bank neighbours {bank.path}"
-            )
-        return cls(setting.rows, open_neighbours(), bank.positions(setting.dataset.sample_ids))
+        own = bank.positions(setting.dataset.sample_ids)
+        return cls(setting.rows, bank.neighbours(), own)
 
     def of(self, step: Step) -> Tensor:
         student = step.head.to_teacher(step.standardized_student)
         own, stored = step.positions, self.neighbours
         if self.exact is not None:
+            assert stored.mean is not None
             mean, lse = (rows[own].to(student.device) for rows in (stored.mean, stored.lse))
             return self.exact(student, self.bank, step.teacher, mean, lse)
         assert self.top is not None
