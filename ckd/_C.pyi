@@ -20,8 +20,9 @@ _CpuTargets: TypeAlias = tuple[int, int, float, int]
 
 # (student, bank, weight, bias, logit_scale, exact).
 _CudaInputs: TypeAlias = tuple[_Rows, _Rows, _Strided, int, int, bool]
-# (target, ignore_index, label_smoothing).
-_CudaTargets: TypeAlias = tuple[int, int, float]
+# (target, ignore_index, label_smoothing, shift_rows, shift, shift_count); (rows, entries).
+_CudaTargets: TypeAlias = tuple[int, int, float, int, int, int]
+_ShiftOrder: TypeAlias = tuple[int, int]
 # (processors, most bank rows of a chunk, workspace, stream).
 _Launch: TypeAlias = tuple[int, int, int, int]
 
@@ -101,6 +102,7 @@ def cuda_contrastive_ce_backward(
     *,
     inputs: _CudaInputs,
     targets: _CudaTargets = ...,
+    shift_order: _ShiftOrder = ...,
     cache: int = ...,
     reference: int = ...,
     d_nll: _Strided = ...,

@@ -15,12 +15,14 @@ import torch
 from tests import cuda_emulation
 from tests.other_process import Runs
 
-# Longest first. Left out: the banks of 300,000 and 40,000 rows, which take minutes.
+# Longest first. Left out: the banks of 300,000 and 40,000 rows, which take minutes, and weighted
+# targets where emulated kernels do nothing new.
 FILES = {
     "test_contrastive_ce.py": "cuda and not 300_000",
     "test_contrastive_ce_autograd.py": "cuda",
     "test_gpu_backends.py": "cuda",
     "test_similarity.py": "cuda and not 40000",
+    "test_weighted_targets.py": "cuda and not several_chunks and not compiled",
 }
 
 pytestmark = [

@@ -19,7 +19,8 @@ import torch
 import ckd
 from ckd.backends import cuda, triton
 from ckd.backends.device import Simulated
-from tests import oracle, tolerance
+from ckd.backends.interface import Problem
+from tests import oracle, test_weighted_targets, tolerance
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
 
@@ -237,7 +238,8 @@ def test_tf32_is_rounded_and_not_truncated(gpu: Gpu, shape: tuple[int, ...], tf3
         assert relative_error(result[name], exact[name]) < 2e-2, name
 
 
-def test_nothing_unwritten_is_read(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
+def poison_memory(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill all memory of later calls with NaN."""
     original = gpu.call.empty
 
     def poisoned(self: gpu.call, *shape: object, **options: object) -> torch.Tensor:
@@ -245,10 +247,14 @@ def test_nothing_unwritten_is_read(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, ch
         poison = {torch.uint8: 255, torch.int32: -7, torch.bool: True}
         return tensor.fill_(poison.get(tensor.dtype, torch.nan))
 
+    monkeypatch.setattr(gpu.call, "empty", poisoned)
+
+
+def test_nothing_unwritten_is_read(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, chunks: int) -> None:
     case = make_case(33, 100, 24, 20)
     case.target[3] = -100
     clean = ours(gpu, case, label_smoothing=0.1)
-    monkeypatch.setattr(gpu.call, "empty", poisoned)
+    poison_memory(gpu, monkeypatch)
     for name, value in ours(gpu, case, label_smoothing=0.1).items():
         assert torch.equal(value, clean[name]), name
 
@@ -533,19 +539,50 @@ def on_meta(case: Case) -> Case:
     return replace(case, **{n: x.to("meta") for n, x in vars(case).items() if x is not None})
 
 
+@pytest.mark.parametrize(
+    ("half", "tau", "width"),
+    [(False, 14.0, 20), (True, 14.0, 20), (True, 1e30, 20), (True, 5.0, 300)],
+)
+def test_weighted_targets_of_every_chunk(
+    gpu: Gpu, half: bool, tau: float, width: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One and several blocks of the width, and a bank row that is among the targets of every student.
+    The second call must give the same bits with NaN in all memory that it allocates."""
+    case, share = test_weighted_targets.make(35, 131, 24, width, targets=9, tau=tau)
+    case = replace(case, bank=case.bank.half())
+    case.target[:, 4] = 130
+    problem = Problem.of("contrastive_ce", on_device(gpu, case).student, case.bank, case.weight, 9)
+    if (reason := gpu.module.unsupported(problem)) is not None:
+        pytest.skip(reason)
+    result = ours(gpu, case, half, target_weight=share.to(gpu.device))
+    for name, value in test_weighted_targets.by_oracle(case, share, torch.float64).items():
+        error = relative_error(result[name], value)
+        tolerance.within(error, 4e-3 if half else 1e-5, f"{name}, weights, chunks", gpu.name)
+    poison_memory(gpu, monkeypatch)
+    again = ours(gpu, case, half, target_weight=share.to(gpu.device))
+    for name, value in result.items():
+        assert torch.equal(value, again[name]), name
+
+
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu) -> None:
-    case = make_case(64, 500, 96, 64)
+@pytest.mark.parametrize("targets", [1, 5])
+def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu, targets: int) -> None:
+    case, share = make_case(64, 500, 96, 64), None
+    if targets > 1:
+        case, share = test_weighted_targets.make(64, 500, 96, 64, targets=targets)
+        share = share.to(gpu.device)
     case = on_device(gpu, replace(case, bank=case.bank.half())).requiring(*GRADIENTS)
     leaves = [getattr(case, n) for n in GRADIENTS]
 
     def step() -> list[torch.Tensor]:
         with gpu.autocast():
-            loss = ckd.contrastive_cross_entropy(*case.arguments, backend=gpu.name)
+            loss = ckd.contrastive_cross_entropy(
+                *case.arguments, target_weight=share, backend=gpu.name
+            )
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     expected = step()  # also compiles kernels and measures tiles

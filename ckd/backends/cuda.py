@@ -72,8 +72,6 @@ def _missing_on(device_index: int | None) -> str | None:
 
 
 def unsupported(problem: Problem) -> str | None:
-    if problem.targets > 0:
-        return "several targets a student are for the reference backend alone"
     reason = (
         elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or _missing_on(problem.device_index)
@@ -118,12 +116,12 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
         kept.fill_(1)
     residual = call.empty(inputs.student.shape if keep.residual else 0)
     attention = call.empty(inputs.student.shape if keep.attention else 0)
-    target = targets.target.contiguous()
+    own_targets = _Targets(targets)
     reference, bank = _cache_parts(cache, batch)
     call.run(
         partial(
             _C.cuda_contrastive_ce_forward,
-            targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
+            targets=own_targets.arguments,
             reference=reference,
             cache=bank,
             nll=nll.data_ptr(),
@@ -145,13 +143,16 @@ def contrastive_ce_backward(
     if len(inputs.student) == 0:
         return zero_gradients(inputs, needs)
     call = _Call(inputs, plan)
-    target = targets.target.contiguous()
+    own_targets = _Targets(targets)
+    if needs.weight or needs.bias:
+        own_targets.sort_shift()
     gradients = _Gradients(call, needs)
     reference, bank = _cache_parts(saved.cache, len(inputs.student))
     call.run(
         partial(
             _C.cuda_contrastive_ce_backward,
-            targets=(target.data_ptr(), targets.ignore_index, targets.label_smoothing),
+            targets=own_targets.arguments,
+            shift_order=own_targets.shift_order,
             reference=reference,
             cache=bank,
             d_nll=_strided(upstream.d_loss),
@@ -223,6 +224,30 @@ def similarity_backward(d_logits: Tensor, inputs: Inputs, plan: Plan, needs: Nee
             )
         )
     return gradients.result()
+
+
+class _Targets:
+    """The targets in the kernels' form; holds the tensors whose addresses it passes."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._target = targets.target.contiguous()
+        self._rows = self._shift = None
+        shift: tuple[int, int, int] = (0, 0, 0)
+        if targets.shift is not None and targets.shift_rows is not None:
+            self._rows = targets.shift_rows.contiguous()
+            self._shift = targets.shift.float().contiguous()
+            shift = (self._rows.data_ptr(), self._shift.data_ptr(), self._rows.shape[1])
+        options = (targets.ignore_index, targets.label_smoothing)
+        self.arguments = (self._target.data_ptr(), *options, *shift)
+        self.shift_order = (0, 0)
+
+    def sort_shift(self) -> None:
+        """Sort the entries of the shift by bank row, so that each row's are summed in one place."""
+        if self._rows is None:
+            return
+        # 32-bit keys take half the passes of a radix sort.
+        self._sorted = self._rows.flatten().int().sort(stable=True)
+        self.shift_order = (self._sorted.values.data_ptr(), self._sorted.indices.data_ptr())
 
 
 class _Gradients:

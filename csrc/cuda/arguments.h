@@ -36,6 +36,17 @@ struct Targets {
   const std::int64_t* target;  // [B]
   std::int64_t ignore_index;
   float label_smoothing;
+  // The difference of each student's distribution from the one-hot one of its target, as M entries:
+  // bank rows and their values, whose sum is 0 (ckd/backends/interface.py).
+  const std::int64_t* shift_rows = nullptr;  // [B, M], or null: no shift
+  const float* shift = nullptr;              // [B, M]
+  int shift_count = 0;                       // M
+};
+
+// The B M entries of the shift, sorted by bank row and then by index.
+struct ShiftOrder {
+  const int* rows;              // [B M] bank rows
+  const std::int64_t* entries;  // [B M] their indices in [B, M]
 };
 
 struct ContrastiveCeForward {
@@ -59,6 +70,7 @@ struct ContrastiveCeForward {
 struct ContrastiveCeBackward {
   Inputs in;
   Targets targets;
+  ShiftOrder shift_order;  // needed for d_weight, if there is a shift
   void* cache;             // as the forward left it
   const float* reference;  // likewise; null: lse is used
   const float* d_nll;      // [B], d_nll_stride apart, each to be divided by kept; null: zeros

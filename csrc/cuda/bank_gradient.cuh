@@ -5,6 +5,7 @@
 #pragma once
 
 #include "operands.cuh"
+#include "shift.cuh"
 #include "weight_gradient.cuh"
 
 namespace ckd::cuda {
@@ -54,11 +55,12 @@ constexpr int bank_gradient_bytes() {
 
 // Bank-stationary: a block keeps 64 bank rows and streams the students past them. It writes
 // dN = logit_scale sum_i G_i u_i for one block of the width (grid axis y) to gradient [rows, ld],
-// or, if that is all of the width and one piece, dZ = (dN - (dN . n) n) / |z| to `scaled`.
+// or, if that is all of the width and one piece, dZ = (dN - (dN . n) n) / |z| to `scaled`, where dN
+// includes the terms of `shifted`.
 template <int WIDTH, bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS, 1)
     bank_gradient(ContrastiveCeBackward op, Students students, Factors factors, Chunk chunk,
-                  float* gradient, ScaledGradient scaled) {
+                  float* gradient, ShiftTerms shifted, ScaledGradient scaled) {
   constexpr float SMALLEST = 1e-30f;
   constexpr int ROWS = Operands<WIDTH, EXACT>::ROWS;
   CKD_SHARED(memory);
@@ -178,8 +180,25 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
     }
   }
   sync_block();
+  const int rows = min(chunk.rows - k0, TILE);
+  float factor = up;
+  if (shifted.sums != nullptr) {
+    // Lifted by the bound of the other terms, those of the shift might overflow.
+    factor = 1;
+    for (int r = warp_index(); r < rows; r += THREADS / 32) {
+      const bool any = shifted.counts[k0 + r] > 0;
+      auto* d = reinterpret_cast<float2*>(d_n + r * GRADIENT_STRIDE<WIDTH>);
+      const auto* terms =
+          reinterpret_cast<const float2*>(shifted.sums + static_cast<std::int64_t>(k0 + r) * ld);
+      // A lane changes only the elements that it reads in through_norm_of_tile.
+      for (int w = lane_index(); w < ld / 2; w += 32) {
+        const float2 term = any ? terms[w] : float2{0, 0};
+        d[w] = {fmaf(d[w].x, up, term.x), fmaf(d[w].y, up, term.y)};
+      }
+    }
+  }
   through_norm_of_tile(d_n, GRADIENT_STRIDE<WIDTH>, chunk.n + static_cast<std::int64_t>(k0) * ld,
-                       chunk.inverse + k0, min(chunk.rows - k0, TILE), ld, up, tops, scaled);
+                       chunk.inverse + k0, rows, ld, factor, tops, scaled);
 }
 
 }  // namespace ckd::cuda

@@ -27,7 +27,9 @@ T* at(Address address) {
 using RowsArguments = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
 using InputArguments = std::tuple<RowsArguments, RowsArguments, std::tuple<Address, std::int64_t>,
                                   Address, Address, bool>;
-using TargetArguments = std::tuple<Address, std::int64_t, float>;
+// (target, ignore_index, label_smoothing, shift_rows, shift, shift_count).
+using TargetArguments = std::tuple<Address, std::int64_t, float, Address, Address, int>;
+using OrderArguments = std::tuple<Address, Address>;
 using StridedArguments = std::tuple<Address, std::int64_t>;
 // (processors, most rows of a chunk, workspace, stream).
 using LaunchArguments = std::tuple<int, std::int64_t, Address, Address>;
@@ -49,8 +51,9 @@ Inputs inputs(const InputArguments& arguments) {
 }
 
 Targets targets(const TargetArguments& arguments) {
-  const auto& [target, ignore_index, label_smoothing] = arguments;
-  return {at<const std::int64_t>(target), ignore_index, label_smoothing};
+  const auto& [target, ignore_index, label_smoothing, shift_rows, shift, shift_count] = arguments;
+  return {at<const std::int64_t>(target),     ignore_index,           label_smoothing,
+          at<const std::int64_t>(shift_rows), at<const float>(shift), shift_count};
 }
 
 // Calls f with the op's record; with no workspace it is asked how much it needs.
@@ -83,14 +86,17 @@ std::int64_t forward(const InputArguments& in, const TargetArguments& target, Ad
       op, launch, [](auto... a) { return forward_workspace(a...); }, contrastive_ce_forward);
 }
 
-std::int64_t backward(const InputArguments& in, const TargetArguments& target, Address cache,
-                      Address reference, StridedArguments d_nll, Address kept,
-                      StridedArguments d_lse, Address lse, Address p_other, Address residual,
-                      Address attention, Address d_student, Address along, Address d_weight,
-                      Address d_bias, int weight_parts, const LaunchArguments& launch) {
+std::int64_t backward(const InputArguments& in, const TargetArguments& target,
+                      const OrderArguments& shift_order, Address cache, Address reference,
+                      StridedArguments d_nll, Address kept, StridedArguments d_lse, Address lse,
+                      Address p_other, Address residual, Address attention, Address d_student,
+                      Address along, Address d_weight, Address d_bias, int weight_parts,
+                      const LaunchArguments& launch) {
   ContrastiveCeBackward op;
   op.in = inputs(in);
   op.targets = targets(target);
+  op.shift_order = {at<const int>(std::get<0>(shift_order)),
+                    at<const std::int64_t>(std::get<1>(shift_order))};
   op.cache = at<void>(cache);
   op.reference = at<const float>(reference);
   op.d_nll = at<const float>(std::get<0>(d_nll));
@@ -141,15 +147,17 @@ void bind(py::module_& m) {
   const py::kw_only named;
   using arg = py::arg;
   const StridedArguments zeros = {0, 0};
-  const TargetArguments no_targets = {0, 0, 0};
+  const TargetArguments no_targets = {0, 0, 0, 0, 0, 0};
+  const OrderArguments no_order = {0, 0};
   m.def("cuda_contrastive_ce_forward", &forward, named, arg("inputs"), arg("targets"), arg("cache"),
         arg("reference"), arg("nll"), arg("loss"), arg("kept"), arg("lse"), arg("p_other"),
         arg("residual"), arg("attention"), arg("launch"));
   m.def("cuda_contrastive_ce_backward", &backward, named, arg("inputs"),
-        arg("targets") = no_targets, arg("cache") = 0, arg("reference") = 0, arg("d_nll") = zeros,
-        arg("kept") = 0, arg("d_lse") = zeros, arg("lse") = 0, arg("p_other") = 0,
-        arg("residual") = 0, arg("attention") = 0, arg("d_student") = 0, arg("along") = 0,
-        arg("d_weight") = 0, arg("d_bias") = 0, arg("weight_parts") = 1, arg("launch"));
+        arg("targets") = no_targets, arg("shift_order") = no_order, arg("cache") = 0,
+        arg("reference") = 0, arg("d_nll") = zeros, arg("kept") = 0, arg("d_lse") = zeros,
+        arg("lse") = 0, arg("p_other") = 0, arg("residual") = 0, arg("attention") = 0,
+        arg("d_student") = 0, arg("along") = 0, arg("d_weight") = 0, arg("d_bias") = 0,
+        arg("weight_parts") = 1, arg("launch"));
   m.def("cuda_similarity_forward", &table_forward, named, arg("inputs"), arg("logits"),
         arg("launch"));
   m.def("cuda_similarity_backward", &table_backward, named, arg("inputs"), arg("d_logits"),

@@ -1,6 +1,7 @@
 #include "bank.cuh"
 #include "bank_gradient.cuh"
 #include "contrastive_ce.h"
+#include "shift.cuh"
 #include "softmax.cuh"
 
 namespace ckd::cuda {
@@ -8,11 +9,17 @@ namespace {
 
 constexpr int N_SUM_PARTS = 32;
 
-// Runs f with the width of a block, and whether arithmetic is exact, as constants.
+// Runs f with whether arithmetic is exact as a constant.
+template <class F>
+int with_exact(const Plan& plan, const F& f) {
+  return plan.pieces == 1 ? f(std::false_type()) : f(std::true_type());
+}
+
+// The same with the width of a block before it.
 template <class F>
 int with_width(const Plan& plan, const F& f) {
   const auto both = [&](auto width) {
-    return plan.pieces == 1 ? f(width, std::false_type()) : f(width, std::true_type());
+    return with_exact(plan, [&](auto exact) { return f(width, exact); });
   };
   switch (plan.width) {
     case 64:
@@ -35,7 +42,7 @@ class Forward {
         stream_(stream),
         batch_(op.in.student.count) {
     const bool keeps_values = op.residual != nullptr || op.attention != nullptr;
-    const bool smooth = op.targets.label_smoothing > 0;
+    const bool smooth = op.targets.label_smoothing > 0, shifted = op.targets.shift != nullptr;
     const std::int64_t parts = plan_.parts;
     u_ = pieces_.take<__half>(batch_ * plan_.ld);
     is_whole_ = plan_.chunk_rows >= op.in.bank.count;
@@ -48,6 +55,7 @@ class Forward {
     // Kept apart, since sums_.values is null too while bytes are only counted.
     keeps_values_ = keeps_values;
     n_sum_ = smooth ? pieces_.take<float>(N_SUM_PARTS * plan_.ld) : nullptr;
+    n_shift_ = shifted ? pieces_.take<float>(batch_ * plan_.piece) : nullptr;
     chunks_.normalise_students(u_, {reinterpret_cast<std::uint32_t*>(arrived_), 1});
   }
 
@@ -62,9 +70,13 @@ class Forward {
         })) {
       return error;
     }
-    return CKD_LAUNCH(combine, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), COMBINE_BYTES,
-                      stream_, op_, students(), sums_, plan_.parts, n_target,
-                      static_cast<const float*>(n_sum_), N_SUM_PARTS, arrived_);
+    const auto finish = [&](auto shifted) {
+      return CKD_LAUNCH(combine<decltype(shifted)::value>, dim3(blocks(batch_, ROWS_PER_BLOCK)),
+                        dim3(THREADS), COMBINE_BYTES, stream_, op_, students(), sums_, plan_.parts,
+                        n_target, static_cast<const float*>(n_sum_), N_SUM_PARTS,
+                        static_cast<const float*>(n_shift_), arrived_);
+    };
+    return n_shift_ == nullptr ? finish(std::false_type()) : finish(std::true_type());
   }
 
  private:
@@ -77,6 +89,15 @@ class Forward {
     if (!is_whole_) {
       if (int error = CKD_LAUNCH(keep_targets, dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS),
                                  0, stream_, students(), chunk, op_.targets, n_target_)) {
+        return error;
+      }
+    }
+    if (n_shift_ != nullptr) {
+      if (int error = with_exact(plan_, [&](auto exact) {
+            return CKD_LAUNCH(add_shifted_rows<decltype(exact)::value>,
+                              dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0, stream_,
+                              students(), chunk, op_.targets, n_shift_);
+          })) {
         return error;
       }
     }
@@ -107,7 +128,7 @@ class Forward {
   __half *u_, *n_target_;
   int* arrived_;
   PartSums sums_;
-  float* n_sum_;
+  float *n_sum_, *n_shift_;
 };
 
 class Backward {
@@ -124,6 +145,10 @@ class Backward {
     u_ = pieces_.take<__half>(batch_ * plan_.ld);
     in_parts_ = plan_.width_blocks > 1 || plan_.pieces > 1;
     gradient_ = in_parts_ ? pieces_.take<float>(plan_.chunk_rows * plan_.ld) : nullptr;
+    if (op.targets.shift != nullptr && !in_parts_) {
+      shifted_.sums = pieces_.take<float>(plan_.chunk_rows * plan_.ld);
+      shifted_.counts = pieces_.take<int>(plan_.chunk_rows);
+    }
     factors_.stride = static_cast<int>(round_up(batch_, 4));
     factors_.data =
         pieces_.take<float>(static_cast<std::int64_t>(Factors::ARRAYS) * factors_.stride);
@@ -152,20 +177,31 @@ class Backward {
   Students students() const { return {u_, static_cast<int>(batch_), plan_.ld, plan_.pieces}; }
 
   int add(const Chunk& chunk, const Rows& t) {
+    if (int error = in_parts_ ? 0 : add_shift(chunk)) return error;
     const dim3 grid(blocks(chunk.rows, TILE), static_cast<unsigned>(plan_.width_blocks));
     if (int error = with_width(plan_, [&](auto width, auto exact) {
           constexpr int WIDTH = decltype(width)::value;
           constexpr bool EXACT = decltype(exact)::value;
           return CKD_LAUNCH((bank_gradient<WIDTH, EXACT>), grid, dim3(THREADS),
                             bank_gradient_bytes<WIDTH, EXACT>(), stream_, op_, students(), factors_,
-                            chunk, gradient_, weight_.scaled());
+                            chunk, gradient_, shifted_, weight_.scaled());
         })) {
       return error;
     }
     if (in_parts_) {
+      if (int error = add_shift(chunk)) return error;
       if (int error = weight_.take_through_norm(chunk, gradient_, nullptr, stream_)) return error;
     }
     return weight_.add(chunk, t, op_.d_weight, op_.d_bias, op_.weight_parts, stream_);
+  }
+
+  int add_shift(const Chunk& chunk) const {
+    if (op_.targets.shift == nullptr) return 0;
+    return with_exact(plan_, [&](auto exact) {
+      return CKD_LAUNCH(shift_gradient<decltype(exact)::value>,
+                        dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0, stream_, op_,
+                        students(), chunk, gradient_, shifted_);
+    });
   }
 
   const ContrastiveCeBackward& op_;
@@ -178,6 +214,7 @@ class Backward {
   __half* u_;
   bool in_parts_;  // dN has several blocks of the width, or pieces, so that dZ takes another kernel
   float* gradient_;
+  ShiftTerms shifted_ = {nullptr, nullptr};  // unless in_parts_: then they are added to gradient_
   Factors factors_;
 };
 

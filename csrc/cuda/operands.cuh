@@ -19,6 +19,11 @@ struct Chunk {
   std::int64_t first, bank_rows;
 };
 
+// Row k of the bank as a row of the chunk; -1 if it is in another chunk or k is -1.
+CKD_DEVICE int row_of_chunk(std::int64_t k, const Chunk& chunk) {
+  return k >= chunk.first && k < chunk.first + chunk.rows ? static_cast<int>(k - chunk.first) : -1;
+}
+
 struct Students {
   const __half* u;  // [batch, ld]
   int batch;

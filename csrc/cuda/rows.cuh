@@ -60,6 +60,12 @@ CKD_DEVICE float bank_column(const T* row, int w, int width, int pieces) {
   return (widen(row[w]) + widen(row[2 * width + w])) / PIECE_SCALE;
 }
 
+// The same of a student's row.
+CKD_DEVICE float student_column(const __half* row, int w, int width, int pieces) {
+  if (pieces == 1) return widen(row[w]);
+  return (widen(row[w]) + widen(row[width + w])) / PIECE_SCALE;
+}
+
 // Writes a unit row: x / norm, with zeros past the width of x; all zeros if not `used`.
 template <class T>
 CKD_DEVICE void write_unit_row(const T* x, int width, float norm, bool used, __half* to, int ld,

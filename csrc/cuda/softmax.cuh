@@ -4,6 +4,8 @@
 //   l = logit_scale u . n     with the target left out: a = log sum_{k != y} exp l_k - l_y
 //   nll = softplus(a)     p_other = sigmoid(a)
 //   d nll / d (logit_scale u) = p_other (E' / Z' - n_y)
+//
+// The shift of weighted targets (shift.cuh) is linear in the logits and added to these at the end.
 
 #pragma once
 
@@ -18,11 +20,6 @@ struct PartSums {
   float* of_target;  // [batch] the product with the target's row
   float* values;     // [parts, batch, ld] the same, times n; null: not kept
 };
-
-// Row y of the bank as a row of the chunk; -1 if it is in another chunk or y is -1.
-CKD_DEVICE int row_of_chunk(std::int64_t y, const Chunk& chunk) {
-  return y >= chunk.first && y < chunk.first + chunk.rows ? static_cast<int>(y - chunk.first) : -1;
-}
 
 // Copies n_y of students whose target is in the chunk to n_target [batch, ld]; a warp for each.
 static CKD_KERNEL void __launch_bounds__(THREADS)
@@ -208,9 +205,11 @@ struct TargetRows {
 constexpr float MAX_EXACT_SCALE = 1024;
 
 // Combines the partial sums of student i and writes its results; for one warp.
+template <bool SHIFTED>
 CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& students,
                             const PartSums& sums, int parts, TargetRows n_target,
-                            const float* n_sum, int n_sum_parts, std::int64_t i) {
+                            const float* n_sum, int n_sum_parts, const float* n_shift,
+                            std::int64_t i) {
   const std::int64_t batch = students.batch, bank_rows = op.in.bank.count;
   const int ld = students.ld, width = static_cast<int>(op.in.student.width), lane = lane_index();
   const int pieces = students.pieces, piece = ld / pieces;
@@ -250,6 +249,13 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
     for (int w = lane; w < ld; w += 32) mean += widen(u[w]) * mean_n(w);
     loss += smoothing * (l_y - to_logit * sum_of_warp(mean));
   }
+  if constexpr (SHIFTED) {
+    float along = 0;
+    for (int w = lane; w < piece; w += 32) {
+      along += student_column(u, w, piece, pieces) * n_shift[i * piece + w];
+    }
+    loss -= scale * sum_of_warp(along);
+  }
   if (lane == 0) {
     const bool ignored = op.targets.target[i] == op.targets.ignore_index;
     op.nll[i] = has_target ? loss : ignored ? 0 : nanf("");
@@ -276,6 +282,7 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
         const float low = pieces == 1 ? 0 : mean_n(2 * piece + w);
         slope += smoothing * (target - (mean_n(w) + low) / (pieces == 1 ? 1 : PIECE_SCALE));
       }
+      if constexpr (SHIFTED) slope -= n_shift[i * piece + w];
       op.residual[i * width + w] = has_target ? slope : 0;
     }
     if (op.attention != nullptr) {
@@ -287,12 +294,16 @@ CKD_DEVICE void combine_row(const ContrastiveCeForward& op, const Students& stud
 constexpr int COMBINE_BYTES = carve_bytes<float>(THREADS / 32) + 2 * carve_bytes<int>(THREADS / 32);
 
 // The results of the students, a warp for each; then the block that arrives last sums the losses (a
-// small part of the work), always in the same order.
-static CKD_KERNEL void __launch_bounds__(THREADS)
+// small part of the work), always in the same order. n_shift: that of shift.cuh, if SHIFTED.
+template <bool SHIFTED>
+CKD_KERNEL void __launch_bounds__(THREADS)
     combine(ContrastiveCeForward op, Students students, PartSums sums, int parts,
-            TargetRows n_target, const float* n_sum, int n_sum_parts, int* arrived) {
+            TargetRows n_target, const float* n_sum, int n_sum_parts, const float* n_shift,
+            int* arrived) {
   const std::int64_t own = warp_row(), batch = students.batch;
-  if (own < batch) combine_row(op, students, sums, parts, n_target, n_sum, n_sum_parts, own);
+  if (own < batch) {
+    combine_row<SHIFTED>(op, students, sums, parts, n_target, n_sum, n_sum_parts, n_shift, own);
+  }
   if (op.loss == nullptr) return;
 
   CKD_SHARED(memory);

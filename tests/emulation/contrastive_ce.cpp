@@ -150,6 +150,7 @@ struct Case {
   bool in_pieces = false;  // also runs backwards of only some gradients
   bool odd_rows = false;   // a zero student, and NaN students without gradient
   bool climbing = false;   // logits rise from -scale to scale along the bank, for every student
+  Int shifts = 0;          // entries of each student's shift
 };
 
 struct Problem {
@@ -166,7 +167,9 @@ struct Problem {
         scale(vector(1)),
         d_nll(vector(2 * c.batch - 1)),
         d_lse(vector(c.batch)),
-        targets(static_cast<std::size_t>(c.batch)) {
+        targets(static_cast<std::size_t>(c.batch)),
+        shift_rows(static_cast<std::size_t>(c.batch * c.shifts)),
+        shift(shift_rows.size()) {
     std::mt19937 random(seed);
     student.fill(random, 2);
     bank.fill(random, 1);
@@ -184,6 +187,7 @@ struct Problem {
     }
     // The first and the last row of the bank are targets.
     if (c.batch > 2) target(0) = 0, target(2) = c.bank_rows - 1;
+    fill_shift(random);
     for (Int k = 0; c.climbing && k < c.bank_rows; ++k) {
       const double cosine = 2 * static_cast<double>(k) / static_cast<double>(c.bank_rows) - 1;
       bank.set(k, 0, cosine);
@@ -215,13 +219,46 @@ struct Problem {
     return {student.as_rows(),  bank.as_rows(),      weight.data(), weight.stride,
             bias.data<float>(), scale.data<float>(), c.exact};
   }
-  Targets op_targets() const { return {targets.data(), IGNORE, static_cast<float>(c.smoothing)}; }
+  Targets op_targets() const {
+    const float smoothing = static_cast<float>(c.smoothing);
+    if (c.shifts == 0) return {targets.data(), IGNORE, smoothing};
+    return {targets.data(),    IGNORE,       smoothing,
+            shift_rows.data(), shift.data(), static_cast<int>(c.shifts)};
+  }
+  ShiftOrder shift_order() const { return {sorted_rows.data(), entries.data()}; }
+  // Calls f(row, value) for the entries of student i.
+  template <class F>
+  void each_shift(Int i, const F& f) const {
+    for (Int e = i * c.shifts; e < (i + 1) * c.shifts; ++e) {
+      f(shift_rows[static_cast<std::size_t>(e)], shift[static_cast<std::size_t>(e)]);
+    }
+  }
 
   const Case c;
   Matrix student, bank, weight, bias, scale, d_nll, d_lse;
-  std::vector<Int> targets;
+  std::vector<Int> targets, shift_rows, entries;
+  std::vector<float> shift;
+  std::vector<int> sorted_rows;
 
  private:
+  // The target, and others with positive values, some of them 0. Rows may repeat.
+  void fill_shift(std::mt19937& random) {
+    for (std::size_t e = 0; e < shift.size(); ++e) {
+      const Int i = static_cast<Int>(e) / c.shifts, m = static_cast<Int>(e) % c.shifts;
+      if (!has_target(i)) continue;
+      shift_rows[e] = m == 0 ? target(i) : static_cast<Int>(random()) % c.bank_rows;
+      if (m == 0) continue;
+      shift[e] = static_cast<float>(random() % 5) / static_cast<float>(8 * c.shifts);
+      shift[e - static_cast<std::size_t>(m)] -= shift[e];
+    }
+    for (std::size_t e = 0; e < shift.size(); ++e) entries.push_back(static_cast<Int>(e));
+    std::stable_sort(entries.begin(), entries.end(), [&](Int a, Int b) {
+      return shift_rows[static_cast<std::size_t>(a)] < shift_rows[static_cast<std::size_t>(b)];
+    });
+    for (Int e : entries) {
+      sorted_rows.push_back(static_cast<int>(shift_rows[static_cast<std::size_t>(e)]));
+    }
+  }
   void fill_row(Int i, double x) {
     for (Int w = 0; w < c.width; ++w) student.set(i, w, x);
   }
@@ -320,6 +357,8 @@ struct Truth {
     nll.at(0, i) = y == IGNORE ? 0 : NaN;
     if (p.has_target(i)) {
       nll.at(0, i) = lse.at(0, i) - (1 - p.c.smoothing) * l_y - p.c.smoothing * mean;
+      p.each_shift(
+          i, [&](Int k, double value) { nll.at(0, i) -= value * p.c.scale * dot(u, i, n, k); });
     }
     for (Int w = 0; w < p.c.width; ++w) {
       double expected = 0, average = 0;
@@ -330,6 +369,7 @@ struct Truth {
       attention.at(i, w) = expected;
       if (!p.has_target(i)) continue;
       residual.at(i, w) = expected - (1 - p.c.smoothing) * n.at(y, w) - p.c.smoothing * average;
+      p.each_shift(i, [&](Int k, double value) { residual.at(i, w) -= value * n.at(k, w); });
     }
   }
 
@@ -338,7 +378,8 @@ struct Truth {
   // d loss / d l_ik.
   double of_logit(const Problem& p, Int i, Int k) const {
     const double uniform = p.c.smoothing / static_cast<double>(p.c.bank_rows);
-    const double wanted = uniform + (k == p.target(i) ? 1 - p.c.smoothing : 0);
+    double wanted = uniform + (k == p.target(i) ? 1 - p.c.smoothing : 0);
+    p.each_shift(i, [&](Int row, double value) { wanted += row == k ? value : 0; });
     return (p.g(i) + p.h(i)) * probability.at(i, k) - p.g(i) * wanted;
   }
 
@@ -385,10 +426,10 @@ void complain(const char* what, const Case& c, const std::string& how) {
   failed = true;
   std::printf(
       "%s: %s at B=%ld K=%ld D=%ld W=%ld student=%d bank=%d projection=%d bias=%d cache=%d "
-      "smoothing=%g lse_gradient=%d scale=%g chunk=%ld parts=%d exact=%d\n",
+      "smoothing=%g lse_gradient=%d scale=%g chunk=%ld parts=%d exact=%d shifts=%ld\n",
       what, how.c_str(), c.batch, c.bank_rows, c.dim, c.width, static_cast<int>(c.student),
       static_cast<int>(c.bank), c.projection, c.bias, c.cache, c.smoothing, c.lse_gradient, c.scale,
-      c.most_chunk_rows, c.weight_parts, c.exact);
+      c.most_chunk_rows, c.weight_parts, c.exact, c.shifts);
 }
 
 // Of all results, in the order in which they are checked.
@@ -527,6 +568,7 @@ void test(const Case& c, unsigned seed) {
   const Gradients all(c);
   const ContrastiveCeBackward op = {p.inputs(),
                                     p.op_targets(),
+                                    p.shift_order(),
                                     cache.as<void>(),
                                     reference.data<float>(),
                                     p.d_nll.data<float>(),
@@ -589,10 +631,10 @@ Case with(Case c, const std::function<void(Case&)>& change) {
 std::vector<Case> small_cases() {
   return {
       // Three steps of 32 students, and of 64 of the bank's dimension.
-      {65, 4, 130, 130},
+      with({65, 4, 130, 130}, [](Case& c) { c.shifts = 3; }),
       // Two blocks of the width, two chunks.
       with({2, 65, 9, 43},
-           [](Case& c) { c.exact = c.lse_gradient = true, c.most_chunk_rows = 64; }),
+           [](Case& c) { c.exact = c.lse_gradient = true, c.most_chunk_rows = 64, c.shifts = 9; }),
   };
 }
 
@@ -600,7 +642,8 @@ std::vector<Case> all_cases() {
   return {
       {1, 1, 3, 2},
       {1, 10, 8, 16},
-      with({70, 200, 40, 48}, [](Case& c) { c.most_chunk_rows = 64, c.lse_gradient = true; }),
+      with({70, 200, 40, 48},
+           [](Case& c) { c.most_chunk_rows = 64, c.lse_gradient = true, c.shifts = 7; }),
       with({70, 130, 33, 64}, [](Case& c) { c.cache = false, c.smoothing = 0.1; }),
       with({65, 64, 72, 70}, [](Case& c) { c.bank = BFLOAT, c.weight_parts = 2; }),
       with({9, 200, 70, 128},
@@ -612,19 +655,20 @@ std::vector<Case> all_cases() {
       with({66, 97, 16, 256},
            [](Case& c) {
              c.most_chunk_rows = 64, c.bank_offset = 1, c.odd_rows = c.lse_gradient = true;
-             c.student = HALF;
+             c.student = HALF, c.shifts = 4;
            }),
       with({5, 150, 20, 300},
            [](Case& c) {
              c.most_chunk_rows = 64, c.smoothing = 0.2, c.cache = false;
-             c.lse_gradient = c.in_pieces = true;
+             c.lse_gradient = c.in_pieces = true, c.shifts = 40;
            }),
       // Three blocks of the width, of which the last has 16 columns.
       with({3, 40, 8, 513}, [](Case& c) { c.bank = BFLOAT; }),
       // Several parts of the bank, one of them empty in the second chunk.
-      with({4, 1100, 5, 20}, [](Case& c) { c.most_chunk_rows = 1024, c.weight_parts = 5; }),
+      with({4, 1100, 5, 20},
+           [](Case& c) { c.most_chunk_rows = 1024, c.weight_parts = 5, c.shifts = 300; }),
       // A sharp softmax: partial sums with maxima that differ, losses near 0.
-      with({12, 140, 17, 40}, [](Case& c) { c.scale = 100, c.most_chunk_rows = 64; }),
+      with({12, 140, 17, 40}, [](Case& c) { c.scale = 100, c.most_chunk_rows = 64, c.shifts = 2; }),
       // The running maximum lags behind, by less than 2 a tile and by more.
       with({9, 400, 24, 24}, [](Case& c) { c.projection = false, c.climbing = true, c.scale = 4; }),
       with({9, 400, 24, 24},
@@ -634,12 +678,12 @@ std::vector<Case> all_cases() {
       with({35, 100, 20, 42},
            [](Case& c) {
              c.exact = c.lse_gradient = true, c.bank = FLOAT, c.bank_gap = 1, c.weight_parts = 2;
-             c.most_chunk_rows = 64;
+             c.most_chunk_rows = 64, c.shifts = 3;
            }),
       with({9, 70, 33, 60},
            [](Case& c) {
              c.exact = c.lse_gradient = c.in_pieces = true, c.bank = BFLOAT, c.cache = false;
-             c.smoothing = 0.2, c.most_chunk_rows = 64;
+             c.smoothing = 0.2, c.most_chunk_rows = 64, c.shifts = 9;
            }),
       with({33, 100, 50, 50},
            [](Case& c) {
@@ -654,7 +698,7 @@ std::vector<Case> all_cases() {
       with({8, 130, 100, 100},
            [](Case& c) {
              c.projection = false, c.cache = false, c.most_chunk_rows = 64, c.odd_rows = true;
-             c.bank_gap = 1, c.smoothing = 0.1, c.lse_gradient = true;
+             c.bank_gap = 1, c.smoothing = 0.1, c.lse_gradient = true, c.shifts = 3;
            }),
   };
 }
@@ -669,7 +713,8 @@ int main(int argc, char** argv) {
   const bool few = argument == "small" || wrong;
   for (const Case& c : few ? small_cases() : all_cases()) test(c, ++seed);
   if (!few) {
-    test_loss_alone(with({5, 130, 9, 300}, [](Case& c) { c.most_chunk_rows = 64; }), ++seed);
+    test_loss_alone(with({5, 130, 9, 300}, [](Case& c) { c.most_chunk_rows = 64, c.shifts = 3; }),
+                    ++seed);
   }
   if (!failed) std::printf("all right, %016llx\n", static_cast<unsigned long long>(hash));
   return failed ? 1 : 0;
