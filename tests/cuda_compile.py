@@ -91,7 +91,7 @@ SHARED = {
     "softmax_sums<64": 24, "softmax_sums<128, false": 48, "softmax_sums<128, true": 32,
     "softmax_sums<256": 64, "bank_gradient<64": 26.5, "bank_gradient<128, false": 50.5,
     "bank_gradient<128, true": 33.25, "bank_gradient<256": 66, "sum_of_products": 32.25,
-    "weight_gradient": 72,
+    "weight_gradient": 72, "add_shifted_rows": 1, "shift_gradient": 1,
     "project<": 32, "project_exactly": 16,
 }  # fmt: skip
 SHARED_OF_PROCESSOR = {"sm_80": 164, "sm_90a": 228, "sm_120": 100, "sm_121": 100}

@@ -20,7 +20,8 @@ import ckd
 from ckd.backends import cuda, triton
 from ckd.backends.device import Simulated
 from ckd.backends.interface import Problem
-from tests import oracle, test_weighted_targets, tolerance
+from tests import oracle, tolerance
+from tests import test_weighted_targets as weighted
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
 
@@ -539,6 +540,13 @@ def on_meta(case: Case) -> Case:
     return replace(case, **{n: x.to("meta") for n, x in vars(case).items() if x is not None})
 
 
+def skip_unless_served(gpu: Gpu, case: Case) -> None:
+    student = on_device(gpu, case).student
+    problem = Problem.of("contrastive_ce", student, case.bank, case.weight, targets=9)
+    if (reason := gpu.module.unsupported(problem)) is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize(
     ("half", "tau", "width"),
     [(False, 14.0, 20), (True, 14.0, 20), (True, 1e30, 20), (True, 5.0, 300)],
@@ -546,22 +554,44 @@ def on_meta(case: Case) -> Case:
 def test_weighted_targets_of_every_chunk(
     gpu: Gpu, half: bool, tau: float, width: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One and several blocks of the width, and a bank row that is among the targets of every student.
-    The second call must give the same bits with NaN in all memory that it allocates."""
-    case, share = test_weighted_targets.make(35, 131, 24, width, targets=9, tau=tau)
+    """One and several blocks of the width, and a bank row among the targets of every student. The
+    second call must give the same bits with NaN in all memory that it allocates."""
+    case, share = weighted.make(35, 131, 24, width, targets=9, tau=tau)
     case = replace(case, bank=case.bank.half())
     case.target[:, 4] = 130
-    problem = Problem.of("contrastive_ce", on_device(gpu, case).student, case.bank, case.weight, 9)
-    if (reason := gpu.module.unsupported(problem)) is not None:
-        pytest.skip(reason)
+    skip_unless_served(gpu, case)
     result = ours(gpu, case, half, target_weight=share.to(gpu.device))
-    for name, value in test_weighted_targets.by_oracle(case, share, torch.float64).items():
+    for name, value in weighted.by_oracle(case, share, torch.float64).items():
         error = relative_error(result[name], value)
         tolerance.within(error, 4e-3 if half else 1e-5, f"{name}, weights, chunks", gpu.name)
     poison_memory(gpu, monkeypatch)
     again = ours(gpu, case, half, target_weight=share.to(gpu.device))
     for name, value in result.items():
         assert torch.equal(value, again[name]), name
+
+
+def test_wrong_weighted_targets_give_nan_and_no_gradient(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With check_targets off, as on a GPU, where it does not read the targets."""
+    case, share = weighted.make(6, 40, 24, 20, targets=3)
+    skip_unless_served(gpu, case)
+    case.target[1, 2], case.target[3, 0], share[4, 1] = 40, -1, math.inf
+    right = torch.tensor([0, 2, 5])
+    kept = replace(case, student=case.student[right], target=case.target[right])
+    monkeypatch.setattr(ckd.backends.ORDER[gpu.name], "check_targets", lambda *arguments: None)
+    truth = weighted.by_oracle(kept, share[right], torch.float64)
+    case, share = on_device(gpu, case).requiring(*GRADIENTS), share.to(gpu.device)
+    nll = ckd.contrastive_cross_entropy(
+        *case.arguments, target_weight=share, reduction="none", backend=gpu.name
+    )
+    assert nll.isnan().tolist() == [False, True, False, True, True, False]
+    result = {n: x.cpu() for n, x in oracle.gradients(case, nll.sum() / 3).items()}
+    assert (result["student"][[1, 3, 4]] == 0).all()
+    result |= {"student": result["student"][right], "loss": nll.detach().cpu()[right].mean()}
+    for name, value in truth.items():
+        error = relative_error(result[name], value)
+        tolerance.within(error, 1e-5, f"{name}, bad weighted targets", gpu.name)
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -573,7 +603,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def test_runs_in_a_cuda_graph_without_a_synchronisation(gpu: Gpu, targets: int) -> None:
     case, share = make_case(64, 500, 96, 64), None
     if targets > 1:
-        case, share = test_weighted_targets.make(64, 500, 96, 64, targets=targets)
+        case, share = weighted.make(64, 500, 96, 64, targets=targets)
         share = share.to(gpu.device)
     case = on_device(gpu, replace(case, bank=case.bank.half())).requiring(*GRADIENTS)
     leaves = [getattr(case, n) for n in GRADIENTS]

@@ -79,6 +79,8 @@ def unsupported(problem: Problem) -> str | None:
     )
     if reason is None and max(problem.student_dim, problem.teacher_dim) > WIDEST:
         return f"the tensors have rows wider than {WIDEST:,}"
+    if reason is None and problem.batch * problem.targets >= 2**31 - TILE:
+        return "has 32-bit indices: fewer than 2^31 - 64 targets of all students together"
     return reason
 
 

@@ -40,7 +40,7 @@ struct Targets {
   // bank rows and their values, whose sum is 0 (ckd/backends/interface.py).
   const std::int64_t* shift_rows = nullptr;  // [B, M], or null: no shift
   const float* shift = nullptr;              // [B, M]
-  int shift_count = 0;                       // M
+  int shift_count = 0;                       // M; B M is below 2^31
 };
 
 // The B M entries of the shift, sorted by bank row and then by index.

@@ -95,8 +95,8 @@ class Forward {
     if (n_shift_ != nullptr) {
       if (int error = with_exact(plan_, [&](auto exact) {
             return CKD_LAUNCH(add_shifted_rows<decltype(exact)::value>,
-                              dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS), 0, stream_,
-                              students(), chunk, op_.targets, n_shift_);
+                              dim3(blocks(batch_, ROWS_PER_BLOCK)), dim3(THREADS),
+                              SUM_OF_ROWS_BYTES, stream_, students(), chunk, op_.targets, n_shift_);
           })) {
         return error;
       }
@@ -199,8 +199,8 @@ class Backward {
     if (op_.targets.shift == nullptr) return 0;
     return with_exact(plan_, [&](auto exact) {
       return CKD_LAUNCH(shift_gradient<decltype(exact)::value>,
-                        dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), 0, stream_, op_,
-                        students(), chunk, gradient_, shifted_);
+                        dim3(blocks(chunk.rows, ROWS_PER_BLOCK)), dim3(THREADS), SUM_OF_ROWS_BYTES,
+                        stream_, op_, students(), chunk, gradient_, shifted_);
     });
   }
 

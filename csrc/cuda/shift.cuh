@@ -18,51 +18,68 @@ struct WeightedRow {
   int row;
 };
 
+// Shared memory for sum_of_rows, and a warp's part of it.
+constexpr int SUM_OF_ROWS_BYTES = carve_bytes<WeightedRow>(THREADS);
+CKD_DEVICE WeightedRow* rows_of_warp(Carve carve) {
+  return carve.take<WeightedRow>(THREADS) + 32 * warp_index();
+}
+
 // Calls use(w, sum) for each even column w of a piece, where sum are columns w and w + 1 of
-// sum_e weight_e row_e over the entries `begin` to `end`, given by entry(e); for one warp. `rows`
-// have `ld` columns; their pieces, of which the last small one is `low`, are added.
+// sum_e weight_e row_e over the entries `begin` to `end`; for one warp. Each lane gets the entry(e)
+// of another e, and they exchange them in `shared`. `rows` have `ld` columns; their pieces, of
+// which the last small one is `low`, are added.
 //
-// The rows of AT_ONCE entries are loaded together, since a load takes far longer than its use.
-// Entries of weight 0 are added like others: one row of NaN makes all results NaN anyway.
+// The rows of AT_ONCE entries are loaded together, since a load takes far longer than its use. Past
+// the last entry or column they are added with weight 0 or not used: a row of NaN does no harm,
+// since it makes all results NaN anyway.
 template <bool EXACT, class Entry, class Use>
-CKD_DEVICE void sum_of_rows(const __half* rows, int ld, int low, std::int64_t begin,
-                            std::int64_t end, const Entry& entry, const Use& use) {
+CKD_DEVICE void sum_of_rows(const __half* rows, int ld, int low, int begin, int end,
+                            const Entry& entry, WeightedRow* shared, const Use& use) {
   constexpr int PAIRS = 4, AT_ONCE = EXACT ? 4 : 8;
+  constexpr float FACTOR = EXACT ? 1 / PIECE_SCALE : 1;
   const int piece = EXACT ? ld / 3 : ld, lane = lane_index();
-  for (int first = 2 * lane; first < piece; first += 64 * PAIRS) {
+  const auto pair_at = [](const __half* at) {
+    return __half22float2(*reinterpret_cast<const __half2*>(at));
+  };
+  for (int first = 0; first < piece; first += 64 * PAIRS) {
     float2 sums[PAIRS] = {};
-    for (std::int64_t e = begin; e < end; e += AT_ONCE) {
-      WeightedRow of[AT_ONCE];
-      bool any = false;
+    for (int e = begin; e < end; e += 32) {
+      const WeightedRow own = e + lane < end ? entry(e + lane) : WeightedRow{0, 0};
+      if (!any_of_warp(own.weight != 0)) continue;
+      shared[lane] = own;
+      sync_warp();
+      for (int at = 0; at < min(end - e, 32); at += AT_ONCE) {
+        float2 x[AT_ONCE][PAIRS];
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        of[j] = e + j < end ? entry(e + j) : WeightedRow{0, 0};
-        any |= of[j].weight != 0;
-      }
-      if (!any) continue;
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const __half* row = rows + static_cast<std::int64_t>(shared[at + j].row) * ld;
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        const __half* row = rows + static_cast<std::int64_t>(of[j].row) * ld;
-#pragma unroll
-        for (int p = 0; p < PAIRS; ++p) {
-          const int w = first + 64 * p;
-          if (w >= piece) break;
-          float2 x = __half22float2(*reinterpret_cast<const __half2*>(row + w));
-          if constexpr (EXACT) {
-            const float2 rest =
-                __half22float2(*reinterpret_cast<const __half2*>(row + low * piece + w));
-            x.x += rest.x;
-            x.y += rest.y;
+          for (int p = 0; p < PAIRS; ++p) {
+            const int w = first + 64 * p + 2 * lane;
+            const __half* high = row + (w < piece ? w : 0);
+            x[j][p] = pair_at(high);
+            if constexpr (EXACT) {
+              const float2 rest = pair_at(high + low * piece);
+              x[j][p].x += rest.x;
+              x[j][p].y += rest.y;
+            }
           }
-          sums[p].x = fmaf(of[j].weight, x.x, sums[p].x);
-          sums[p].y = fmaf(of[j].weight, x.y, sums[p].y);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+          const float weight = shared[at + j].weight;
+#pragma unroll
+          for (int p = 0; p < PAIRS; ++p) {
+            sums[p].x = fmaf(weight, x[j][p].x, sums[p].x);
+            sums[p].y = fmaf(weight, x[j][p].y, sums[p].y);
+          }
         }
       }
+      sync_warp();  // all lanes have read `shared`
     }
-    constexpr float FACTOR = EXACT ? 1 / PIECE_SCALE : 1;
 #pragma unroll
     for (int p = 0; p < PAIRS; ++p) {
-      const int w = first + 64 * p;
+      const int w = first + 64 * p + 2 * lane;
       if (w < piece) use(w, float2{sums[p].x * FACTOR, sums[p].y * FACTOR});
     }
   }
@@ -73,15 +90,18 @@ CKD_DEVICE void sum_of_rows(const __half* rows, int ld, int low, std::int64_t be
 template <bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS)
     add_shifted_rows(Students students, Chunk chunk, Targets targets, float* n_shift) {
-  const std::int64_t i = warp_row(), count = targets.shift_count;
+  CKD_SHARED(memory);
+  WeightedRow* shared = rows_of_warp(Carve(memory));
+  const std::int64_t i = warp_row();
   if (i >= students.batch) return;
+  const int begin = static_cast<int>(i) * targets.shift_count;
   float* own = n_shift + i * (students.ld / students.pieces);
-  const auto entry = [&](std::int64_t e) -> WeightedRow {
+  const auto entry = [&](int e) -> WeightedRow {
     const int row = row_of_chunk(targets.shift_rows[e], chunk);
     const float value = targets.shift[e];
     return {row < 0 ? 0 : value, row < 0 ? 0 : row};
   };
-  sum_of_rows<EXACT>(chunk.n, students.ld, 2, i * count, (i + 1) * count, entry,
+  sum_of_rows<EXACT>(chunk.n, students.ld, 2, begin, begin + targets.shift_count, entry, shared,
                      [&](int w, float2 sum) {
                        float2& to = *reinterpret_cast<float2*>(own + w);
                        if (chunk.first > 0) sum.x += to.x, sum.y += to.y;
@@ -96,10 +116,10 @@ struct ShiftTerms {
 };
 
 // The number of elements of the sorted array that are below k.
-CKD_DEVICE std::int64_t count_below(const int* sorted, std::int64_t count, int k) {
-  std::int64_t low = 0;
+CKD_DEVICE int count_below(const int* sorted, int count, int k) {
+  int low = 0;
   while (low < count) {
-    const std::int64_t middle = (low + count) / 2;
+    const int middle = low + (count - low) / 2;
     if (sorted[middle] < k) {
       low = middle + 1;
     } else {
@@ -115,25 +135,27 @@ template <bool EXACT>
 CKD_KERNEL void __launch_bounds__(THREADS)
     shift_gradient(ContrastiveCeBackward op, Students students, Chunk chunk, float* d_n,
                    ShiftTerms out) {
+  CKD_SHARED(memory);
+  WeightedRow* shared = rows_of_warp(Carve(memory));
   const std::int64_t row = warp_row();
   if (row >= chunk.rows) return;
-  const std::int64_t count = op.targets.shift_count, all = students.batch * count;
+  const int all = students.batch * op.targets.shift_count;
   const int k = static_cast<int>(chunk.first + row);
   const int* sorted = op.shift_order.rows;
-  const std::int64_t begin = count_below(sorted, all, k);
-  std::int64_t end = begin;
+  const int begin = count_below(sorted, all, k);
+  int end = begin;
   if (begin < all && sorted[begin] == k) end += count_below(sorted + begin, all - begin, k + 1);
   const bool separate = out.sums != nullptr;
-  if (separate && lane_index() == 0) out.counts[row] = static_cast<int>(end - begin);
+  if (separate && lane_index() == 0) out.counts[row] = end - begin;
   if (begin == end) return;
-  const auto entry = [&](std::int64_t at) -> WeightedRow {
-    const std::int64_t e = op.shift_order.entries[at], i = e / count;
+  const auto entry = [&](int at) -> WeightedRow {
+    const int e = static_cast<int>(op.shift_order.entries[at]), i = e / op.targets.shift_count;
     const bool has_target = load_target(op.targets, i, chunk.bank_rows) >= 0;
-    return {-by_nll(op, i, has_target) * op.targets.shift[e], static_cast<int>(i)};
+    return {-by_nll(op, i, has_target) * op.targets.shift[e], i};
   };
   const float factor = positive(op.in.logit_scale) * (EXACT ? PIECE_SCALE : 1);
   float* own = (separate ? out.sums : d_n) + row * students.ld;
-  sum_of_rows<EXACT>(students.u, students.ld, 1, begin, end, entry, [&](int w, float2 sum) {
+  sum_of_rows<EXACT>(students.u, students.ld, 1, begin, end, entry, shared, [&](int w, float2 sum) {
     float2& to = *reinterpret_cast<float2*>(own + w);
     const float2 before = separate ? float2{0, 0} : to;
     to = {fmaf(sum.x, factor, before.x), fmaf(sum.y, factor, before.y)};
