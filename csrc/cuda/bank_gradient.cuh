@@ -183,7 +183,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
   const int rows = min(chunk.rows - k0, TILE);
   float factor = up;
   if (shifted.sums != nullptr) {
-    // Lifted by the bound of the other terms, those of the shift might overflow.
+    // `lift` is not derived from the terms of the shift, which it might make overflow.
     factor = 1;
     for (int r = warp_index(); r < rows; r += THREADS / 32) {
       const bool any = shifted.counts[k0 + r] > 0;

@@ -24,14 +24,13 @@ CKD_DEVICE WeightedRow* rows_of_warp(Carve carve) {
   return carve.take<WeightedRow>(THREADS) + 32 * warp_index();
 }
 
-// Calls use(w, sum) for each even column w of a piece, where sum are columns w and w + 1 of
-// sum_e weight_e row_e over the entries `begin` to `end`; for one warp. Each lane gets the entry(e)
-// of another e, and they exchange them in `shared`. `rows` have `ld` columns; their pieces, of
-// which the last small one is `low`, are added.
+// The columns of sum_e weight_e row_e over entries begin <= e < end, computed by one warp: calls
+// use(w, sum) for each even column w, with the sums of columns w and w + 1. In exact arithmetic a
+// row's pieces are added, of which number `low` is the small one.
 //
-// The rows of AT_ONCE entries are loaded together, since a load takes far longer than its use. Past
-// the last entry or column they are added with weight 0 or not used: a row of NaN does no harm,
-// since it makes all results NaN anyway.
+// Each lane evaluates entry(e) for another e and stores it in `shared` for the other lanes. The
+// rows of AT_ONCE entries are loaded together, since a load takes far longer than its use. After
+// the last entry row 0 is added with weight 0: if it holds NaN, all results are NaN anyway.
 template <bool EXACT, class Entry, class Use>
 CKD_DEVICE void sum_of_rows(const __half* rows, int ld, int low, int begin, int end,
                             const Entry& entry, WeightedRow* shared, const Use& use) {
