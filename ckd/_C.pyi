@@ -15,8 +15,8 @@ _Strided: TypeAlias = tuple[int, int]
 
 # (tier, student, bank, weight, bias, logit_scale, half, threads).
 _CpuInputs: TypeAlias = tuple[str, _Single, _Rows, int, int, float, bool, int]
-# (target, ignore_index, label_smoothing, reduction).
-_CpuTargets: TypeAlias = tuple[int, int, float, int]
+# (target, (shift_rows, shift, M), ignore_index, label_smoothing, reduction).
+_CpuTargets: TypeAlias = tuple[int, tuple[int, int, int], int, float, int]
 
 # (student, bank, weight, bias, logit_scale, exact).
 _CudaInputs: TypeAlias = tuple[_Rows, _Rows, _Strided, int, int, bool]

@@ -86,8 +86,6 @@ def unsupported(problem: Problem) -> str | None:
         return "a float64 student is for the reference backend alone"
     if problem.student_dim == 0 or problem.teacher_dim == 0:
         return "the tensors have rows of width 0"
-    if problem.targets > 0:
-        return "several targets a student are for the reference backend alone"
     return None
 
 
@@ -113,10 +111,10 @@ def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: K
     residual = _empty(batch, width) if keep.residual else _empty(0)
     attention = _empty(batch, width) if keep.attention else _empty(0)
     cache = _workspace(keep.cache_bytes)
-    target = targets.target.contiguous()
+    contiguous = _contiguous(targets)
     bad = _C.cpu_contrastive_ce_forward(
         inputs=call.inputs,
-        targets=_targets(target, targets),
+        targets=_targets(*contiguous, targets),
         cache=(cache.data_ptr(), keep.cache_bytes),
         loss=loss.data_ptr(),
         kept=kept.data_ptr(),
@@ -135,11 +133,11 @@ def contrastive_ce_backward(
 ) -> Gradients:
     call = _Call(inputs, plan)
     gradients = call.empty_gradients(needs)
-    target = targets.target.contiguous()
+    contiguous = _contiguous(targets)
     d_loss, d_lse = _single(upstream.d_loss), _single(upstream.d_lse)
     _C.cpu_contrastive_ce_backward(
         inputs=call.inputs,
-        targets=_targets(target, targets),
+        targets=_targets(*contiguous, targets),
         cache=(saved.cache.data_ptr(), saved.cache.numel()),
         d_loss=_address(d_loss),
         kept=saved.kept.data_ptr(),
@@ -232,9 +230,23 @@ def _workspace(size: int) -> Tensor:
     return torch.frombuffer(_C.CpuWorkspace(size), dtype=torch.uint8)
 
 
-def _targets(contiguous: Tensor, targets: Targets) -> tuple[int, int, float, int]:
-    reduction = REDUCTIONS[targets.reduction]
-    return contiguous.data_ptr(), targets.ignore_index, targets.label_smoothing, reduction
+def _contiguous(targets: Targets) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """target, shift_rows and shift in the kernels' form."""
+    if targets.shift_rows is None:
+        return targets.target.contiguous(), None, None
+    return targets.target.contiguous(), targets.shift_rows.contiguous(), _single(targets.shift)
+
+
+def _targets(
+    target: Tensor, rows: Tensor | None, shift: Tensor | None, targets: Targets
+) -> tuple[int, tuple[int, int, int], int, float, int]:
+    return (
+        target.data_ptr(),
+        (0, 0, 0) if rows is None else (rows.data_ptr(), _address(shift), rows.shape[1]),
+        targets.ignore_index,
+        targets.label_smoothing,
+        REDUCTIONS[targets.reduction],
+    )
 
 
 def _in_dtypes_of(gradients: Gradients, inputs: Inputs) -> Gradients:

@@ -44,12 +44,21 @@ struct CacheHeader {
   std::int64_t panels, width, per_word;
 };
 
+// Weighted targets: the distribution of a student is one-hot at its target, plus the shift at
+// `rows` of the bank, whose sum is 0 (Targets of ckd/backends/interface.py).
+struct TargetShift {
+  const std::int64_t* rows;  // [B, count], or null: no shift
+  const float* values;       // [B, count]
+  std::int64_t count;
+};
+
 // The loss: nll of every row [B], their sum, or their sum / max(1, number of rows not ignored).
 enum class Reduction : int { none, sum, mean };
 
 struct ContrastiveCeForward {
   Inputs in;
   const std::int64_t* target;  // [B]
+  TargetShift shift;
   std::int64_t ignore_index;
   float label_smoothing;
   Reduction reduction;
@@ -67,6 +76,7 @@ struct ContrastiveCeForward {
 struct ContrastiveCeBackward {
   Inputs in;
   const std::int64_t* target;
+  TargetShift shift;
   std::int64_t ignore_index;
   float label_smoothing;
   Reduction reduction;

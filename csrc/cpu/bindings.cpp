@@ -25,7 +25,8 @@ using StudentArguments = std::tuple<Address, std::int64_t, std::int64_t>;
 using BankArguments = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t>;
 using InputArguments =
     std::tuple<std::string, StudentArguments, BankArguments, Address, Address, float, bool, int>;
-using TargetArguments = std::tuple<Address, std::int64_t, float, int>;
+using ShiftArguments = std::tuple<Address, Address, std::int64_t>;
+using TargetArguments = std::tuple<Address, ShiftArguments, std::int64_t, float, int>;
 using CacheArguments = std::tuple<Address, std::int64_t>;
 
 const Kernels* kernels(const InputArguments& arguments) {
@@ -53,10 +54,14 @@ Inputs inputs(const InputArguments& arguments) {
 
 template <class Op>
 void set_targets(Op& op, const TargetArguments& arguments) {
-  op.target = at<const std::int64_t>(std::get<0>(arguments));
-  op.ignore_index = std::get<1>(arguments);
-  op.label_smoothing = std::get<2>(arguments);
-  op.reduction = static_cast<Reduction>(std::get<3>(arguments));
+  const auto& [target, shift, ignore_index, label_smoothing, reduction] = arguments;
+  op.target = at<const std::int64_t>(target);
+  op.shift.rows = at<const std::int64_t>(std::get<0>(shift));
+  op.shift.values = at<const float>(std::get<1>(shift));
+  op.shift.count = std::get<2>(shift);
+  op.ignore_index = ignore_index;
+  op.label_smoothing = label_smoothing;
+  op.reduction = static_cast<Reduction>(reduction);
 }
 
 std::int64_t first_bad_target(const ContrastiveCeForward& op) {

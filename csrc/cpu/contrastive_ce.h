@@ -17,17 +17,24 @@
 // logits, so that bank rows equal to the target's have its logit; at smaller scales l_y is computed
 // in double.
 //
+// Weighted targets (target_shift.h): nll_i -= sum_m shift_im (l_im - l_iy), with l_im as exact as
+// l_iy, and the residual -= d_i = sum_m shift_im (n_m - n_y), from the float32 rows of the chunk.
+// One work item owns a student and a chunk, so that sums have one order.
+//
 // Reads the bank once. Work: 2 K D W (projection) + 2 B K W (logits) + 2 B K W (E', if needed)
-// floating-point operations and B K exponentials. Memory beside the results: the students (B W),
-// the sums ((W + 2) (B + 2048)), a chunk of the bank in up to two layouts, buffers of each thread.
+// floating-point operations and B K exponentials, and 4 B M W for M targets. Memory beside the
+// results: the students (B W), the sums ((W + 2) (B + 2048)), a chunk of the bank in up to two
+// layouts, buffers of each thread; with several targets also d (B W), 6 numbers for each of them,
+// and in bfloat16 the chunk in float32.
 //
 // Backward. Student and scale need only residual and attention. Weight and bias: projection.h with
 // G_ik = (g_i + h_i) p_ik, where p is the softmax, g = d_nll and h = d_lse; at the target it is
-// h_i p - g_i p_other, which again does not cancel.
+// h_i p - g_i p_other, which again does not cancel. Then G_ik -= g_i shift_im at the rows of m.
 
 #pragma once
 
 #include "projection.h"
+#include "target_shift.h"
 
 namespace ckd::cpu::CKD_TIER {
 
@@ -76,12 +83,21 @@ class CeForward {
         l_target_(in_.batch),
         l_exact_(in_.batch),
         n_sum_(in_.student_dim),
-        factor_(in_.logit_scale) {}
+        factor_(in_.logit_scale),
+        entries_(in_, op.target, op.shift) {
+    if (!entries_.exist()) return;
+    const std::int64_t dim = in_.student_dim;
+    l_entries_ = Buffer<double>(in_.batch * op.shift.count);
+    if (op.residual != nullptr) moved_ = Buffer<float>(in_.batch * dim);
+    if (Type::PER_WORD > 1) numbers_ = Buffer<float>(chunk_.panels() * PANEL * dim);
+  }
 
   void run() {
     const double b = static_cast<double>(in_.batch), k = static_cast<double>(in_.bank_rows);
-    const int threads = useful_threads(
-        in_, k * in_.student_dim * ((in_.weight ? in_.teacher_dim : 0) + 2 * b) + 20 * b * k);
+    const double shifts = b * static_cast<double>(op_.shift.count);
+    const int threads =
+        useful_threads(in_, k * in_.student_dim * ((in_.weight ? in_.teacher_dim : 0) + 2 * b) +
+                                20 * b * k + 4 * shifts * in_.student_dim);
     std::vector<Scratch> scratch = per_thread<Scratch>(threads, bank_, in_);
     clear();
     parallel(threads, [&](int thread) {
@@ -94,6 +110,7 @@ class CeForward {
         each(end - first, [&](std::int64_t p) {
           const float* numbers = chunk_.fill(first, first + p, mine.panel);
           take_targets(first, first + p, numbers, mine);
+          if (entries_.exist()) keep_numbers(first, first + p, numbers);
         });
         const bool smooth = op_.label_smoothing > 0;
         // A work item is several adjacent strips: all but the first find the tile in the cache.
@@ -102,11 +119,16 @@ class CeForward {
         each(groups * splits_ + smooth, [&](std::int64_t item) {
           if (item == groups * splits_) return add_rows(first);
           const std::int64_t group = item / splits_, split = item % splits_;
+          const std::int64_t begin = group * strips / groups, end = (group + 1) * strips / groups;
+          if (entries_.exist()) {
+            // A part of the group's students; the tiles below are a part of the chunk.
+            const std::int64_t i0 = begin * strip_, n = smaller(end * strip_, in_.batch) - i0;
+            add_entries(first, i0 + n * split / splits_, i0 + n * (split + 1) / splits_, mine);
+          }
           for (std::int64_t tile = split; tile < chunk_.tiles(); tile += splits_) {
             const std::int64_t k0 = first * PANEL + tile * TILE;
             if (k0 >= in_.bank_rows) break;
-            const std::int64_t end = (group + 1) * strips / groups;
-            for (std::int64_t strip = group * strips / groups; strip < end; ++strip) {
+            for (std::int64_t strip = begin; strip < end; ++strip) {
               add_tile(strip * strip_, split, first, tile, mine);
             }
           }
@@ -152,6 +174,7 @@ class CeForward {
     for (std::int64_t i = 0; i < in_.batch; ++i) l_target_[i] = l_exact_[i] = -__builtin_inf();
     total_.zero();
     n_sum_.zero();
+    if (moved_ != nullptr) moved_.zero();
     for (std::int64_t i = 0; keeps_values() && i < in_.batch; ++i) {
       if (op_.target[i] != op_.ignore_index) continue;
       std::memset(n_target() + i * in_.student_dim, 0,
@@ -179,6 +202,7 @@ class CeForward {
     const Word* queries = queries_ + i0 / PANEL * width * PANEL + i0 % PANEL;
     gemm(count, cols, width,
          Operands<Type>{chunk_.rows(tile), width, queries, PANEL, mine.logits, PANEL}, false);
+    if (entries_.exist() && is_steep()) take_entries(i0, first, tile, count, mine.logits);
     leave_out_targets(i0, k0, count, mine.logits);
     if (!is_plain()) raise_shift(mine.logits, count, cols, to, begins);
     const Word* p = exponentials(count, cols, to, mine);
@@ -205,6 +229,60 @@ class CeForward {
       students_.unit_row(i, mine.row);
       l_exact_[i] = static_cast<double>(in_.logit_scale) * dot(mine.row, n, dim);
     }
+  }
+
+  // bfloat16: keeps the float32 rows of a panel's entries.
+  void keep_numbers(std::int64_t first, std::int64_t panel, const float* numbers) {
+    if constexpr (Type::PER_WORD > 1) {
+      const std::int64_t dim = in_.student_dim, k0 = panel * PANEL;
+      std::uint64_t used = 0;
+      entries_.visit(k0, k0 + PANEL, 0, in_.batch,
+                     [&](std::int64_t, std::int64_t, std::int64_t k) { used |= 1ull << k; });
+      float* row = numbers_ + (panel - first) * PANEL * dim;
+      for (int k = 0; k < PANEL; ++k, row += dim) {
+        if ((used >> k & 1) == 0) continue;
+        for (std::int64_t w = 0; w < dim; ++w) row[w] = numbers[w * PANEL + k];
+      }
+    }
+  }
+
+  // The logits of entries in the chunk, in double from float32 operands like l_y, and their rows'
+  // part of the residual, for students [i0, i1).
+  void add_entries(std::int64_t first, std::int64_t i0, std::int64_t i1, Scratch& mine) {
+    const std::int64_t dim = in_.student_dim, k0 = first * PANEL;
+    const bool needs_logits = !is_steep(), needs_rows = op_.residual != nullptr;
+    if (!needs_logits && !needs_rows) return;
+    const float* rows;
+    if constexpr (Type::PER_WORD == 1) {
+      rows = chunk_.rows(0);
+    } else {
+      rows = numbers_;
+    }
+    std::int64_t last = -1;
+    const auto add = [&](std::int64_t i, std::int64_t entry, std::int64_t k) {
+      const float* n = rows + k * dim;
+      if (needs_logits) {
+        if (i != last) students_.unit_row(i, mine.row);
+        last = i;
+        l_entries_[entry] = static_cast<double>(in_.logit_scale) * dot(mine.row, n, dim);
+      }
+      if (!needs_rows) return;
+      const float value = entries_.value(entry);
+      float* moved = moved_ + i * dim;
+      for (std::int64_t w = 0; w < dim; ++w) moved[w] += value * n[w];
+    };
+    entries_.visit(k0, k0 + chunk_.panels() * PANEL, i0, i1, add);
+  }
+
+  // Steep: the logits of entries in a tile, as computed with the others.
+  void take_entries(std::int64_t i0, std::int64_t first, std::int64_t tile, std::int64_t count,
+                    const float* logits) {
+    const std::int64_t k0 = first * PANEL + tile * TILE;
+    const auto take = [&](std::int64_t i, std::int64_t entry, std::int64_t k) {
+      const float cosine = logits[k * PANEL + i - i0];
+      l_entries_[entry] = static_cast<double>(in_.logit_scale) * static_cast<double>(cosine);
+    };
+    entries_.visit(k0, k0 + count, i0, smaller(i0 + strip_, in_.batch), take);
   }
 
   void leave_out_targets(std::int64_t i0, std::int64_t k0, std::int64_t count, float* logits) {
@@ -343,6 +421,11 @@ class CeForward {
       const double l_mean = scale * dot(unit, n_sum_, dim) / static_cast<double>(in_.bank_rows);
       nll += smoothing * (l_y - l_mean);
     }
+    if (entries_.exist()) {
+      entries_.of_student(i, [&](std::int64_t entry) {
+        nll -= static_cast<double>(entries_.value(entry)) * (l_entries_[entry] - l_y);
+      });
+    }
     op_.p_other[i] = static_cast<float>(other);
     op_.lse[i] = static_cast<float>(lse);
     bank_.keep_lse(i, is_steep() ? steep_lse(i, shift, log_total, odds) : Lse(lse));
@@ -353,6 +436,10 @@ class CeForward {
     const float weight = static_cast<float>(other), inverse = total == 0 ? 0 : 1 / total;
     const float mean = 1 / static_cast<float>(in_.bank_rows);
     const float* n_y = n_target() + i * dim;
+    const bool moves = entries_.exist() && op_.residual != nullptr;
+    float* moved = moves ? moved_ + i * dim : nullptr;
+    const float sum = moves ? static_cast<float>(entries_.sum(i)) : 0;
+    for (std::int64_t w = 0; moves && w < dim; ++w) moved[w] -= sum * n_y[w];
     for (std::int64_t w = 0; w < dim; ++w) {
       const float n_other = values[w] * inverse, target = n_y[w];
       float residual = weight * (n_other - target);
@@ -362,6 +449,7 @@ class CeForward {
       }
       if (op_.residual != nullptr) op_.residual[i * dim + w] = has_target ? residual : 0;
     }
+    for (std::int64_t w = 0; moves && w < dim; ++w) op_.residual[i * dim + w] -= moved[w];
   }
 
   // The lse as a cosine, the largest of all, and the difference of their logits.
@@ -399,6 +487,10 @@ class CeForward {
   Buffer<double> l_target_, l_exact_;
   Buffer<float> n_sum_;
   Log2Factor factor_;
+  ShiftEntries entries_;
+  Buffer<double> l_entries_;  // [B, M] logits of entries
+  Buffer<float> moved_;       // [B, W] d
+  Buffer<float> numbers_;     // bfloat16: the chunk's n, [rows, W]
 };
 
 template <class Type>
@@ -441,6 +533,7 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
   if (op.d_weight == nullptr && op.d_bias == nullptr) return;
 
   const Log2Factor factor(in.logit_scale);
+  const ShiftEntries entries(in, op.target, op.shift);
   const float smoothing = op.label_smoothing / static_cast<float>(in.bank_rows);
   const auto fill = [&](Block block) {
     for (std::int64_t r = 0; r < block.rows; ++r) {
@@ -462,7 +555,13 @@ void contrastive_ce_backward(const ContrastiveCeBackward& op) {
       // p_other may be NaN where no gradient needs it.
       row[k] = g[i] == 0 ? 0 : -g[i] * (op.p_other[i] - op.label_smoothing) - smooth;
       if (h[i] != 0) row[k] += h[i] * (1 - op.p_other[i]);
+      if (entries.exist()) row[k] += g[i] * static_cast<float>(entries.sum(i));
     }
+    if (!entries.exist()) return;
+    const auto add = [&](std::int64_t i, std::int64_t entry, std::int64_t k) {
+      block.at[(i - block.i0) * PANEL + k] -= g[i] * entries.value(entry);
+    };
+    entries.visit(block.k0, block.k0 + block.bank_rows, block.i0, block.i0 + block.rows, add);
   };
   const double b = static_cast<double>(in.batch), k = static_cast<double>(in.bank_rows);
   const int threads = useful_threads(in, k * dim * (in.teacher_dim + 2 * b) + 20 * b * k);

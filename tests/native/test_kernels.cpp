@@ -61,6 +61,8 @@ class ReadOnly {
   void* pages_ = nullptr;
 };
 
+constexpr std::int64_t TARGETS = 5;  // of a student, where they are several
+
 // Results begin as NaN, which shows elements that a kernel does not write.
 const float NOTHING = std::nanf("");
 
@@ -102,7 +104,9 @@ struct Problem {
         bank(shape.bank_rows * shape.teacher_dim),
         weight(shape.projection ? shape.student_dim * shape.teacher_dim : 0),
         bias(shape.projection && shape.bias ? shape.student_dim : 0),
-        target(shape.batch) {
+        target(shape.batch),
+        shift_rows(shape.batch * TARGETS),
+        shift(shape.batch * TARGETS) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (auto* x : {&student, &bank, &weight, &bias}) {
@@ -117,6 +121,16 @@ struct Problem {
     }
     for (std::int64_t i = 0; i < shape.batch; ++i) {
       target[i] = i % 7 == 3 ? -100 : static_cast<std::int64_t>(random()) % shape.bank_rows;
+    }
+    // The first entry is the target, and some of the others may be, too.
+    for (std::int64_t i = 0; i < shape.batch; ++i) {
+      for (std::int64_t at = i * TARGETS; at < (i + 1) * TARGETS; ++at) {
+        const bool own = at % TARGETS == 0 && target[i] != -100;
+        shift_rows[at] = own ? target[i] : static_cast<std::int64_t>(random()) % shape.bank_rows;
+        if (at % TARGETS == 0 || target[i] == -100) continue;
+        shift[at] = static_cast<float>(random() % 4) / 16;
+        shift[i * TARGETS] -= shift[at];
+      }
     }
   }
 
@@ -145,12 +159,13 @@ struct Problem {
   std::int64_t stride;
   Exact<unsigned char> stored;  // the bank
   Exact<float> student, bank, weight, bias;
-  Exact<std::int64_t> target;
+  Exact<std::int64_t> target, shift_rows;
+  Exact<float> shift;
 };
 
 // Everything in double, from the formulae.
 struct Truth {
-  explicit Truth(const Problem& p) {
+  Truth(const Problem& p, bool shifted) {
     const auto [batch, rows, teacher, width, projection, bias, half, tau, smoothing] = p.shape;
     (void)half;
     std::vector<double> u(batch * width), n(rows * width), student_norm(batch), norm(rows);
@@ -197,6 +212,11 @@ struct Truth {
       for (std::int64_t k = 0; k < rows; ++k) {
         g[i * rows + k] = std::exp(logits[i * rows + k] - lse[i]) - smoothing / rows -
                           (k == y ? 1 - smoothing : 0);
+      }
+      for (std::int64_t at = i * TARGETS; shifted && at < (i + 1) * TARGETS; ++at) {
+        const std::int64_t k = i * rows + p.shift_rows[at];
+        nll[i] -= p.shift[at] * (logits[k] - logits[i * rows + y]);
+        g[k] -= p.shift[at];
       }
     }
     chain(p, u, n, student_norm, norm, g);
@@ -266,8 +286,11 @@ void check(const char* what, const Shape& s, const Values& values, const std::ve
 std::vector<double> one(double x) { return {x}; }
 
 void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& truth,
-                         std::int64_t cache_bytes) {
+                         std::int64_t cache_bytes, bool shifted) {
   const Shape& s = p.shape;
+  const TargetShift none = {nullptr, nullptr, 0};
+  const TargetShift shift =
+      shifted ? TargetShift{p.shift_rows.get(), p.shift.get(), TARGETS} : none;
   Exact<char> cache(cache_bytes);
   Exact<float> nll(s.batch, NOTHING), lse(s.batch, NOTHING), p_other(s.batch, NOTHING);
   Exact<float> residual(s.batch * s.student_dim, NOTHING);
@@ -275,6 +298,7 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
   ContrastiveCeForward forward;
   forward.in = p.inputs(3);
   forward.target = p.target.get();
+  forward.shift = shift;
   forward.ignore_index = -100;
   forward.label_smoothing = s.smoothing;
   forward.reduction = Reduction::none;
@@ -295,6 +319,7 @@ void test_contrastive_ce(const Kernels& kernels, const Problem& p, const Truth& 
   ContrastiveCeBackward backward;
   backward.in = p.inputs(2);
   backward.target = p.target.get();
+  backward.shift = shift;
   backward.ignore_index = -100;
   backward.label_smoothing = s.smoothing;
   backward.reduction = Reduction::none;
@@ -381,14 +406,15 @@ int main(int argc, char** argv) {
       shape.half = variant % halves != 0;
       const Problem problem(shape, static_cast<Element>(variant / halves), seed % 3, seed);
       ++seed;
-      const Truth truth(problem);
+      const Truth truth(problem, false), shifted(problem, true);
       // A cache with room for all panels, for one, and for none.
       const std::int64_t head = 64 + (shape.batch + 15) / 16 * 64;
       const std::int64_t panel = (shape.student_dim + 33) * 256;
       for (const std::int64_t bytes :
            {head + panel * (shape.bank_rows / 64 + 1), head + panel, std::int64_t{0}}) {
-        test_contrastive_ce(kernels, problem, truth, bytes);
+        test_contrastive_ce(kernels, problem, truth, bytes, false);
       }
+      test_contrastive_ce(kernels, problem, shifted, head + panel, true);
       test_similarity(kernels, problem, truth);
     }
   }
