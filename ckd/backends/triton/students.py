@@ -65,7 +65,10 @@ def student_gradient(
     if needs.student:
         d_student = call.empty(call.batch, call.student_dim, dtype=call.student.dtype)
     along, largest = call.empty(programs), call.empty(programs)
-    target, smoothing, ignore_index = (None, 0.0, 0) if targets is None else targets[:3]
+    target, smoothing, ignore_index = None, 0.0, 0
+    if targets is not None:
+        target, smoothing = targets.target, targets.label_smoothing
+        ignore_index = targets.ignore_index
     student_gradient_kernel[(programs,)](
         call.student, call.scale, target, *rows, residual, attention, p_other,
         d_student, along, largest,
