@@ -450,6 +450,74 @@ def test_every_candidate_gives_the_same(
         assert relative_error(value, exact[name]) < 5e-3, name
 
 
+@pytest.mark.parametrize("form", ["matrix", "merged entries", "entries sorted by torch"])
+@pytest.mark.parametrize(
+    ("half", "width"),
+    [(True, 20), *(pytest.param(*x, marks=pytest.mark.slow) for x in [(True, 300), (False, 70)])],
+)
+def test_every_form_of_a_shift_gives_the_same(
+    gpu: Gpu, half: bool, width: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rows that repeat, a row of every student, weights of zero and an entry to ignore."""
+    if gpu.name != "triton":
+        pytest.skip("cuda has one form")
+    from ckd.backends.triton import targets
+
+    gpu.in_several_chunks(monkeypatch)
+    monkeypatch.setattr(targets, "MATRIX_ELEMENTS", 1 << 22 if form == "matrix" else 0)
+    monkeypatch.setattr(targets, "MOST_MERGED", 0 if "torch" in form else 1 << 16)
+    monkeypatch.setattr(targets, "STEPS", 3)  # 40 blocks of 8 entries, searched 32 at a time
+    case, share = weighted.make(35, 131, 24, width, targets=9)
+    case = replace(case, bank=case.bank.half())
+    case.target[:, 4], case.target[::3, 5] = 130, case.target[::3, 6]
+    case.target[7, 3] = -100
+    exact = weighted.by_oracle(case, share, torch.float64)
+    result = ours(gpu, case, half, target_weight=share.to(gpu.device))
+    for name, value in exact.items():
+        error = relative_error(result[name], value)
+        tolerance.within(error, 4e-3 if half else 1e-5, f"{name}, forms of a shift", gpu.name)
+
+
+def test_solved_rows_with_tiny_weights_survive_float16(gpu: Gpu) -> None:
+    """G is as small as the weights, far below float16's range and far above p_other."""
+    case, share = weighted.make(24, 60, 96, 64, targets=3, tau=50.0, learned=3.0)
+    share = torch.tensor([1.0, 1e-10, 3e-10]).expand(24, 3)
+    case = replace(case, bank=case.bank.half())
+    exact = weighted.by_oracle(case, share, torch.float64)
+    result = ours(gpu, case, True, target_weight=share.to(gpu.device))
+    for name in ("weight", "bias"):
+        error = relative_error(result[name], exact[name])
+        tolerance.within(error, 2e-2, f"{name}, tiny weights", gpu.name)
+    moved = on_device(gpu, case).requiring(*GRADIENTS)
+    loss = ckd.contrastive_cross_entropy(
+        *moved.arguments, target_weight=share.to(gpu.device), backend=gpu.name
+    )
+    assert all((x == 0).all() for x in oracle.gradients(moved, 0 * loss).values())
+
+
+@pytest.mark.parametrize("count", [1, *slow([256]), 600])
+def test_merged_entries_are_in_the_order_of_a_stable_sort(
+    gpu: Gpu, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if gpu.name != "triton":
+        pytest.skip("cuda sorts nothing")
+    from ckd.backends.interface import Inputs, Plan
+    from ckd.backends.triton import call, targets
+
+    monkeypatch.setattr(targets, "STEPS", 8)
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(count // 3 + 1, (-(-count // 5), 5), generator=g)
+    shares = torch.randn(rows.shape, generator=g) * (torch.rand(rows.shape, generator=g) < 0.8)
+    rows, shares = rows.to(gpu.device), shares.to(gpu.device)
+    student = torch.ones(1, 16, device=gpu.device)
+    inputs = Inputs(student, student, None, None, student[0, 0])
+    launches = call.Call(gpu.module.gpu, inputs, Plan("triton", False))
+    merged, sorted_ = targets._merge(launches, rows, shares), targets._sort(rows, shares)
+    for ours, theirs in zip(merged, sorted_):
+        assert torch.equal(ours[: rows.numel()], theirs)
+        assert (merged[0][rows.numel() :] > count).all()
+
+
 def test_huge_weights_of_solved_rows_give_no_nan(gpu: Gpu) -> None:
     """p_other is 1e-42 here, so gradients vanish; a loss scale of AMP must not make them NaN."""
     bank = torch.eye(20, 64)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -67,18 +68,40 @@ def test_a_step_of_a_small_bank_is_ten_launches() -> None:
     assert of_torch == ["_to_copy", "sum"]  # converts the weight, adds partial sums of d_weight
 
 
+def test_weighted_targets_add_three_launches() -> None:
+    """Against a small bank; against a large one, whose entries are sorted, also three."""
+    from tests import triton_compile as tools
+
+    launches, of_torch = tools.step(256, 1000, 1024, 256, 32)
+    assert [launch.name for launch in launches] == [
+        "unit_rows", "project", "forward", "add_shift", "combine",
+        "student_gradient", "student_factors", "shift_matrix", "bank_gradient", "weight_gradient",
+    ]  # fmt: skip
+    assert of_torch == ["_to_copy", "zero_", "sum"]
+    plain = [launch.name for launch in tools.step(256, 50_000, 1024, 256)[0]]
+    launches, of_torch = tools.step(256, 50_000, 1024, 256, 32)
+    more = Counter(launch.name for launch in launches) - Counter(plain)
+    assert more == Counter(["add_shift", "sort_blocks", "merge_blocks"])
+    assert of_torch == ["_to_copy", "sum"]
+
+
 @pytest.mark.parametrize(
-    ("batch", "others", "bank_rows"),
-    [(256, (255, 100, 40, 1), 1000), (4096, (4095, 1500), 100_000)],
+    ("batch", "others", "bank_rows", "targets"),
+    [
+        (256, (255, 100, 40, 1), 1000, 0),
+        (4096, (4095, 1500), 100_000, 0),
+        (256, (255, 100, 40, 1), 1000, 33),
+        (1024, (1023, 700), 50_000, 33),
+    ],
 )
 def test_a_batch_of_another_size_compiles_nothing(
-    batch: int, others: tuple[int, ...], bank_rows: int
+    batch: int, others: tuple[int, ...], bank_rows: int, targets: int
 ) -> None:
     from tests import triton_compile as tools
 
-    compiled = set(tools.step(batch, bank_rows, 1024, 256)[0])
+    compiled = set(tools.step(batch, bank_rows, 1024, 256, targets)[0])
     for other in others:
-        new = set(tools.step(other, bank_rows, 1024, 256)[0]) - compiled
+        new = set(tools.step(other, bank_rows, 1024, 256, targets)[0]) - compiled
         assert not new, (other, [(launch.name, launch.label) for launch in new])
 
 
@@ -86,9 +109,9 @@ def check_launches(launches: dict[Launch, str], target: str) -> None:
     from tests import triton_compile as tools
 
     assert {launch.name for launch in launches} == {
-        "bank_gradient", "bank_norm_backward", "combine", "forward", "half_tiles", "keep_targets",
-        "product", "project", "similarity", "student_factors",
-        "student_gradient", "unit_rows", "weight_gradient",
+        "add_shift", "bank_gradient", "bank_norm_backward", "combine", "forward", "half_tiles",
+        "keep_targets", "merge_blocks", "product", "project", "shift_matrix", "similarity",
+        "sort_blocks", "student_factors", "student_gradient", "unit_rows", "weight_gradient",
     }  # fmt: skip
     bad = []
     for launch, problem in launches.items():

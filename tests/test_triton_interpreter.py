@@ -19,8 +19,15 @@ from tests.other_process import Runs
 FILES = {
     "test_contrastive_ce.py": "triton and not 300_000",
     "test_gpu_backends.py": "triton",
+    "test_weighted_targets.py": "triton",
     "test_contrastive_ce_autograd.py": "triton",
     "test_similarity.py": "triton and not 40000",
+}
+
+# Without --slow: every form of a shift is in test_gpu_backends.py.
+QUICK = FILES | {
+    "test_weighted_targets.py": "triton and "
+    "(together or norm_zero or may_hold_nan or range or invalid or no_students or mean)"
 }
 
 pytestmark = [
@@ -32,7 +39,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runs(pytestconfig: pytest.Config) -> Iterator[Runs]:
-    runs = Runs(FILES, {"TRITON_INTERPRET": "1"}, slow=pytestconfig.getoption("--slow"))
+    slow = pytestconfig.getoption("--slow")
+    runs = Runs(FILES if slow else QUICK, {"TRITON_INTERPRET": "1"}, slow=slow)
     yield runs
     runs.stop()
 

@@ -34,6 +34,7 @@ from ckd.backends.interface import (
     Needs,
     Plan,
     Problem,
+    Reduction,
     Saved,
     Targets,
     Upstream,
@@ -98,8 +99,8 @@ class Launch:
 
     @property
     def useful_products(self) -> int | None:
-        """Multiply-adds that one iteration of the kernel's main loop needs; None for kernels whose
-        loop is not known here."""
+        """Multiply-adds that one iteration of the kernel's smallest loop needs; None for kernels
+        whose loop is not known here. With a shift bank_gradient has a second, smaller one."""
         c = dict(self.constants)
         if self.name == "project" or self.name == "product":
             columns = c.get("BLOCK_COLUMNS", c.get("BLOCK_WIDTH"))
@@ -107,7 +108,8 @@ class Launch:
         if self.name == "weight_gradient":
             return c["BLOCK_ROWS"] * c["BLOCK_COLUMNS"] * c["BLOCK_SUMS"]
         if self.name in ("forward", "bank_gradient") and c["WHOLE"]:
-            products = 2 if c.get("KEEP_VALUES", True) else 1
+            shifted = c.get("MATRIX", False) or c.get("ENTRIES", False)
+            products = 2 if c.get("KEEP_VALUES", True) and not shifted else 1
             return products * c["BLOCK_BATCH"] * c["BLOCK_BANK"] * c["BLOCK_WIDTH"]
         return None
 
@@ -216,6 +218,14 @@ def inputs_of(
     return Inputs(student, bank, weight, bias, empty()), cache_bytes
 
 
+def targets_of(batch: int, each: int, smoothing: float, reduction: Reduction) -> Targets:
+    """`each`: weighted targets of a student; 0: one target."""
+    shift_rows = empty(batch, each, dtype=torch.int64) if each else None
+    shift = empty(batch, each) if each else None
+    target = empty(batch, dtype=torch.int64)
+    return Targets(target, shift_rows, shift, smoothing, -100, reduction)
+
+
 def on_a_gpu(
     patch: pytest.MonkeyPatch, family: str, choose: Callable[..., Any], precision: str
 ) -> None:
@@ -226,12 +236,12 @@ def on_a_gpu(
 
 
 def step(
-    batch: int, bank_rows: int, teacher_dim: int, student_dim: int
+    batch: int, bank_rows: int, teacher_dim: int, student_dim: int, targets_each: int = 0
 ) -> tuple[list[Launch], list[str]]:
     """The launches of a mean loss and all its gradients in half precision on Hopper, and the names
     of the torch operators that it calls."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, True, True)
-    targets = Targets(empty(batch, dtype=torch.int64), None, None, 0.0, -100, "mean")
+    targets = targets_of(batch, targets_each, 0.0, "mean")
     plan, needs, d_loss = Plan("triton", True), Needs(True, True, True, True), empty()
     with pytest.MonkeyPatch.context() as patch, recorded() as launches, TorchKernels() as others:
         on_a_gpu(patch, "hopper", lambda key, candidates, launch: candidates[0], "ieee")
@@ -254,12 +264,13 @@ def launches_of(
     learned: bool = True,
     precision: str = "ieee",
     smoothing: float = 0.0,
+    targets_each: int = 0,
     family: str,
 ) -> dict[Launch, None]:
     """Every launch of both ops, forward and backward, recorded with meta tensors."""
     inputs, cache_bytes = inputs_of(batch, bank_rows, teacher_dim, student_dim, half, learned)
-    row, target = empty(batch), empty(batch, dtype=torch.int64)
-    targets, plan = Targets(target, None, None, smoothing, -100, "none"), Plan("triton", half)
+    row = empty(batch)
+    targets, plan = targets_of(batch, targets_each, smoothing, "none"), Plan("triton", half)
     needs, weight_alone = Needs(True, learned, learned, True), Needs(False, learned, learned, False)
     attention = smoothing > 0  # the problem with smoothing also has a gradient of lse
     rows = Upstream(row, row if attention else None)
@@ -393,6 +404,16 @@ PROBLEMS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "W 48, float32": ((64, 1000, 96, 48), {"half": False}),
     "W 256, tf32": ((1024, 20_000, 768, 256), {"half": False, "precision": "tf32"}),
     "W 512, tf32": ((1024, 20_000, 768, 512), {"half": False, "precision": "tf32"}),
+    "W 64, weighted": ((1024, 50_000, 64, 64), {"half": True, "targets_each": 32}),
+    "W 128, weighted": ((100, 10_000, 768, 128), {"half": True, "targets_each": 5}),
+    "W 256, weighted": ((1024, 50_000, 1024, 256), {"half": True, "targets_each": 32}),
+    "W 256, weighted, small": ((1024, 1000, 1024, 256), {"half": True, "targets_each": 32}),
+    "W 768, weighted": ((512, 20_000, 768, 768), {"half": True, "targets_each": 32}),
+    "W 256, weighted, tf32": (
+        (1024, 20_000, 768, 256),
+        {"half": False, "precision": "tf32", "targets_each": 32},
+    ),
+    "W 48, weighted, float32": ((64, 1000, 96, 48), {"half": False, "targets_each": 32}),
 }
 
 

@@ -10,6 +10,9 @@ where Z' = sum_{k != y} exp l_k and E' = sum_{k != y} exp(l_k) n_k. A running ma
 from exponents (to base 2) at every scale: with a fixed shift, float16 weights of the values would
 underflow. Students and bank are unit rows, in the operands' dtype, rows `width` apart, with zeros
 past the student's own width (rows.py, products.py).
+
+The shift of weighted targets is linear in the logits: with d = sum_m shift_m n_{rows_m} (targets.py)
+it subtracts logit_scale u.d from nll, and d from its gradient.
 """
 
 from __future__ import annotations
@@ -271,6 +274,7 @@ def combine_kernel(
     values,  # [splits, batch, width]
     n,  # [bank_rows, width] operand with GATHER, else [batch, width]: n_y
     n_sum,  # [width] float32 sum of all n, with SMOOTH
+    n_shift,  # [batch, width] float32 of add_shift_kernel, with SHIFTED
     nll,
     lse,
     p_other,
@@ -290,6 +294,7 @@ def combine_kernel(
     GATHER: tl.constexpr,
     HALF: tl.constexpr,
     SMOOTH: tl.constexpr,
+    SHIFTED: tl.constexpr,
     KEEP_RESIDUAL: tl.constexpr,
     KEEP_ATTENTION: tl.constexpr,
     KEEP_REFERENCE: tl.constexpr,
@@ -319,6 +324,7 @@ def combine_kernel(
     n_row = tl.where(has_target, y, 0) if GATHER else i
     along = tl.zeros([BLOCK_BATCH], tl.float32)
     mean = tl.zeros([BLOCK_BATCH], tl.float32)
+    shifted = tl.zeros([BLOCK_BATCH], tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         w = start + column
         at_target = has_target[:, None] & (w < width)[None, :]
@@ -328,6 +334,9 @@ def combine_kernel(
         if SMOOTH:
             n_all = tl.load(n_sum + w, mask=w < width, other=0.0)
             mean += tl.sum(query.to(tl.float32) * n_all[None, :], 1)
+        if SHIFTED:
+            n_more = tl.load(n_shift + i[:, None] * width + w[None, :], mask=at_target, other=0.0)
+            shifted += tl.sum(query.to(tl.float32) * n_more, 1)
     factor = load_scale(scale)
     rounding = tl.where(factor > MAX_EXACT_SCALE, ROUNDING, 0.0) * (width // 16 + 8)
     along = tl.where(tl.abs(highest - along) <= rounding, highest, along)
@@ -349,6 +358,8 @@ def combine_kernel(
         tl.store(reference + batch + i, tl.where(alone, 0.0, beyond * LOG2E), mask=here)
     if SMOOTH:
         row_nll += label_smoothing * (l_y - factor * mean / bank_rows)
+    if SHIFTED:
+        row_nll -= factor * shifted
     raw = tl.load(target + i, mask=here, other=0)
     without = tl.where(raw == ignore_index, 0.0, float("nan"))
     tl.store(nll + i, tl.where(has_target, row_nll, without), mask=here)
@@ -377,6 +388,9 @@ def combine_kernel(
                 if SMOOTH:
                     n_all = tl.load(n_sum + w, mask=w < student_dim, other=0.0)
                     slope += label_smoothing * (n_y - n_all[None, :] / bank_rows)
+                if SHIFTED:
+                    more_at = n_shift + i[:, None] * width + w[None, :]
+                    slope -= tl.load(more_at, mask=at_target, other=0.0)
                 slope = tl.where(has_target[:, None], slope, 0.0)
                 tl.store(residual + out_at, slope, mask=inside)
             if KEEP_ATTENTION:

@@ -2,14 +2,16 @@
 
 With p_ik = exp(l_ik - lse_i), g = d loss / d nll and h = d loss / d lse,
 
-    G_ik = (g_i + h_i) p_ik - g_i [k = y_i]        dN_k = logit_scale sum_i G_ik u_i
+    G_ik = (g_i + h_i) p_ik - g_i ([k = y_i] + shift_ik)      dN_k = logit_scale sum_i G_ik u_i
     dZ_k = (dN_k - (dN_k.n_k) n_k) / |z_k|
 
 At the target G is computed as h p - g p_other, where nothing cancels.
 Before it is rounded to half precision, G is divided by its upper bound over all students,
-|g| max(p_other, label_smoothing) + |h|, and multiplied by 2^13, so that it does not underflow for
-loss weights and losses of any size. log2 |g + h| is part of the exponent and the sign of g + h part
-of u, so that an element of G costs a subtraction, one FMA and one exp2.
+|g| (max(p_other, label_smoothing) + sum_m |shift_m| / 2) + |h|, and multiplied by 2^13, so that it
+does not underflow for loss weights and losses of any size. log2 |g + h| is part of the exponent and
+the sign of g + h part of u, so that an element of G costs a subtraction, one FMA and one exp2. The
+shift's part is added to G from a matrix, or to dN as a product of sparse G, 64 or so entries at a
+time (targets.py).
 Gradients of students and scale come from the forward (rows.py).
 """
 
@@ -32,9 +34,11 @@ from .rows import (
     through_norm,
     to_operand,
 )
+from .targets import count_below
 
 # Arrays of students are padded to a multiple of this, so that tiles of whole rows need no masks.
 STUDENTS_MULTIPLE = tl.constexpr(128)
+PARTS = tl.constexpr(256)  # of a round of count_below
 
 
 @triton.jit(
@@ -59,6 +63,7 @@ def student_factors_kernel(
     above,  # [padded] (lse - logit_scale cosine) log2(e) - log2(|g + h| / size) - headroom
     at_target,  # [padded] G / size at the target, times the sign
     by_all,  # [padded] label smoothing's term, subtracted from every G / size, times the sign
+    by_shift,  # [padded] -g times the sign, the factor of the shift, with SHIFTED
     size,  # [] the largest of `largest`
     d_scale,  # [] the sum of `along`
     batch,
@@ -76,6 +81,7 @@ def student_factors_kernel(
     HAS_KEPT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
+    SHIFTED: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -129,6 +135,8 @@ def student_factors_kernel(
     tl.store(at_target + i, tl.where(busy, sign * target_gradient, 0.0))
     smoothed = by_g * (label_smoothing / bank_rows) * (down * lift)
     tl.store(by_all + i, tl.where(busy, sign * smoothed, 0.0))
+    if SHIFTED:
+        tl.store(by_shift + i, -sign * by_g)
 
     here = here & busy
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -150,7 +158,7 @@ def student_factors_kernel(
         tl.store(u + i[:, None] * width + w[None, :], unit, mask=(w < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "first"])
+@triton.jit(do_not_specialize=["batch", "rows", "first", "entries", "rounds"])
 def bank_gradient_kernel(
     u,  # [padded, width] operand; this and the following, up to size, of student_factors_kernel
     column,
@@ -159,7 +167,14 @@ def bank_gradient_kernel(
     above,
     at_target,
     by_all,
+    by_shift,
     size,
+    shift_matrix,  # [bank rows, padded] float32 of shift_matrix_kernel, with MATRIX
+    entry_rows,  # [entries] int32, sorted; this and the following of merge_blocks_kernel
+    entry_students,  # [entries] int32
+    entry_shares,  # [entries] float32
+    entries,
+    rounds,  # of count_below
     n,  # [rows, width] operand: bank rows first, first + 1, ...
     inverse,  # [rows] 1 / |z|
     scale,
@@ -172,6 +187,8 @@ def bank_gradient_kernel(
     width,
     HAS_SUMS: tl.constexpr,
     SMOOTH: tl.constexpr,
+    MATRIX: tl.constexpr,
+    ENTRIES: tl.constexpr,
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
@@ -214,6 +231,37 @@ def bank_gradient_kernel(
             d -= tl.load(by_all + i)[None, :]
         d = to_operand(d, query.dtype, PRECISION)
         total = add_product(total, d, query, PRECISION)
+    if MATRIX or ENTRIES:
+        start, end = 0, batch
+        if ENTRIES:
+            limits = tl.minimum((tl.program_id(0) + tl.arange(0, 2)) * BLOCK_BANK, rows) + first
+            places = count_below(entry_rows, entries, rounds, limits, PARTS)
+            start, end = tl.min(places, 0), tl.max(places, 0)
+        top = tl.load(size)
+        lift = tl.where(top > 0, (8192.0 if HALF else 1.0) / top, 0.0)
+        last = tl.maximum(end, start + 1)
+        tl.assume(last > start)
+        # One stage: with the next turn's operand in registers, ptxas would serialise all wgmma.
+        # Of a matrix half as many students a turn, since its tile is in registers.
+        turn: tl.constexpr = BLOCK_BATCH // 2 if MATRIX else BLOCK_BATCH
+        for e0 in tl.range(start, last, turn, num_stages=1):
+            e = e0 + tl.arange(0, turn)
+            # (share by_shift) lift: the product of by_shift and lift may overflow.
+            if MATRIX:
+                i_long = e.to(tl.int64)
+                columns = tl.cdiv(batch, STUDENTS_MULTIPLE) * STUDENTS_MULTIPLE
+                share_at = shift_matrix + own[:, None] * columns + e[None, :]
+                share = tl.load(share_at, mask=here[:, None], other=0.0)
+                d = share * tl.load(by_shift + e)[None, :] * lift
+            else:
+                i_long = tl.load(entry_students + e, mask=e < end, other=0).to(tl.int64)
+                share = tl.load(entry_shares + e, mask=e < end, other=0.0)
+                value = share * tl.load(by_shift + i_long) * lift
+                entry_row = tl.load(entry_rows + e, mask=e < end, other=-1)
+                d = tl.where(own[:, None] == entry_row[None, :], value[None, :], 0.0)
+            u_at = u + i_long[:, None] * width + w[None, :]
+            query = tl.load(u_at) if FULL else tl.load(u_at, mask=inside, other=0.0)
+            total = add_product(total, to_operand(d, query.dtype, PRECISION), query, PRECISION)
     up = load_scale(scale) * tl.load(size) / (8192.0 if HALF else 1.0)
     at = k[:, None] * width + w[None, :]
     if WHOLE:

@@ -223,7 +223,9 @@ def load_slope(
     return slope
 
 
-@triton.jit(do_not_specialize=["rows", "g_stride", "h_stride", "ignore_index", "bank_rows"])
+@triton.jit(
+    do_not_specialize=["rows", "g_stride", "h_stride", "ignore_index", "bank_rows", "targets"]
+)
 def student_gradient_kernel(
     student,  # [rows, width]
     scale,  # [] logit_scale
@@ -234,6 +236,7 @@ def student_gradient_kernel(
     residual,  # [rows, width] float32: slope = g residual + h attention
     attention,
     p_other,  # [rows]
+    shift,  # [rows, targets] float, whose rows sum to 0, with SHIFTED
     d_student,  # [rows, width] logit_scale (slope - (slope.u) u) / |s|, with HAS_STUDENT
     along,  # [programs] float32 sums of slope.u over a program's rows; their sum is d logit_scale
     largest,  # [programs] a bound on |G| (contrastive_ce_backward.py), of a program's rows
@@ -244,6 +247,7 @@ def student_gradient_kernel(
     h_stride,
     ignore_index,
     bank_rows,
+    targets,
     label_smoothing,
     HAS_TARGET: tl.constexpr,
     HAS_G: tl.constexpr,
@@ -252,6 +256,7 @@ def student_gradient_kernel(
     HAS_SLOPE: tl.constexpr,  # d_student or along is needed
     HAS_STUDENT: tl.constexpr,
     HAS_BOUND: tl.constexpr,  # largest is needed
+    SHIFTED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
@@ -271,7 +276,16 @@ def student_gradient_kernel(
         )
         if HAS_BOUND:
             other = tl.load(p_other + i, mask=here, other=0.0)
-            bound = tl.abs(by_g) * tl.maximum(other, label_smoothing) + tl.abs(by_h)
+            share = tl.maximum(other, label_smoothing)
+            if SHIFTED:  # entries of one row add up to at most half of all magnitudes
+                magnitudes = tl.zeros([BLOCK_ROWS, 32], tl.float32)
+                for start in range(0, targets, 32):
+                    m = start + tl.arange(0, 32)
+                    there = here[:, None] & (m < targets)[None, :]
+                    at = shift + i[:, None] * targets + m[None, :]
+                    magnitudes += tl.abs(tl.load(at, mask=there, other=0.0).to(tl.float32))
+                share += 0.5 * tl.sum(magnitudes, 1)
+            bound = tl.abs(by_g) * share + tl.abs(by_h)
             top = tl.maximum(top, bound)
         busy = here & ((by_g != 0) | (by_h != 0))
         total = tl.zeros([BLOCK_ROWS], tl.float32)

@@ -53,13 +53,18 @@ def interpreted() -> bool:
 
 
 def unsupported(problem: Problem) -> str | None:
-    if problem.targets > 0:
-        return "several targets a student are for the reference backend alone"
     return (
         elsewhere(problem, gpu)  # first, since a query of the GPUs takes longer
         or missing()
         or beyond_limits(problem, spare_rows=1024)
+        or _too_many_targets(problem)
     )
+
+
+def _too_many_targets(problem: Problem) -> str | None:
+    if problem.batch * problem.targets >= 2**31 - 1024:
+        return "has 32-bit indices: fewer than 2^31 - 1024 targets of all students"
+    return None
 
 
 def contrastive_ce_cache_bytes(problem: Problem) -> int:

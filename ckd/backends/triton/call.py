@@ -121,9 +121,12 @@ class Call:
     def chunks(self, cache: Tensor | None = None, filled: bool = False) -> Iterator[Chunk]:
         """The bank, projected and normalised. If the cache has room for all of it, chunks are views
         of the cache, and with `filled` they are not computed again."""
-        room = None if cache is None else cache[reference_bytes(self.batch) :]
-        has_cache = room is not None and len(room) > 0
-        n, inverse = self._room(room if has_cache else None)
+        room, count = self._room(cache), self.chunk_rows
+        has_cache = room is not None
+        n, inverse = room or (
+            self.empty(count, self.width, dtype=self.operand),
+            self.empty(count),
+        )
         for first in range(0, self.bank_rows, self.chunk_rows):
             t = self.bank[first : first + self.chunk_rows]
             at = first if has_cache else 0
@@ -132,10 +135,15 @@ class Call:
                 self._fill(chunk)
             yield chunk
 
-    def _room(self, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        if cache is None:
-            count = self.chunk_rows
-            return self.empty(count, self.width, dtype=self.operand), self.empty(count)
+    def cached_bank(self, cache: Tensor) -> Tensor | None:
+        """[K, width], the unit rows that `chunks` stores in the cache, or None."""
+        room = self._room(cache)
+        return room and room[0]
+
+    def _room(self, cache: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        cache = None if cache is None else cache[reference_bytes(self.batch) :]
+        if cache is None or len(cache) == 0:
+            return None
         end = self.bank_rows * self.width * self.operand.itemsize
         n = cache[:end].view(self.operand).view(self.bank_rows, self.width)
         return n, cache[end:].view(torch.float32)

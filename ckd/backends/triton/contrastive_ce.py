@@ -25,6 +25,7 @@ from ckd.backends.interface import (
 from ckd.backends.triton.call import FORWARD_BYTES, Call, Chunk
 from ckd.backends.triton.projection import ProjectionGradient, gradients
 from ckd.backends.triton.students import RowGradients, Students, student_gradient
+from ckd.backends.triton.targets import Shift, add_shift, contiguous
 
 
 def forward(gpu: Gpu, inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:
@@ -37,7 +38,7 @@ def forward(gpu: Gpu, inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) 
         loss, kept = reduce_rows(nll, targets)
         return Forward(loss, lse, kept, p_other, residual, attention, cache)
     with call.on_device():
-        sums = SoftmaxSums(call, targets, keep.residual or keep.attention)
+        sums = SoftmaxSums(call, targets, keep.residual or keep.attention, call.cached_bank(cache))
         for chunk in call.chunks(cache):
             sums.add(chunk)
         mean = (call.empty(()), call.empty(())) if targets.reduction == "mean" else None
@@ -66,7 +67,7 @@ def backward(
     call = Call(gpu, inputs, plan)
     if call.batch == 0:
         return zero_gradients(inputs, needs)
-    targets = targets._replace(target=targets.target.contiguous())
+    targets = contiguous(targets)
     d_loss, d_lse = upstream
     mean = d_loss is not None and targets.reduction == "mean"
     d_loss = None if d_loss is None else d_loss.expand(targets.target.shape)
@@ -82,18 +83,21 @@ def backward(
             return gradients(call, needs, found.d_student, d_scale)
         d_scale = call.empty(()) if needs.logit_scale else None
         students = Students.of(call, targets, rows, saved, found, d_scale)
+        shift = Shift.of(call, targets, len(students.u))
         projection = ProjectionGradient(call, needs)
         for chunk in call.chunks(saved.cache, filled=True):
-            projection.add_softmax(chunk, students, targets.label_smoothing > 0)
+            projection.add_softmax(chunk, students, shift, targets.label_smoothing > 0)
         return gradients(call, needs, found.d_student, d_scale, projection)
 
 
 class SoftmaxSums:
     """The softmax sums of the forward: `add` each chunk of the bank, then `combine`."""
 
-    def __init__(self, call: Call, targets: Targets, keep_values: bool) -> None:
-        self._call, self._targets = call, targets
-        self._target = targets.target.contiguous()
+    def __init__(
+        self, call: Call, targets: Targets, keep_values: bool, whole_bank: Tensor | None
+    ) -> None:
+        self._call, self._targets = call, contiguous(targets)
+        self._target = self._targets.target
         self._keep_values = keep_values
         sizes = (call.batch, call.chunk_rows, call.processors)
         self._candidates = tiles.forward_tiles(call.width, call.arithmetic, call.family, *sizes)
@@ -109,8 +113,9 @@ class SoftmaxSums:
         self._top, self._total = (call.empty(most, self._splits, batch) for _ in range(2))
         self._values = call.empty((self._splits, batch, width) if keep_values else 0)
         self._arrived = call.empty(1, dtype=torch.int32)
-        self._whole_bank: Tensor | None = None  # its unit rows, if it is a single chunk
-        self._n_target: Tensor | None = None  # [B, width] n_y, if it has several
+        self._whole_bank = whole_bank  # its unit rows, if it is cached or a single chunk
+        self._n_target: Tensor | None = None  # [B, width] n_y, if it is neither
+        self._n_shift = None if targets.shift is None else call.empty(batch, width)
         smooth = targets.label_smoothing > 0
         self._n_sum = (
             torch.zeros(width, dtype=torch.float32, device=self._target.device) if smooth else None
@@ -127,7 +132,7 @@ class SoftmaxSums:
         sizes = (call.batch, count, chunk.first, call.bank_rows, self._targets.ignore_index)
         if count == call.bank_rows:
             self._whole_bank = chunk.n
-        else:
+        if self._whole_bank is None:
             self._keep_targets(chunk, sizes)
 
         def launch(chosen: Tiles) -> None:
@@ -154,6 +159,8 @@ class SoftmaxSums:
             chunk.n, self._target, self._n_target, *sizes, call.width,
             BLOCK_BATCH=16, BLOCK_WIDTH=min(128, power_of_two(call.width)),
         )  # fmt: skip
+        if self._n_shift is not None:
+            add_shift(call, self._targets, chunk.n, chunk.first, self._n_shift)
 
     def combine(
         self,
@@ -169,16 +176,19 @@ class SoftmaxSums:
         (mean loss, number of students in it), both 0-dim."""
         call, targets = self._call, self._targets
         gather = self._whole_bank is not None
+        if self._whole_bank is not None and self._n_shift is not None:
+            add_shift(call, targets, self._whole_bank, 0, self._n_shift)
         loss, kept = mean or (None, None)
         combine_kernel[(-(-call.batch // 2),)](
             self._u, self._target, call.scale, self._top, self._total, self._values,
-            self._whole_bank if gather else self._n_target, self._n_sum,
+            self._whole_bank if gather else self._n_target, self._n_sum, self._n_shift,
             nll, lse, p_other, residual, attention, reference, loss, kept, self._arrived,
             call.batch, self._splits, call.bank_rows, targets.ignore_index,
             targets.label_smoothing, call.width, call.student_dim,
             GATHER=gather, HALF=call.half, SMOOTH=self._n_sum is not None,
-            KEEP_RESIDUAL=residual is not None, KEEP_ATTENTION=attention is not None,
-            KEEP_REFERENCE=reference is not None, MEAN=mean is not None,
+            SHIFTED=self._n_shift is not None, KEEP_RESIDUAL=residual is not None,
+            KEEP_ATTENTION=attention is not None, KEEP_REFERENCE=reference is not None,
+            MEAN=mean is not None,
             BLOCK_BATCH=2, BLOCK_SPLITS=tiles.MOST_SPLITS,
             BLOCK_WIDTH=min(256, power_of_two(call.width)), BLOCK_MEAN=1024,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from ckd.backends.interface import Gradients, Needs
 from ckd.backends.triton.call import Call, Chunk, is_aligned, sum_of_parts
 from ckd.backends.triton.products import Product
 from ckd.backends.triton.students import Students
+from ckd.backends.triton.targets import Shift
 
 SCALED_ROWS = 64  # rows of dZ that share a scale, where half_tiles_kernel converts it
 
@@ -32,7 +33,7 @@ class ProjectionGradient:
         self._sums: Tensor | None = None  # [programs, width] sums of dZ over a program's rows
         self._bias: Tensor | None = None  # [width]
 
-    def add_softmax(self, chunk: Chunk, students: Students, smooth: bool) -> None:
+    def add_softmax(self, chunk: Chunk, students: Students, shift: Shift, smooth: bool) -> None:
         """Add a chunk of the contrastive cross-entropy; `smooth`: with label smoothing."""
         call, count = self._call, len(chunk.n)
         sizes = (call.chunk_rows, call.processors)
@@ -50,15 +51,16 @@ class ProjectionGradient:
         def launch(chosen: Tiles) -> None:
             grid = (-(-count // chosen.bank), -(-call.width // chosen.width))
             bank_gradient_kernel[grid](
-                *students, chunk.n, chunk.inverse, call.scale, gradient, scales, self._sums,
+                *students, *shift, chunk.n, chunk.inverse, call.scale, gradient, scales, self._sums,
                 call.batch, count, chunk.first, call.width,
-                HAS_SUMS=self._sums is not None, SMOOTH=smooth, HALF=call.half,
-                PRECISION=call.precision, FULL=chosen.width == call.width,
+                HAS_SUMS=self._sums is not None, SMOOTH=smooth,
+                MATRIX=shift.matrix is not None, ENTRIES=shift.rows is not None,
+                HALF=call.half, PRECISION=call.precision, FULL=chosen.width == call.width,
                 **chosen.launch(call.width),
             )  # fmt: skip
 
         if self._tiles is None:  # tuned on the first chunk: later launches add to its results
-            kind = (call.batch, count, call.width)
+            kind = (call.batch, count, call.width, shift.rows is None)
             self._tiles = call.choose("bank_gradient", kind, candidates, launch)
             if self._sums is not None:
                 self._sums = self._sums[: -(-count // self._tiles.bank)]

@@ -65,17 +65,17 @@ def student_gradient(
     if needs.student:
         d_student = call.empty(call.batch, call.student_dim, dtype=call.student.dtype)
     along, largest = call.empty(programs), call.empty(programs)
-    target, smoothing, ignore_index = None, 0.0, 0
+    target, shift, smoothing, ignore_index = None, None, 0.0, 0
     if targets is not None:
-        target, smoothing = targets.target, targets.label_smoothing
-        ignore_index = targets.ignore_index
+        target, shift = targets.target, targets.shift
+        smoothing, ignore_index = targets.label_smoothing, targets.ignore_index
     student_gradient_kernel[(programs,)](
-        call.student, call.scale, target, *rows, residual, attention, p_other,
+        call.student, call.scale, target, *rows, residual, attention, p_other, shift,
         d_student, along, largest,
         call.batch, call.student_dim, call.student.stride(0), *rows.strides,
-        ignore_index, call.bank_rows, smoothing,
+        ignore_index, call.bank_rows, None if shift is None else shift.shape[1], smoothing,
         HAS_TARGET=target is not None, **rows.flags, HAS_SLOPE=has_slope,
-        HAS_STUDENT=needs.student, HAS_BOUND=p_other is not None,
+        HAS_STUDENT=needs.student, HAS_BOUND=p_other is not None, SHIFTED=shift is not None,
         BLOCK_ROWS=block_rows, BLOCK_WIDTH=min(256, power_of_two(call.student_dim)),
     )  # fmt: skip
     return StudentGradient(d_student, along, largest)
@@ -92,6 +92,7 @@ class Students(NamedTuple):
     above: Tensor  # subtracted from the exponent (to base 2): lse minus reference, log |g + h|
     at_target: Tensor  # G / size at the target, times the sign
     by_all: Tensor  # label smoothing's share of every G / size, times the sign
+    by_shift: Tensor | None  # -g times the sign; None without a shift
     size: Tensor  # [1] upper bound on |G|
 
     @classmethod
@@ -110,6 +111,7 @@ class Students(NamedTuple):
         size = call.empty(1)
         column = call.empty(count, dtype=torch.int32)
         rate, cosine, above, at_target, by_all = (call.empty(count) for _ in range(5))
+        by_shift = None if targets.shift is None else call.empty(count)
         u = call.empty(count, call.width, dtype=call.operand)
         parts = len(by_student.largest)
         reference = call.reference(saved.cache)
@@ -117,11 +119,12 @@ class Students(NamedTuple):
         student_factors_kernel[(count // block_rows,)](
             call.student, call.scale, targets.target, *rows, saved.lse, reference, saved.p_other,
             by_student.largest, by_student.along,
-            u, column, rate, cosine, above, at_target, by_all, size, d_scale,
+            u, column, rate, cosine, above, at_target, by_all, by_shift, size, d_scale,
             call.batch, parts, call.student_dim, call.student.stride(0), call.width,
             *rows.strides, targets.ignore_index, call.bank_rows, targets.label_smoothing,
             **rows.flags, HAS_SCALE=d_scale is not None, HAS_REFERENCE=reference is not None,
-            HALF=call.half, PRECISION=call.precision, BLOCK_ROWS=block_rows,
-            BLOCK_WIDTH=min(256, power_of_two(call.width)), BLOCK_PARTS=BLOCK_PARTS,
+            SHIFTED=by_shift is not None, HALF=call.half, PRECISION=call.precision,
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=min(256, power_of_two(call.width)),
+            BLOCK_PARTS=BLOCK_PARTS,
         )  # fmt: skip
-        return cls(u, column, rate, cosine, above, at_target, by_all, size)
+        return cls(u, column, rate, cosine, above, at_target, by_all, by_shift, size)
