@@ -42,6 +42,7 @@ class Shape:
     lse: bool = False
     ignored: bool = False
     outside: bool = False  # some targets lie outside the bank
+    each: int = 1  # weighted targets of a student
     keep: bool = True  # the forward keeps the projected bank for the backward
 
     def smaller(self) -> Shape:
@@ -52,6 +53,7 @@ class Shape:
         sizes |= {"width": width}
         if not self.projection:
             sizes["dim"] = sizes["width"]
+        sizes["each"] = min(self.each, 5)
         # On the CPU a target outside the bank raises.
         return replace(self, **sizes, outside=False)  # type: ignore[arg-type]
 
@@ -64,6 +66,7 @@ SHAPES = (
     Shape("tau 1, W 16", 33, 500, 64, 16, tau=1.0),
     Shape("no projection, W 64", 256, 5000, 64, 64, projection=False),
     Shape("W 64", 100, 3000, 512, 64, bias=False),
+    Shape("73,600 targets", 2300, 4000, 64, 64, each=32),
     Shape("all ignored", 8, 100, 64, 64, ignored=True),
     Shape("70,000 students", 70_000, 64, 32, 64),
     Shape("one bank row", 7, 1, 96, 128),
@@ -81,6 +84,9 @@ SHAPES = (
     Shape("peaked", 64, 500, 256, 256, students="peaked"),
     Shape("rivals", 256, 4000, 256, 256, students="rivals", bias=False),
     Shape("rivals, tau 100", 256, 4000, 256, 256, tau=100.0, students="rivals", bias=False),
+    Shape("8,192 targets", 256, 20_000, 256, 256, each=32, lse=True),
+    Shape("weighted targets", 128, 1000, 256, 256, each=8, smoothing=0.1),
+    Shape("several chunks, weighted", 512, 60_000, 256, 256, each=33, keep=False),
     Shape("several chunks", 512, 60_000, 256, 256, keep=False),
     Shape("long sums, tau 1", 64, 60_000, 64, 256, tau=1.0),
     Shape("W 300", 33, 500, 96, 300),
@@ -102,7 +108,8 @@ class Case:
     shape: Shape
     student: Tensor
     bank: Tensor
-    target: Tensor
+    target: Tensor  # [B], or [B, each] with target_weight
+    target_weight: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     logit_scale: Tensor
@@ -136,6 +143,8 @@ class Case:
         factor = self.factor[order] if self.factor.dim() else self.factor
         moved = replace(self, student=self.student[order], bank=self.bank[places])
         moved = replace(moved, target=target[order], factor=factor)
+        if self.target_weight is not None:
+            moved = replace(moved, target_weight=self.target_weight[order])
         return replace(moved, lse_factor=self.lse_factor[order]), order
 
 
@@ -164,14 +173,22 @@ def make_case(shape: Shape, device: str, seed: int = 0) -> Case:
     if shape.outside:
         target[1::5] = shape.rows
         target[2::10] = -7
+    target_weight = None
+    if shape.each > 1:
+        others = torch.randint(
+            shape.rows, (shape.batch, shape.each - 1), generator=g, device=device
+        )
+        target = torch.cat([target[:, None], others], dim=1)
+        target_weight = torch.rand(target.shape, generator=g, device=device) ** 3
+        target_weight /= target_weight.sum(1, keepdim=True)
     rows = shape.reduction == "none"
     factor = torch.linspace(-1, 2, shape.batch) if rows else torch.tensor(1.0)
     heights = torch.linspace(-2, 1, shape.batch) / shape.batch
     dtype, scale = shape.dtype, torch.tensor(shape.tau)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    others = (x.to(device) for x in (scale, factor, heights))
-    return Case(shape, student.to(dtype), bank, target, weight, bias, *others)
+    more = (x.to(device) for x in (scale, factor, heights))
+    return Case(shape, student.to(dtype), bank, target, target_weight, weight, bias, *more)
 
 
 def total(case: Case, loss: Tensor, lse: Tensor | None) -> Tensor:
@@ -215,6 +232,8 @@ def loss_and_lse(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and lse from all logits. Without smoothing the target is left out of the sum, so that a
     loss near zero has its full relative precision."""
     shape, rows = case.shape, logits.shape[1]
+    if case.target_weight is not None:
+        return weighted_loss(case, logits), logits.logsumexp(1)
     valid = (case.target >= 0) & (case.target < rows)
     column = case.target.clamp(0, rows - 1)[:, None]
     own, lse = logits.gather(1, column)[:, 0], logits.logsumexp(1)
@@ -227,6 +246,14 @@ def loss_and_lse(case: Case, logits: Tensor) -> tuple[Tensor, Tensor]:
         nll = torch.where(_outside(case), torch.nan, nll)
     kept = (case.target != IGNORED).sum().clamp(min=1)
     return {"none": nll, "sum": nll.sum(), "mean": nll.sum() / kept}[shape.reduction], lse
+
+
+def weighted_loss(case: Case, logits: Tensor) -> Tensor:
+    """The mean loss of weighted targets, in plain torch."""
+    assert case.target_weight is not None
+    log_p, smoothing = logits.log_softmax(1), case.shape.smoothing
+    own = (case.target_weight.to(log_p.dtype) * log_p.gather(1, case.target)).sum(1)
+    return -((1 - smoothing) * own + smoothing * log_p.mean(1)).mean()
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -261,15 +288,17 @@ def eager(case: Case, kind: str) -> Results:
         n, u = F.normalize(z, dim=1), F.normalize(case.student, dim=1)
         cosines = u @ n.T
     table = case.logit_scale.float() * cosines.float()
-    # F.cross_entropy asserts on the device for a target outside the bank.
-    target = torch.where(_outside(case), IGNORED, case.target)
-    loss = F.cross_entropy(
-        table,
-        target,
-        label_smoothing=case.shape.smoothing,
-        reduction=case.shape.reduction,
-        ignore_index=IGNORED,
-    )
+    if case.target_weight is not None:
+        loss = weighted_loss(case, table)
+    else:
+        loss = F.cross_entropy(
+            table,
+            # F.cross_entropy asserts on the device for a target outside the bank.
+            torch.where(_outside(case), IGNORED, case.target),
+            label_smoothing=case.shape.smoothing,
+            reduction=case.shape.reduction,
+            ignore_index=IGNORED,
+        )
     if case.shape.outside:
         loss = torch.where(_outside(case), torch.nan, loss)
     lse = table.logsumexp(1)

@@ -95,6 +95,7 @@ def ours(case: Case, backend: str, kind: str) -> Results:
     with arithmetic(kind, case.bank.device.type):
         output = call(
             *case.arguments,
+            target_weight=case.target_weight,
             label_smoothing=shape.smoothing,
             reduction=shape.reduction,
             return_lse=shape.lse,

@@ -25,12 +25,18 @@ from loss.problem import Problem
 LARGE = {
     "learned": Problem(4096, 1_280_000, 1024, 256),
     "frozen": Problem(4096, 1_280_000, 256, 256, learned=False),
+    "one target": Problem(1024, 50_000, 1024, 256),
+    "32 targets": Problem(1024, 50_000, 1024, 256, targets=32),
     "W 128": Problem(4096, 320_000, 1024, 128),
     "W 64": Problem(4096, 320_000, 1024, 64),
     "pairs": Problem(32768, 32768, 512, 512, learned=False),
 }
 SMALL = Problem(256, 1000, 1024, 256)
-TINY = {"learned": Problem(16, 96, 24, 32), "frozen": Problem(16, 64, 24, 24, learned=False)}
+TINY = {
+    "learned": Problem(16, 96, 24, 32),
+    "32 targets": Problem(16, 96, 24, 32, targets=5),
+    "frozen": Problem(16, 64, 24, 24, learned=False),
+}
 TINY_SMALL = Problem(8, 40, 24, 16)
 FIRST, PAIRS, SMALL_CASE = "learned", "pairs", "small"
 EIGHTH = 8

@@ -23,9 +23,11 @@ class Problem:
     teacher_dim: int
     student_dim: int
     learned: bool = True
+    targets: int = 1  # weighted targets of a student
 
     def __str__(self) -> str:
         sizes = f"{self.batch},{self.bank_rows},{self.teacher_dim},{self.student_dim}"
+        sizes += f" with {self.targets} targets" if self.targets > 1 else ""
         return sizes if self.learned else sizes + ",frozen"
 
     @classmethod
@@ -110,10 +112,11 @@ class Inputs:
 
     student: Tensor
     bank: Tensor
-    target: Tensor
+    target: Tensor  # [B], or [B, M] with weighted targets
     weight: Tensor | None
     bias: Tensor | None
     logit_scale: Tensor
+    target_weight: Tensor | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -136,6 +139,7 @@ class Inputs:
             leaf(self.weight),
             leaf(self.bias),
             scale,
+            None if self.target_weight is None else self.target_weight[:students],
         )
 
 
@@ -163,7 +167,13 @@ def make_inputs(problem: Problem, device: str = "cpu", seed: int = 0) -> Inputs:
         bias.requires_grad_()
     student = (LEARNED * own + randn(b, w)).detach().requires_grad_()
     scale = torch.tensor(LOGIT_SCALE, device=device).requires_grad_()
-    return Inputs(student, bank, target, weight, bias, scale)
+    target_weight = None
+    if problem.targets > 1:
+        others = torch.randint(k, (b, problem.targets - 1), generator=g, device=device)
+        target = torch.cat([target[:, None], others], dim=1)
+        target_weight = torch.rand(target.shape, generator=g, device=device)
+        target_weight /= target_weight.sum(1, keepdim=True)
+    return Inputs(student, bank, target, weight, bias, scale, target_weight)
 
 
 def checked_students(problem: Problem) -> int:

@@ -72,9 +72,10 @@ def by_backend(name: backends.BackendName, half: bool, tier: str | None = None) 
         chosen: AbstractContextManager[None] = cpu.use_tier(tier) if tier else NOTHING
         device = i.student.device.type
         permitted = torch.autocast(device, dtype=torch.bfloat16) if half else NOTHING
+        more: Any = {} if i.target_weight is None else {"target_weight": i.target_weight}
         with chosen, permitted:
             return ckd.contrastive_cross_entropy(
-                i.student, i.bank, i.target, i.weight, i.bias, i.logit_scale, backend=name
+                i.student, i.bank, i.target, i.weight, i.bias, i.logit_scale, backend=name, **more
             )
 
     return loss
