@@ -19,7 +19,6 @@ import torch
 import ckd
 from ckd.backends import cuda, triton
 from ckd.backends.device import Simulated
-from ckd.backends.interface import Problem
 from tests import oracle, tolerance
 from tests import test_weighted_targets as weighted
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
@@ -450,7 +449,7 @@ def test_every_candidate_gives_the_same(
         assert relative_error(value, exact[name]) < 5e-3, name
 
 
-@pytest.mark.parametrize("form", ["matrix", "merged entries", "entries sorted by torch"])
+@pytest.mark.parametrize("form", ["matrix", "entries"])
 @pytest.mark.parametrize(
     ("half", "width"),
     [(True, 20), *(pytest.param(*x, marks=pytest.mark.slow) for x in [(True, 300), (False, 70)])],
@@ -465,8 +464,6 @@ def test_every_form_of_a_shift_gives_the_same(
 
     gpu.in_several_chunks(monkeypatch)
     monkeypatch.setattr(targets, "MATRIX_ELEMENTS", 1 << 22 if form == "matrix" else 0)
-    monkeypatch.setattr(targets, "MOST_MERGED", 0 if "torch" in form else 1 << 16)
-    monkeypatch.setattr(targets, "STEPS", 3)  # 40 blocks of 8 entries, searched 32 at a time
     case, share = weighted.make(35, 131, 24, width, targets=9)
     case = replace(case, bank=case.bank.half())
     case.target[:, 4], case.target[::3, 5] = 130, case.target[::3, 6]
@@ -493,29 +490,6 @@ def test_solved_rows_with_tiny_weights_survive_float16(gpu: Gpu) -> None:
         *moved.arguments, target_weight=share.to(gpu.device), backend=gpu.name
     )
     assert all((x == 0).all() for x in oracle.gradients(moved, 0 * loss).values())
-
-
-@pytest.mark.parametrize("count", [1, *slow([256]), 600])
-def test_merged_entries_are_in_the_order_of_a_stable_sort(
-    gpu: Gpu, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if gpu.name != "triton":
-        pytest.skip("cuda sorts nothing")
-    from ckd.backends.interface import Inputs, Plan
-    from ckd.backends.triton import call, targets
-
-    monkeypatch.setattr(targets, "STEPS", 8)
-    g = torch.Generator().manual_seed(0)
-    rows = torch.randint(count // 3 + 1, (-(-count // 5), 5), generator=g)
-    shares = torch.randn(rows.shape, generator=g) * (torch.rand(rows.shape, generator=g) < 0.8)
-    rows, shares = rows.to(gpu.device), shares.to(gpu.device)
-    student = torch.ones(1, 16, device=gpu.device)
-    inputs = Inputs(student, student, None, None, student[0, 0])
-    launches = call.Call(gpu.module.gpu, inputs, Plan("triton", False))
-    merged, sorted_ = targets._merge(launches, rows, shares), targets._sort(rows, shares)
-    for ours, theirs in zip(merged, sorted_):
-        assert torch.equal(ours[: rows.numel()], theirs)
-        assert (merged[0][rows.numel() :] > count).all()
 
 
 def test_huge_weights_of_solved_rows_give_no_nan(gpu: Gpu) -> None:
@@ -608,13 +582,6 @@ def on_meta(case: Case) -> Case:
     return replace(case, **{n: x.to("meta") for n, x in vars(case).items() if x is not None})
 
 
-def skip_unless_served(gpu: Gpu, case: Case) -> None:
-    student = on_device(gpu, case).student
-    problem = Problem.of("contrastive_ce", student, case.bank, case.weight, targets=9)
-    if (reason := gpu.module.unsupported(problem)) is not None:
-        pytest.skip(reason)
-
-
 @pytest.mark.parametrize(
     ("half", "tau", "width"),
     [(False, 14.0, 20), (True, 14.0, 20), (True, 1e30, 20), (True, 5.0, 300)],
@@ -627,7 +594,6 @@ def test_weighted_targets_of_every_chunk(
     case, share = weighted.make(35, 131, 24, width, targets=9, tau=tau)
     case = replace(case, bank=case.bank.half())
     case.target[:, 4] = 130
-    skip_unless_served(gpu, case)
     result = ours(gpu, case, half, target_weight=share.to(gpu.device))
     for name, value in weighted.by_oracle(case, share, torch.float64).items():
         error = relative_error(result[name], value)
@@ -643,7 +609,6 @@ def test_wrong_weighted_targets_give_nan_and_no_gradient(
 ) -> None:
     """With check_targets off, as on a GPU, where it does not read the targets."""
     case, share = weighted.make(6, 40, 24, 20, targets=3)
-    skip_unless_served(gpu, case)
     case.target[1, 2], case.target[3, 0], share[4, 1] = 40, -1, math.inf
     right = torch.tensor([0, 2, 5])
     kept = replace(case, student=case.student[right], target=case.target[right])

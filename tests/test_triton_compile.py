@@ -68,8 +68,8 @@ def test_a_step_of_a_small_bank_is_ten_launches() -> None:
     assert of_torch == ["_to_copy", "sum"]  # converts the weight, adds partial sums of d_weight
 
 
-def test_weighted_targets_add_three_launches() -> None:
-    """Against a small bank; against a large one, whose entries are sorted, also three."""
+def test_weighted_targets_add_two_launches() -> None:
+    """Against a small bank; against a large one one, and torch sorts the entries."""
     from tests import triton_compile as tools
 
     launches, of_torch = tools.step(256, 1000, 1024, 256, 32)
@@ -81,8 +81,8 @@ def test_weighted_targets_add_three_launches() -> None:
     plain = [launch.name for launch in tools.step(256, 50_000, 1024, 256)[0]]
     launches, of_torch = tools.step(256, 50_000, 1024, 256, 32)
     more = Counter(launch.name for launch in launches) - Counter(plain)
-    assert more == Counter(["add_shift", "sort_blocks", "merge_blocks"])
-    assert of_torch == ["_to_copy", "sum"]
+    assert more == Counter(["add_shift"])
+    assert "sort" in of_torch
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def check_launches(launches: dict[Launch, str], target: str) -> None:
 
     assert {launch.name for launch in launches} == {
         "add_shift", "bank_gradient", "bank_norm_backward", "combine", "forward", "half_tiles",
-        "keep_targets", "merge_blocks", "product", "project", "shift_matrix", "similarity",
-        "sort_blocks", "student_factors", "student_gradient", "unit_rows", "weight_gradient",
+        "keep_targets", "product", "project", "shift_matrix", "similarity",
+        "student_factors", "student_gradient", "unit_rows", "weight_gradient",
     }  # fmt: skip
     bad = []
     for launch, problem in launches.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -36,14 +35,6 @@ LARGE = [
     (13, 517, 7, 129, 64),
     (33, 31, 64, None, 9),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _served(request: pytest.FixtureRequest) -> None:
-    """Skip backends that cannot serve several targets yet."""
-    name = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else ""
-    if name and "several targets" in str(inspect.getsource(ckd.backends.ORDER[name].unsupported)):
-        pytest.skip("not yet")
 
 
 def make(

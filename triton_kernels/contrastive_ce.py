@@ -11,8 +11,8 @@ from exponents (to base 2) at every scale: with a fixed shift, float16 weights o
 underflow. Students and bank are unit rows, in the operands' dtype, rows `width` apart, with zeros
 past the student's own width (rows.py, products.py).
 
-The shift of weighted targets is linear in the logits: with d = sum_m shift_m n_{rows_m} (targets.py)
-it subtracts logit_scale u.d from nll, and d from its gradient.
+The shift of weighted targets is linear in the logits: with d = sum_m shift_m n_{rows_m}
+(targets.py) it subtracts logit_scale u.d from nll, and d from its gradient.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def bank_gradient_kernel(
     by_shift,
     size,
     shift_matrix,  # [bank rows, padded] float32 of shift_matrix_kernel, with MATRIX
-    entry_rows,  # [entries] int32, sorted; this and the following of merge_blocks_kernel
+    entry_rows,  # [entries] int32, sorted (ckd/backends/triton/targets.py)
     entry_students,  # [entries] int32
     entry_shares,  # [entries] float32
     entries,

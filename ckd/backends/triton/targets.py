@@ -11,9 +11,7 @@ from ckd._triton.contrastive_ce_backward import PARTS
 from ckd._triton.targets import (
     NOWHERE,
     add_shift_kernel,
-    merge_blocks_kernel,
     shift_matrix_kernel,
-    sort_blocks_kernel,
 )
 from ckd._triton.tiles import power_of_two
 from ckd.backends.interface import Targets
@@ -22,9 +20,6 @@ from ckd.backends.triton.call import Call
 # Up to this many elements, of 4 bytes, the shift of all students is a matrix: however many entries
 # a bank row has, it costs one load for each element of G.
 MATRIX_ELEMENTS = 1 << 22
-# More entries than this are sorted by torch, whose time is linear in them.
-MOST_MERGED = 1 << 16
-STEPS = 10  # blocks of 2^STEPS entries
 
 
 def contiguous(targets: Targets) -> Targets:
@@ -70,40 +65,16 @@ class Shift(NamedTuple):
                 shift_rows, shift, matrix, call.bank_rows, shift.shape[1], columns, BLOCK=32
             )
             return cls(matrix)
-        rows, students, shares = (
-            _merge(call, shift_rows, shift)
-            if shift.numel() <= MOST_MERGED
-            else _sort(shift_rows, shift)
-        )
+        rows, students, shares = _sort(shift_rows, shift)
         rounds = 1
         while PARTS.value**rounds < len(rows):
             rounds += 1
         return cls(None, rows, students, shares, len(rows), rounds)
 
 
-def _merge(call: Call, shift_rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The bank rows, students and shares of the entries, by rows, then by entries. Entries without
-    a share are last."""
-    count, block, part = shift.numel(), 1 << STEPS, 1 << min(STEPS, 5)
-    grid = (-(-count // block), block // part)
-    length = grid[0] * block
-    block_rows, block_entries, rows, students = (
-        call.empty(length, dtype=torch.int32) for _ in range(4)
-    )
-    shares = call.empty(length)
-    sort_blocks_kernel[grid](
-        shift_rows, shift, block_rows, block_entries, count,
-        BLOCK=block, PART=part, OTHERS=1 << min(STEPS, 7),
-    )  # fmt: skip
-    merge_blocks_kernel[grid](
-        block_rows, block_entries, shift, rows, students, shares,
-        count, grid[0], shift.shape[1], BLOCK=block, PART=part, BLOCKS=32, STEPS=STEPS,
-    )  # fmt: skip
-    return rows, students, shares
-
-
 def _sort(shift_rows: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by torch."""
+    """The bank rows, students and shares of the entries, by rows, then by students. Entries without
+    a share are last."""
     rows = torch.where(shift != 0, shift_rows, NOWHERE.value).int().flatten()
     rows, order = rows.sort(stable=True)
     students = torch.div(order, shift.shape[1], rounding_mode="floor").int()
