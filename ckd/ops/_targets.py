@@ -35,26 +35,29 @@ def split(
     values.
     """
     valid = target != ignore_index
+    rows = target.clamp(0, bank_rows - 1)
+    outside = (rows != target) & valid
     if weight is None:
         w = valid.to(dtype)
         w = w / w.sum(1, keepdim=True).clamp(min=1)
     else:
-        w = weight.to(dtype).masked_fill(~valid, 0)
+        w = torch.where(valid, weight, 0).to(dtype)
+        w = torch.where(w >= 0, w, torch.nan)
+    # A target out of range is the largest, so that the backends find it: they refuse it, or give
+    # the loss NaN.
+    w = torch.where(outside, torch.inf, w)
     total = w.sum(1)
-    invalid = (w < 0).any(1) | ~(total < torch.inf)
-    outside = valid & ((target < 0) | (target >= bank_rows))
-    wrong = outside.any(1) | invalid
-    first = w.masked_fill(~valid, -1).argmax(1, keepdim=True)
-    # An entry out of range is the target: the backends refuse it, or give the loss NaN.
-    pick = torch.where(outside.any(1, keepdim=True), outside.int().argmax(1, keepdim=True), first)
-    main = target.gather(1, pick).squeeze(1).masked_fill(invalid, INVALID_WEIGHT)
-    kept = valid.any(1).sum().clamp(min=1).to(dtype)
+    wrong = ~(total < torch.inf)
+    first = w.argmax(1, keepdim=True)
+    refused = torch.where(outside, target, INVALID_WEIGHT).gather(1, first)
+    main = torch.where(wrong, refused.squeeze(1), target.gather(1, first).squeeze(1))
     total = total.masked_fill(wrong, 1)
+    kept = valid.any(1).sum().clamp(min=1).to(dtype)
     if target.shape[1] == 1:
         return Split(main, None, None, total, kept)
+    w = w.masked_fill(wrong.unsqueeze(1), 0)
     share = (w / total.masked_fill(total == 0, 1).unsqueeze(1)).scatter(1, first, 0)
-    shift = share.scatter(1, first, -share.sum(1, keepdim=True)) * (1 - label_smoothing)
-    empty = (wrong | ~valid.any(1)).unsqueeze(1)
-    some_row = main.clamp(0, bank_rows - 1).unsqueeze(1)
-    rows = torch.where(valid & ~empty, target, some_row)
-    return Split(main, rows, shift.masked_fill(empty, 0), total, kept)
+    shift = share.scatter(1, first, -share.sum(1, keepdim=True))
+    return Split(
+        main, rows, shift * (1 - label_smoothing) if label_smoothing else shift, total, kept
+    )
