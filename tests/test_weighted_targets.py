@@ -175,6 +175,23 @@ def test_weights_may_be_omitted_and_rows_may_repeat(backend: str) -> None:
     check(by_op(case, None, backend), wanted, backend)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str) -> None:
+    """Exactly: at this scale, a sum of their shifts that is 1e-8 off changes the loss by 10^22."""
+    case = make_case(20, 70, 24, 16, tau=1e30, learned=100.0)
+    target = case.target
+    weight = torch.rand(20, 7).softmax(1)
+    case.target = target.unsqueeze(1).expand(20, 7)
+    split = _targets.split(case.target, weight, 70, -100, label_smoothing, torch.float32)
+    assert split.shift is not None
+    assert (split.shift == 0).all()
+    several = by_op(case, weight, backend, label_smoothing=label_smoothing)
+    case.target = target
+    one = by_op(case, weight.sum(1), backend, label_smoothing=label_smoothing)
+    for name, value in one.items():
+        torch.testing.assert_close(several[name], value, rtol=0, atol=0)
+
+
 def test_a_distribution_over_the_whole_bank_is_the_cross_entropy_with_probabilities(
     backend: str,
 ) -> None:
