@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,19 +103,38 @@ def loss_and_lse(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    target_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """F.cross_entropy on materialised logits; a mean over no rows is 0."""
     table = logits(case)
-    nll = F.cross_entropy(
-        table,
-        case.target,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction="none",
-    )
-    kept = (case.target != ignore_index).sum().clamp(min=1)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    valid = case.target != ignore_index
+    if target_weight is None:
+        nll = F.cross_entropy(table, case.target, reduction="none", **options)
+    else:
+        nll = weighted_rows(table, case.target, target_weight, **options)
+        valid = valid.any(1)
+    kept = valid.sum().clamp(min=1)
     loss = {"none": nll, "sum": nll.sum(), "mean": nll.sum() / kept}[reduction]
     return loss, table.logsumexp(1)
+
+
+def weighted_rows(
+    table: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """[B] -sum_m w_m log p_m of materialised logits, for several targets [B, M]."""
+    log_p = table.log_softmax(1)
+    valid = target != ignore_index
+    w = weight.to(log_p.dtype).masked_fill(~valid, 0)
+    own = log_p.gather(1, target.masked_fill(~valid, 0))
+    spread = w.sum(1) * log_p.mean(1)
+    # Not 0 * log_p: an entry that is ignored or has no weight must not count.
+    return -((1 - label_smoothing) * (w * own).sum(1) + label_smoothing * spread)
 
 
 def gradients(case: Case, loss: Tensor, *, retain_graph: bool = True) -> dict[str, Tensor]:

@@ -54,17 +54,8 @@ def make(
     return case, (weight / weight.sum(1, keepdim=True)).to(case.bank.device)
 
 
-def oracle_rows(
-    case: Case, weight: Tensor, *, label_smoothing: float = 0.0, ignore_index: int = -100
-) -> Tensor:
-    """[B] -sum_m w_m log p_m of materialised logits."""
-    log_p = oracle.logits(case).log_softmax(1)
-    valid = case.target != ignore_index
-    w = weight.to(log_p.dtype).masked_fill(~valid, 0)
-    own = log_p.gather(1, case.target.masked_fill(~valid, 0))
-    spread = w.sum(1) * log_p.mean(1)
-    # Not 0 * log_p: an entry that is ignored or has no weight must not count.
-    return -((1 - label_smoothing) * (w * own).sum(1) + label_smoothing * spread)
+def oracle_rows(case: Case, weight: Tensor, **options: Any) -> Tensor:
+    return oracle.weighted_rows(oracle.logits(case), case.target, weight, **options)
 
 
 def by_oracle(case: Case, weight: Tensor, dtype: torch.dtype, **options: Any) -> Results:

@@ -36,6 +36,7 @@ class Problem:
     options: dict[str, Any]  # of the loss
     weights: tuple[Tensor, float]  # of the losses and of lse in the sum that is differentiated
     scale: float
+    target_weight: Tensor | None = None
 
     def by_op(self) -> dict[str, Tensor]:
         case = replace(self.case, bank=self.bank).requiring(*self.needs)
@@ -48,7 +49,11 @@ class Problem:
                     case, ckd.normalized_similarity(*inputs, backend=self.backend)
                 )
             loss, lse = ckd.contrastive_cross_entropy(
-                *case.arguments, **self.options, return_lse=True, backend=self.backend
+                *case.arguments,
+                **self.options,
+                target_weight=self.target_weight,
+                return_lse=True,
+                backend=self.backend,
             )
             return self._of_loss(case, loss, lse)
 
@@ -56,7 +61,8 @@ class Problem:
         case = self.case.cast(dtype).requiring(*self.needs)
         if self.op == "similarity":
             return self._of_table(case, oracle.logits(case))
-        return self._of_loss(case, *oracle.loss_and_lse(case, **self.options))
+        options = {**self.options, "target_weight": self.target_weight}
+        return self._of_loss(case, *oracle.loss_and_lse(case, **options))
 
     def _of_loss(self, case: Case, loss: Tensor, lse: Tensor) -> dict[str, Tensor]:
         by_loss, by_lse = self.weights
@@ -125,7 +131,7 @@ def draw(chance: random.Random, seed: int) -> Problem:
     bank = case.bank.to(dtype)
     if chance.random() < 0.3:
         bank = torch.cat([bank, bank], dim=1)[:, :width]
-    return Problem(
+    problem = Problem(
         case,
         bank,
         op=chance.choice(["loss", "loss", "loss", "similarity"]),
@@ -140,6 +146,23 @@ def draw(chance: random.Random, seed: int) -> Problem:
         weights=(torch.randn(batch, generator=g), chance.choice([0.0, 0.3])),
         scale=scale,
     )
+    if problem.op == "loss" and chance.random() < 0.4:
+        give_several_targets(problem, size(60), g)
+    return problem
+
+
+def give_several_targets(problem: Problem, count: int, g: torch.Generator) -> None:
+    """With repeated rows, zero weights, ignored entries and sums other than 1; the first target is
+    as before."""
+    case, ignore = problem.case, problem.options["ignore_index"]
+    shape = (len(case.target), count)
+    rows = torch.randint(len(case.bank), shape, generator=g)
+    rows[torch.rand(shape, generator=g) < 0.1] = ignore
+    rows[:, 0] = case.target
+    rows[case.target == ignore] = ignore
+    case.target = rows
+    weight = torch.rand(shape, generator=g) ** 3 * torch.randn((shape[0], 1), generator=g).exp()
+    problem.target_weight = weight.masked_fill(torch.rand(shape, generator=g) < 0.1, 0)
 
 
 def stage(root: Path, seed: int) -> Callable[[int], Result]:
@@ -152,7 +175,7 @@ def stage(root: Path, seed: int) -> Callable[[int], Result]:
         if ended.value is not None:
             return Result(ended.value)
         kind = "wrong" if "AssertionError" in str(ended.failure) else "raised"
-        shapes = {n: tuple(getattr(problem.case, n).shape) for n in ("student", "bank")}
+        shapes = {n: tuple(getattr(problem.case, n).shape) for n in ("student", "bank", "target")}
         about = f"{problem.op} of {shapes} by {problem.backend} {problem.tier}, "
         about += (
             f"{problem.case.logit_scale.item():g}, {problem.options}, scale {problem.scale:.2g}"
