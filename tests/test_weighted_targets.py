@@ -261,6 +261,21 @@ def test_a_row_without_gradient_may_hold_nan(backend: str) -> None:
     assert all(value.isfinite().all() for value in result.values())
 
 
+def test_an_ignored_student_has_no_gradient_whatever_its_upstream_gradient(backend: str) -> None:
+    case, weight = make(6, 9, 12, 8, targets=3)
+    case.target[0] = -100
+    case.student[0] = math.nan
+    case = case.requiring(*GRADIENTS)
+    loss = run(case, weight, backend, reduction="none")
+    for bad in (math.nan, math.inf):
+        upstream = torch.tensor([bad, 1, 1, 1, 1, 1])
+        student, *others = torch.autograd.grad(
+            loss, [getattr(case, name) for name in GRADIENTS], upstream, retain_graph=True
+        )
+        assert (student[0] == 0).all()
+        assert all(value.isfinite().all() for value in (student, *others))
+
+
 @pytest.mark.parametrize("bad", [-1, 9, 1 << 40])
 def test_targets_out_of_range(bad: int, backend: str) -> None:
     case, weight = make(4, 9, 12, 8, targets=3)
