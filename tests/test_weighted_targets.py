@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ckd
-from ckd.backends.interface import Keep, Plan, Targets
+from ckd.backends.interface import INVALID_WEIGHT, Keep, Plan, Targets
 from ckd.ops import _targets
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
@@ -181,6 +181,49 @@ def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str)
     one = by_op(case, weight.sum(1), backend, label_smoothing=label_smoothing)
     for name, value in one.items():
         torch.testing.assert_close(several[name], value, rtol=0, atol=0)
+
+
+def test_targets_and_weights_of_any_strides(backend: str) -> None:
+    case, weight = make(6, 9, 12, 8, targets=4)
+    expected = by_op(case, weight, backend)
+    for spread in (
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.cat([x, x], 1)[:, 4:],
+        lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    ):
+        moved = Case(**{**vars(case), "target": spread(case.target)})
+        result = by_op(moved, spread(weight), backend)
+        for name, value in expected.items():
+            assert torch.equal(result[name], value), name
+    case.target, weight = case.target[:1].expand(6, 4), weight[:1].expand(6, 4)
+    expected = by_op(Case(**{**vars(case), "target": case.target.clone()}), weight.clone(), backend)
+    for name, value in by_op(case, weight, backend).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_each_gradient_alone(backend: str) -> None:
+    case, weight = make(20, 70, 24, 16, targets=6)
+    expected = by_op(case, weight, backend)
+    for name in GRADIENTS:
+        alone = case.requiring(name)
+        result = oracle.gradients(alone, run(alone, weight, backend))
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_shift_is_as_the_backends_expect_it() -> None:
+    """See `Targets`: for students with an ignored entry, a repeated row, no target, zero weights, a
+    target out of range and an invalid weight."""
+    target = torch.tensor([[3, 1, -100], [2, 2, 5], [-100] * 3, [4, 4, 0], [0, 9, 1], [1, 2, 3]])
+    weight = torch.tensor([[1.0, 3, 7], [2, 3, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1], [2, -1, 2]])
+    parts = _targets.split(target, weight, 9, -100, 0.5, torch.float32)
+    assert parts.shift_rows is not None
+    assert parts.shift is not None
+    assert parts.target.tolist() == [1, 2, -100, 4, 9, INVALID_WEIGHT]
+    assert parts.total.tolist() == [4, 6, 0, 0, 1, 1]
+    assert parts.kept == 5
+    assert ((parts.shift_rows >= 0) & (parts.shift_rows < 9)).all()
+    wanted = [[0.125, -0.125, 0], [0, -1 / 12, 1 / 12], *[[0, 0, 0]] * 4]
+    torch.testing.assert_close(parts.shift, torch.tensor(wanted))
 
 
 def test_a_distribution_over_the_whole_bank_is_the_cross_entropy_with_probabilities(
