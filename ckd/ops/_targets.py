@@ -49,14 +49,16 @@ def split(
     total = w.sum(1)
     wrong = ~(total < torch.inf)
     first = w.argmax(1, keepdim=True)
+    row = target.gather(1, first)
     refused = torch.where(outside, target, INVALID_WEIGHT).gather(1, first)
-    main = torch.where(wrong, refused.squeeze(1), target.gather(1, first).squeeze(1))
+    main = torch.where(wrong.unsqueeze(1), refused, row).squeeze(1)
     total = total.masked_fill(wrong, 1)
     kept = valid.any(1).sum().clamp(min=1).to(dtype)
     if target.shape[1] == 1:
         return Split(main, None, None, total, kept)
     w = w.masked_fill(wrong.unsqueeze(1), 0)
-    share = (w / total.masked_fill(total == 0, 1).unsqueeze(1)).scatter(1, first, 0)
+    # Entries of the target's row have no shift, exactly.
+    share = (w / total.masked_fill(total == 0, 1).unsqueeze(1)).masked_fill(target == row, 0)
     shift = share.scatter(1, first, -share.sum(1, keepdim=True))
     return Split(
         main, rows, shift * (1 - label_smoothing) if label_smoothing else shift, total, kept
