@@ -119,24 +119,28 @@ def _without_seed(name: str) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The paper's figure: memory, time per epoch and accuracy, if any, of each run, side by side.
+    """The paper's figure: memory and time per epoch of each run, and accuracy if any run has one.
 
     Raises ImportError that names the extra if matplotlib is missing.
     """
-    figure, axes = new_figure(11.0, 0.9 + 0.5 * len(results), columns=3, sharey=True)
     places = list(range(len(results)))
     colours = [METHOD_COLOURS.get(result["method"], GREEN) for result in results]
     accuracies = [math.nan if (a := r["test_accuracy"]) is None else 100 * a for r in results]
-    panels = (
+    known = [value for value in accuracies if not math.isnan(value)]
+    panels = [
         ("Peak memory of the run (MiB)", [memory_mib(r) for r in results], "{:,.0f}"),
         ("Training time per epoch (s)", [r["time_per_epoch_s"] for r in results], "{:.2f}"),
-        ("Test accuracy (%)", accuracies, "{:.2f}"),
+    ]
+    if known:
+        panels.append(("Test accuracy (%)", accuracies, "{:.2f}"))
+    columns = len(panels)
+    figure, axes = new_figure(
+        11.0 / 3 * columns, 0.9 + 0.5 * len(results), columns=columns, sharey=True
     )
     for one, (title, values, form) in zip(axes, panels):
         accuracy = title.startswith("Test accuracy")
         if accuracy:  # only differences matter: dots, on an axis that need not begin at 0
             one.scatter(values, places, s=70, color=colours, zorder=3)
-            known = [value for value in values if not math.isnan(value)] or [0.0]
             spread = max(max(known) - min(known), 1.0)
             one.set_xlim(min(known) - 0.25 * spread, max(known) + 0.45 * spread)
             one.set_xticks([tick for tick in one.get_xticks()[1:-1] if tick <= 100])

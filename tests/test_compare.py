@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ckd import compare as compare_module
 from ckd._json import sealed
 from ckd.compare import draw, group_seeds, main, memory_mib, seed_table, table
 from ckd.train import Config
@@ -105,6 +106,17 @@ def test_figure_is_drawn(tmp_path, count):
     methods = ["plain", "logit-kd", "teacher-kd", "embed-kd"][:count]
     draw([result(method) for method in methods], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_has_accuracies_only_where_a_run_has_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare_module, "save_figure", lambda figure, path: drawn.append(figure))
+    for scores in ([None, None], [None, 0.5]):
+        draw([result(test_accuracy=score) for score in scores], tmp_path / "figure.png")
+    assert [len(figure.axes) for figure in drawn] == [2, 3]
+    accuracy = drawn[1].axes[2]
+    assert accuracy.get_title(loc="left") == "Test accuracy (%)"
+    assert [text.get_text() for text in accuracy.texts] == ["50.00"]
 
 
 def test_command_prints_the_table_and_draws_the_figure(tmp_path, capsys):
