@@ -21,7 +21,9 @@ from ckd.train import CheckpointError, Config, ConfigError, Interrupted, checkpo
 from ckd.train import curves as curves_module
 from ckd.train import loop as loop_module
 from ckd.train.__main__ import main
+from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
+from ckd.train.run import set_up
 from ckd.train.stored import read_result
 from tests.train_runs import outcome, resume_in_process, tiny_bank, tiny_config
 
@@ -150,6 +152,21 @@ def test_labels_for_some_train_a_class_head_that_is_scored(tmp_path) -> None:
     assert student.class_names == tuple(f"class {c}" for c in range(3))
 
 
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({}, "10"),
+        ({"label_weight": 0.0}, "0"),
+        ({"label_weight": 0.0, "targets": "centroids"}, "10"),
+    ],
+)
+def test_it_is_said_how_many_labels_are_used(tmp_path, settings, used) -> None:
+    config = bare_config(tmp_path, keep=10, test=True)
+    config = replace(config, **settings)
+    run = set_up(config, torch.device("cpu"), method_class(config))
+    assert run.notes[0] == f"{used} of 90 training images are used with their labels"
+
+
 def test_plain_takes_batches_without_a_label(tmp_path) -> None:
     config = bare_config(tmp_path, keep=3, test=True, method="plain")
     assert train(config, verbose=False)["test_accuracy"] is not None
@@ -256,6 +273,8 @@ def test_curves_without_an_accuracy_draw_the_losses(tmp_path, monkeypatch) -> No
         curves_module.draw_curves([{**record, **scores}] * 2, tmp_path / "a.png", "")
     assert [len(figure.axes) for figure in drawn] == [2, 3]
     assert [len(figure.axes[0].lines) for figure in drawn] == [3, 4]
+    titles = [[axes.get_title(loc="left").split()[0] for axes in figure.axes] for figure in drawn]
+    assert titles == [["Loss,", "Learning"], ["Loss,", "Test", "Learning"]]
 
 
 def test_missing_scores_are_no_tensorboard_events(tmp_path) -> None:

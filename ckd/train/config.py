@@ -91,8 +91,8 @@ class Config:
     clip_norm: float = 0.0
     """Clip the norm of the gradient to this value; 0: off."""
     label_fraction: float = 1.0
-    """Train with the labels of this fraction of the images only, as many of each class, drawn by
-    seed; of the others, images alone. 0: without labels."""
+    """Train with this fraction of the labels only, as many of each class, drawn by seed; of the
+    other images, without theirs. 0: without labels."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy against the labels."""
     ema: float = 0.0

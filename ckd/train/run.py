@@ -92,6 +92,8 @@ class Run:
     def notes(self) -> list[str]:
         """What is missing in this run, for the terminal."""
         total, labelled = len(self.train_set), self.train_set.labelled
+        if not self.config.label_weight and self.config.targets != "centroids":
+            labelled = 0
         notes = []
         if labelled < total:
             notes.append(f"{labelled:,} of {total:,} training images are used with their labels")
