@@ -56,13 +56,13 @@ def tiny_bank(folder: Path, dataset: Dataset, dim: int = 12, **settings: Any) ->
     return path
 
 
-def tiny_teacher(folder: Path, classes: int = 3) -> Path:
+def tiny_teacher(folder: Path, classes: int | None = 3) -> Path:
     """An untrained teacher: its outputs are arbitrary, but always the same."""
     path = folder / "teacher.safetensors"
     torch.manual_seed(1)
     spec = "vit:patch=4,width=24,layers=1,heads=2"
     model = models.create(spec, num_classes=classes, image_size=8, in_channels=1)
-    models.save(model, path, class_names=[f"class {c}" for c in range(classes)])
+    models.save(model, path, class_names=[f"class {c}" for c in range(classes or 0)])
     return path
 
 

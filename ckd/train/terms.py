@@ -303,7 +303,9 @@ def check_classes(needs: str, source: str, model: Any, dataset: Dataset, remedy:
     """Raise ConfigError unless `model`, named by `source`, has as many classes as the data."""
     ours, theirs = dataset.class_names, model.class_names
     if model.num_classes != len(ours):
+        count = "none" if model.num_classes is None else model.num_classes
+        names = "" if model.num_classes is None else f" ({few(theirs) or 'unnamed'})"
         raise ConfigError(
             f"{needs} with the classes of {dataset.name}: the data has {len(ours)} ({few(ours)}), "
-            f"{source} has {model.num_classes} ({few(theirs) or 'unnamed'}); {remedy}"
+            f"{source} has {count}{names}; {remedy}"
         )

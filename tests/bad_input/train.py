@@ -81,12 +81,17 @@ def bank_in_another_order(tmp_path: Path) -> None:
     train(replace(config, bank=str(path)), verbose=False)
 
 
-def teacher_of_other_classes(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, method="logit-kd")
-    other = tmp_path / "other"
-    other.mkdir()
-    path = tiny_teacher(other, classes=5)
-    train(replace(config, teacher=str(path)), verbose=False)
+def teacher_of_classes(count: int | None) -> Callable[[Path], Any]:
+    """logit-kd with a teacher that has this many classes, not three; None: no class head."""
+
+    def run(tmp_path: Path) -> Any:
+        config = tiny_config(tmp_path, method="logit-kd")
+        other = tmp_path / "other"
+        other.mkdir()
+        path = tiny_teacher(other, classes=count)
+        train(replace(config, teacher=str(path)), verbose=False)
+
+    return run
 
 
 def oblong_images(tmp_path: Path) -> None:
@@ -257,7 +262,9 @@ CASES = [
     Case("bank whose ids are not those of the data", bank_in_another_order, ConfigError,
          ("sample_id 0 is of class 2 there and of class 0 in the data", "--ids",
           "--targets centroids")),
-    Case("teacher of other classes", teacher_of_other_classes, ConfigError,
+    Case("teacher without a class head", teacher_of_classes(None), ConfigError,
+         ("the data has 3", "teacher.safetensors has none; fine-tune it")),
+    Case("teacher of other classes", teacher_of_classes(5), ConfigError,
          ("the data has 3 (class 0, class 1, class 2)", "has 5 (class 0", "teacher-kd")),
     Case("oblong images", oblong_images, ConfigError, ("12 x 8", "--image-size")),
     Case("a run in the folder already", begun_twice, ConfigError,
