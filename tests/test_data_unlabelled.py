@@ -220,7 +220,10 @@ def counts(data) -> list[int]:
 
 @pytest.mark.parametrize(
     ("fraction", "kept"),
-    [(0.0, [0, 0, 0]), (0.001, [1, 1, 1]), (0.1, [10, 10, 10]), (0.5, [50, 50, 50])],
+    [
+        *[(0.0, [0, 0, 0]), (0.001, [1, 1, 1]), (0.1, [10, 10, 10]), (0.5, [50, 50, 50])],
+        *[(0.104, [10, 10, 10]), (0.106, [11, 11, 11])],  # the total that is nearest
+    ],
 )
 def test_a_fraction_keeps_as_many_labels_in_each_class(fraction: float, kept: list[int]) -> None:
     data = some([0, 1, 2] * 100)

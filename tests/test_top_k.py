@@ -78,6 +78,16 @@ def test_among_equal_cosines_the_smaller_row_comes_first(
     assert torch.equal(values, table.gather(1, rows))
 
 
+def test_a_tile_of_equal_cosines_hardly_above_those_before_gives_the_first_of_them() -> None:
+    running = RunningTopK(3)
+    running.add(torch.tensor([[0.5, 0.25, 0.25, 0.0]]))
+    above = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
+    running.add(torch.full((1, 100), above))
+    values, rows = running.result()
+    assert rows.tolist() == [[4, 5, 6]]
+    assert values.tolist() == [[above] * 3]
+
+
 @pytest.mark.skipif("cpu" not in ckd.backends.available(), reason="needs the C++ kernels")
 def test_equal_rows_of_the_bank_are_ranked_by_their_numbers(tile: int) -> None:
     bank = torch.randn(40, 8)[torch.randint(40, (2000,))].half()

@@ -18,9 +18,9 @@ from ckd.bank import BankWriter, ClassHead, EmbeddingBank, Neighbours
 from ckd.data import Batch
 from ckd.models import ModelOutput
 from ckd.neighbours import build_neighbours
-from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, terms, train
+from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, curves, terms, train
 from ckd.train.methods import _cross_entropy, method_class
-from ckd.train.mix import TERM_NAMES
+from ckd.train.mix import HEAD_TERMS, TERM_NAMES
 from ckd.train.terms import TERMS
 from tests.test_bank_statistics import as_version_1
 from tests.test_train_methods import CPU, Setting
@@ -83,6 +83,8 @@ def double(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_every_term_of_the_table_can_be_named():
     assert tuple(TERMS) == TERM_NAMES
+    assert {name for name, term in TERMS.items() if term.uses_head} == HEAD_TERMS
+    assert TERMS.keys() <= curves._TERMS.keys()  # or their line would be missing in curves.png
 
 
 def test_cosine_and_mse_compare_with_the_standardised_own_row(tmp_path):
@@ -111,6 +113,19 @@ def test_soft_is_the_kl_of_similarities_to_all_rows(tmp_path, exact):
     left_out = setting.method.numbers()
     assert set(left_out) == (set() if exact else {"soft_left_out"})
     assert all(0 < share < 1 for share in left_out.values())
+
+
+def test_the_mass_left_out_is_that_of_the_training_images(tmp_path):
+    """The bank has rows of other images, too."""
+    config = tiny_config(tmp_path, distill="soft")
+    part = copy.copy(data.load(config.data))
+    part.sample_ids = part.sample_ids[7:30]
+    bank = EmbeddingBank.open(config.bank)
+    neighbours = build_neighbours(bank.path, **NEIGHBOURS, progress=False)
+    term = TERMS["soft"].build(terms.Setting(config, bank, part, None, CPU))
+    own = neighbours.left_out[bank.positions(part.sample_ids)]
+    assert term.numbers() == {"soft_left_out": own.mean().item()}
+    assert own.mean() != neighbours.left_out.mean()
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
