@@ -80,7 +80,7 @@ def test_among_equal_cosines_the_smaller_row_comes_first(
 
 def test_a_tile_of_equal_cosines_hardly_above_those_before_gives_the_first_of_them() -> None:
     running = RunningTopK(3)
-    running.add(torch.tensor([[0.5, 0.25, 0.25, 0.0]]))
+    running.add(torch.full((1, 4), 0.5))
     above = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
     running.add(torch.full((1, 100), above))
     values, rows = running.result()
