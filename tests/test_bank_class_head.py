@@ -79,13 +79,14 @@ def test_a_complete_bank_of_an_earlier_version_is_left_as_it_is(tmp_path, teache
 
 
 class Cosine(models.Model):
-    """A teacher whose logits are cosines: no linear map of its embedding."""
+    """A teacher whose logits are cosines: no linear map of its embedding. `direct`: they are one;
+    `wide`: of twice the embedding."""
 
-    def __init__(self, direct: bool = False) -> None:
+    def __init__(self, direct: bool = False, wide: bool = False) -> None:
         settings: dict[str, Any] = {"embedding_dim": 6, "num_classes": 10, "image_size": 8}
         super().__init__(spec="cosine", in_channels=1, mean=[0.5], std=[0.5], **settings)
-        self.features, self.last = nn.Linear(64, 6), nn.Linear(6, 10)
-        self.direct = direct
+        self.features, self.last = nn.Linear(64, 6), nn.Linear(12 if wide else 6, 10)
+        self.direct, self.wide = direct, wide
 
     @property
     def classifier(self) -> nn.Module:
@@ -94,12 +95,15 @@ class Cosine(models.Model):
     def forward(self, images: torch.Tensor) -> ModelOutput:
         embedding = self.features(images.flatten(1))
         unit = nn.functional.normalize(embedding, dim=1)
+        if self.wide:
+            return ModelOutput(embedding, self.last(torch.cat([embedding, unit], dim=1)))
         return ModelOutput(embedding, self.last(embedding if self.direct else unit))
 
 
 def test_a_head_that_is_not_linear_in_the_embedding_is_not_stored(tmp_path, digits, capsys):
     assert build(digits, Cosine(), tmp_path / "bank", progress=True).class_head() is None
     assert "head is not stored: its logits are not known to be a linear" in capsys.readouterr().out
+    assert build(digits, Cosine(wide=True), tmp_path / "wide").class_head() is None
     assert build(digits, Cosine(direct=True), tmp_path / "direct").class_head() is not None
 
 

@@ -186,6 +186,17 @@ def test_contrastive_with_centroids_goes_with_terms_of_the_own_row(tmp_path):
     assert terms["contrastive"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_mix_with_centroids_needs_a_row_for_every_image_before_it_trains(tmp_path):
+    config = tiny_config(tmp_path, targets="centroids")
+    whole, path = EmbeddingBank.open(config.bank), tmp_path / "fewer"
+    settings = {"class_names": whole.class_names, "fingerprint": whole.meta["fingerprint"]}
+    with BankWriter(path, 12, **settings) as writer:
+        writer.write(whole.sample_ids[:80], whole.embeddings()[:80], whole.labels[:80])
+    Setting(tmp_path, bank=str(path), targets="centroids")
+    with pytest.raises(ConfigError, match="contrastive --targets centroids needs no row for every"):
+        Setting(tmp_path, bank=str(path), targets="centroids", distill="contrastive,cosine")
+
+
 @pytest.mark.parametrize(
     ("mix", "heads", "expected"),
     [
@@ -489,13 +500,16 @@ def test_rows_that_are_all_the_same_cannot_be_standardised(tmp_path):
 
 def test_a_batch_is_looked_up_by_sample_id(tmp_path):
     """Rows in another order than the data's: positions come from ids, in every term."""
-    setting = Setting(tmp_path, bank=bank_with_head(tmp_path), distill="cosine,logits")
-    bank = EmbeddingBank.open(setting.config.bank)
+    every = {"distill": ",".join(TERM_NAMES)}
+    bank = EmbeddingBank.open(bank_with_head(tmp_path))
+    build_neighbours(bank.path, **NEIGHBOURS, progress=False)
+    setting = Setting(tmp_path, bank=str(bank.path), **every)
     order = torch.randperm(90, generator=torch.Generator().manual_seed(2))
     path, options = tmp_path / "shuffled", {"class_head": class_head(), "rows_per_shard": 40}
     with BankWriter(path, 12, class_names=bank.class_names, **options) as writer:
         writer.write(bank.sample_ids[order], bank.embeddings()[order], bank.labels[order])
-    other = Setting(tmp_path, bank=str(path), distill="cosine,logits")
+    build_neighbours(path, **NEIGHBOURS, progress=False)
+    other = Setting(tmp_path, bank=str(path), **every)
     assert other.loss()[1] == pytest.approx(setting.loss()[1], rel=1e-5)
     assert isinstance(setting.batch, Batch)
 
