@@ -116,3 +116,17 @@ def test_wrong_arguments_are_named(temperature: float) -> None:
         SoftDistillationLoss(0.1)(student(), BANK, BANK[OWN], MEAN, LSE[:4])
     with pytest.raises(ValueError, match=r"both be \[5, M\], got \[5, 3\] and \[5, 2\]"):
         TopSoftDistillationLoss(0.1)(student(), BANK, torch.zeros(5, 3).int(), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "says"),
+    [
+        ([[3, 5]], [[-1.0, -3.0]], "target_weight must be finite and at least 0"),
+        ([[3, -100]], [[1.0, 3.0]], r"target\[0\] = -100 is out of range"),
+        ([[3.0, 5.0]], [[1.0, 3.0]], "rows must be integers, got torch.float32"),
+    ],
+)
+def test_what_is_no_row_or_no_weight_is_refused(rows: list, weights: list, says: str) -> None:
+    criterion = TopSoftDistillationLoss(TEMPERATURE, backend="reference")
+    with pytest.raises((ValueError, IndexError), match=says):
+        criterion(student()[:1], BANK, torch.tensor(rows), torch.tensor(weights))

@@ -17,6 +17,7 @@ from ckd.losses._rows import (
 from ckd.ops import contrastive_cross_entropy
 
 _NO_TARGET = -1
+_NO_ROW = torch.iinfo(torch.int64).max  # as ignore_index: the entropy counts all entries
 
 
 class _SoftLoss(nn.Module):
@@ -121,14 +122,17 @@ class TopSoftDistillationLoss(_SoftLoss):
                 f"rows and weights must both be [{len(student)}, M], got {list(rows.shape)} and "
                 f"{list(weights.shape)}"
             )
+        if rows.is_floating_point():
+            raise ValueError(f"rows must be integers, got {rows.dtype}; it comes before weights")
         share = widened(weights.detach())
-        share = share / share.sum(dim=1, keepdim=True)
+        share = share / share.sum(dim=1, keepdim=True).abs()  # negative ones stay so: an error
         cross_entropy = contrastive_cross_entropy(
             student,
             bank,
             rows.long(),
             logit_scale=1 / self.temperature,
             target_weight=share,
+            ignore_index=_NO_ROW,
             reduction="none",
             backend=self.backend,
         )
