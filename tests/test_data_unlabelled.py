@@ -235,6 +235,12 @@ def test_a_fraction_keeps_as_many_labels_in_each_class(fraction: float, kept: li
     assert data.labelled == 300
 
 
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_a_fraction_is_from_0_to_1(fraction: float) -> None:
+    with pytest.raises(DataError, match="fraction must be from 0 to 1, got"):
+        keep_labels(some([0, 1]), fraction, seed=0)
+
+
 def test_images_that_are_decoded_on_demand_lose_their_labels_too(tmp_path: Path) -> None:
     write_layout(tmp_path, "train/cat", "train/dog")
     data = keep_labels(load(tmp_path, memory_limit=0), 0.5, seed=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import xxhash
 
-from ckd.data.dataset import Dataset
+from ckd.data.dataset import DataError, Dataset
 
 
 def keep_labels(dataset: Dataset, fraction: float, seed: int) -> Dataset:
@@ -13,8 +13,10 @@ def keep_labels(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
     Of each class the same number is kept, at least one unless `fraction` is 0, and all of a class
     that has fewer. Which ones is a function of (seed, sample id), and a larger fraction keeps those
-    of a smaller one.
+    of a smaller one. Raises DataError for a fraction that is not from 0 to 1.
     """
+    if not 0 <= fraction <= 1:
+        raise DataError(f"fraction must be from 0 to 1, got {fraction}")
     counts = dataset.labels[dataset.labels >= 0].bincount()
     if fraction == 1 or not len(counts):
         return dataset
