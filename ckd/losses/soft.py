@@ -17,7 +17,7 @@ from ckd.losses._rows import (
 from ckd.ops import contrastive_cross_entropy
 
 _NO_TARGET = -1
-_NO_ROW = torch.iinfo(torch.int64).max  # as ignore_index: the entropy counts all entries
+_NO_ROW = torch.iinfo(torch.int32).max  # as ignore_index: the entropy counts all entries
 
 
 class _SoftLoss(nn.Module):
