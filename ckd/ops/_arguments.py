@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from ckd import _hints
-from ckd.backends.interface import MAX_LOGIT_SCALE, Inputs, Reduction, Targets
+from ckd.backends.interface import (
+    INVALID_WEIGHT,
+    MAX_LOGIT_SCALE,
+    Inputs,
+    Reduction,
+    Targets,
+)
 from ckd.ops._gradients import BANK_GRADIENT
 
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -106,6 +112,8 @@ def check_options(label_smoothing: float, ignore_index: int, reduction: str) -> 
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if ignore_index == INVALID_WEIGHT:
+        raise ValueError(f"ignore_index must be above {INVALID_WEIGHT}, which marks wrong weights")
     if reduction not in get_args(Reduction):
         raise ValueError(_hints.unknown("reduction", reduction, get_args(Reduction)))
 

@@ -112,6 +112,12 @@ CASES = [
         ("target[1] = 9", "7 rows"),
     ),
     Case(
+        "ignore_index that marks wrong weights",
+        loss(ignore_index=-(1 << 63)),
+        ValueError,
+        ("ignore_index", "above"),
+    ),
+    Case(
         "target_weight shape",
         loss(target=torch.zeros(B, 2).long(), target_weight=torch.ones(B, 3)),
         ValueError,
