@@ -202,6 +202,19 @@ def test_any_scale_in_half_precision(gpu: Gpu, blocks: str, chunks: int) -> None
             tolerance.within(error, 2e-3 * size, f"{name}, any scale, half", gpu.name)
 
 
+def test_sums_do_not_overflow_where_cosines_differ_by_their_last_bits(gpu: Gpu) -> None:
+    """All unit rows are the same but for rounding, and one last bit of a cosine is 1 to 8 units of
+    the logits: a maximum that lags behind by more than intended overflows float16."""
+    case = Case(
+        torch.randn(40, 130), torch.rand(129, 1) + 1, torch.randint(129, (40,)),
+        torch.randn(130, 1), None, torch.tensor(1.0),
+    )  # fmt: skip
+    for scale in torch.logspace(8.5, 10, 10).tolist():
+        result = ours(gpu, replace(case, logit_scale=torch.tensor(scale)))
+        for name, value in result.items():
+            assert value.isfinite().all(), (name, scale)
+
+
 def test_half_precision_has_no_gradient_along_the_rows(gpu: Gpu, chunks: int) -> None:
     """All projected rows are multiples of one vector. Rounded, they are not of norm 1."""
     line = torch.randn(8)

@@ -107,7 +107,7 @@ CKD_KERNEL void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int h = 0; h < 2; ++h) largest[h] = max_of_row(largest[h]);
     // Sums are scaled down only when an exponential would exceed 2^(HEADROOM + SLACK).
-    if (any_of_warp(largest[0] > top[0] + slack || largest[1] > top[1] + slack)) {
+    if (any_of_warp(largest[0] - top[0] > slack || largest[1] - top[1] > slack)) {
       float rescale[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
