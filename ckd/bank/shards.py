@@ -39,7 +39,7 @@ class FileRecord(Protocol):
     def span(self) -> str: ...
 
 
-class _Damage(Exception):
+class _Damage(BankError):
     """What is wrong with a file, in words."""
 
 
