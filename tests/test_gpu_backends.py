@@ -180,7 +180,7 @@ def test_opposite_rows_survive_float16(gpu: Gpu) -> None:
         tolerance.within(error, limit, f"{name}, opposite rows", gpu.name)
 
 
-@pytest.mark.parametrize("blocks", ["one block", "several blocks"])  # of the width
+@pytest.mark.parametrize("blocks", ["one block", *slow(["several blocks"])])  # of the width
 def test_any_scale_in_half_precision(gpu: Gpu, blocks: str, chunks: int) -> None:
     """Rows of +-1, whose unit rows are exact in float16: copies of the best row share the softmax,
     wherever they are, and a cosine has the same bits in every block, forward and backward."""
@@ -202,6 +202,7 @@ def test_any_scale_in_half_precision(gpu: Gpu, blocks: str, chunks: int) -> None
             tolerance.within(error, 2e-3 * size, f"{name}, any scale, half", gpu.name)
 
 
+@pytest.mark.slow
 def test_sums_do_not_overflow_where_cosines_differ_by_their_last_bits(gpu: Gpu) -> None:
     """All unit rows are the same but for rounding, and one last bit of a cosine is 1 to 8 units of
     the logits: a maximum that lags behind by more than intended overflows float16."""
@@ -236,7 +237,7 @@ def tf32() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("shape", [(64, 400, 96, 256), (33, 70, 24, 48)], ids=str)
+@pytest.mark.parametrize("shape", [*slow([(64, 400, 96, 256)]), (33, 70, 24, 48)], ids=str)
 def test_tf32_is_rounded_and_not_truncated(gpu: Gpu, shape: tuple[int, ...], tf32: None) -> None:
     """The largest other logit is close to the target's, so that the loss depends on their
     difference. Truncated operands shrink one logit more than the other, which changes the loss by
@@ -597,7 +598,11 @@ def on_meta(case: Case) -> Case:
 
 @pytest.mark.parametrize(
     ("half", "tau", "width"),
-    [(False, 14.0, 20), (True, 14.0, 20), (True, 1e30, 20), (True, 5.0, 300)],
+    [
+        (False, 14.0, 20),
+        (True, 14.0, 20),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(True, 1e30, 20), (True, 5.0, 300)]),
+    ],
 )
 def test_weighted_targets_of_every_chunk(
     gpu: Gpu, half: bool, tau: float, width: int, chunks: int, monkeypatch: pytest.MonkeyPatch
