@@ -105,8 +105,8 @@ def contrastive_cross_entropy(
         logit_scale: inverse temperature, a float or 0-dim tensor, > 0, at most 2^100 (1.27e30) and
             already exponentiated.
         target_weight: the weight of each target, in the shape of `target`: floating point, >= 0,
-            without a gradient. Rows that sum to 1 are distributions; others count that many times.
-            None: equal weights that sum to 1.
+            without a gradient. The sum of a student's weights, 1 for a distribution, multiplies its
+            loss. None: equal weights that sum to 1.
         label_smoothing: probability in [0, 1] spread evenly over the bank, as in
             `torch.nn.functional.cross_entropy`.
         ignore_index: targets of this value have weight 0; rows with no other have loss 0 and no
@@ -147,19 +147,31 @@ def contrastive_cross_entropy(
     """
     scale = _arguments.scale_tensor(logit_scale, student)
     inputs = Inputs(student, bank, weight, bias, scale)
-    if target_weight is None and (not isinstance(target, Tensor) or target.dim() != 2):
-        targets = Targets(target, None, None, label_smoothing, ignore_index, reduction)
+    targets = Targets(target, None, None, label_smoothing, ignore_index, reduction)
+    if target_weight is not None or (isinstance(target, Tensor) and target.dim() == 2):
+        loss, lse = _weighted(inputs, targets, target_weight, return_lse, backend)
+    else:
         loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
-        return (loss, lse) if return_lse else loss
+    return (loss, lse) if return_lse else loss
 
+
+def _weighted(
+    inputs: Inputs,
+    targets: Targets,
+    weight: Tensor | None,
+    return_lse: bool,
+    backend: BackendName,
+) -> tuple[Tensor, Tensor]:
+    """Loss and lse of weighted targets: the op takes distributions, and each student's loss is then
+    multiplied by the sum of its weights."""
+    target, _, _, label_smoothing, ignore_index, reduction = targets
     _arguments.check_inputs(inputs)
     _arguments.check_options(label_smoothing, ignore_index, reduction)
-    _arguments.check_weighted_targets(target, target_weight, student)
-    if target.dim() == 1 and target_weight is not None:
-        target, target_weight = target.unsqueeze(1), target_weight.unsqueeze(1)
-    parts = _targets.split(
-        target, target_weight, len(bank), ignore_index, label_smoothing, scale.dtype
-    )
+    _arguments.check_weighted_targets(target, weight, inputs.student)
+    if target.dim() == 1 and weight is not None:
+        target, weight = target.unsqueeze(1), weight.unsqueeze(1)
+    dtype = inputs.logit_scale.dtype
+    parts = _targets.split(target, weight, len(inputs.bank), ignore_index, label_smoothing, dtype)
     split = (parts.target, parts.shift_rows, parts.shift)
     targets = Targets(*split, label_smoothing, ignore_index, "none")
     loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
@@ -168,7 +180,7 @@ def contrastive_cross_entropy(
         # In float64, as in the backends: float32 would round a sum of 100 losses by 1e-7.
         loss = loss.sum(dtype=torch.float64)
         loss = (loss / parts.kept if reduction == "mean" else loss).to(lse.dtype)
-    return (loss, lse) if return_lse else loss
+    return loss, lse
 
 
 def _prepare(
