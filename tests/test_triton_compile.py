@@ -120,6 +120,8 @@ def check_launches(launches: dict[Launch, str], target: str) -> None:
             bad.append(f"{launch.name} {launch.label} ({problem}) spills {used.spilled}")
         if used.shared > tools.SHARED[target]:
             bad.append(f"{launch.name} {launch.label} ({problem}) takes {used.shared} shared")
+        if used.approximate_roots:
+            bad.append(f"{launch.name} {launch.label} ({problem}) approximates square roots")
         if used.serialised:
             bad.append(f"{launch.name} {launch.label} ({problem}) waits after every wgmma")
         for loop in used.loops:

@@ -314,6 +314,7 @@ class Resources:
     matrix: set[str] = field(default_factory=set)  # the matrix instructions in the code
     loops: list[Loop] = field(default_factory=list)  # empty unless sm_90, or code that spills
     serialised: bool = False  # ptxas waits after every wgmma (C7510 to C7519)
+    approximate_roots: bool = False  # then a row of one element is not exactly +-1 over its norm
 
 
 def resources(launch: Launch, target: str) -> Resources:
@@ -333,6 +334,7 @@ def resources(launch: Launch, target: str) -> Resources:
         spilled=_number(r"LOCAL:(\d+)", usage) + _number(r"STACK:(\d+)", usage),
         shared=shared,
         matrix=set(re.findall(r"\b(wgmma\.mma_async|mma\.sync)", ptx)),
+        approximate_roots="sqrt.approx" in ptx,
     )
     # Disassembling takes as long as compiling, so only code whose loops are checked.
     if found.matrix and (target == "sm_90" or found.spilled > 0):

@@ -145,7 +145,7 @@ def student_factors_kernel(
         inside = here[:, None] & (w < student_dim)[None, :]
         s = tl.load(student + i[:, None] * student_stride + w[None, :], mask=inside, other=0.0)
         total += tl.sum(s.to(tl.float32) * s.to(tl.float32), 1)
-    norm, inverse = tl.sqrt(total), inverse_norm(total) * sign
+    norm, inverse = tl.sqrt_rn(total), inverse_norm(total) * sign
     for start in range(0, width, BLOCK_WIDTH):
         w = start + tl.arange(0, BLOCK_WIDTH)
         inside = here[:, None] & (w < student_dim)[None, :]

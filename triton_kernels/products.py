@@ -62,7 +62,7 @@ def project_kernel(
         squares = tl.sum(total * total, 1)
         scale = inverse_norm(squares)
         tl.store(inverse + k, scale, mask=here)
-        norm = tl.sqrt(squares)
+        norm = tl.sqrt_rn(squares)
         total = divide(total, norm[:, None], scale[:, None], z.dtype.element_ty, PRECISION)
     at = z + k[:, None] * z_width + w[None, :]
     stored = here[:, None] & (w < z_width)[None, :]

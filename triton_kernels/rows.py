@@ -88,8 +88,8 @@ def half_scale(largest):
 
 @triton.jit
 def inverse_norm(sum_of_squares):
-    norm = tl.sqrt(sum_of_squares)
-    inverse = tl.where(norm < MIN_NORM, 0.0, 1.0 / norm)
+    norm = tl.sqrt_rn(sum_of_squares)
+    inverse = tl.where(norm < MIN_NORM, 0.0, tl.div_rn(1.0, norm))
     return tl.where(norm > MAX_FLOAT32, float("nan"), inverse)
 
 
@@ -108,7 +108,7 @@ def divide(x, norm, inverse, dtype: tl.constexpr, PRECISION: tl.constexpr):
 def through_norm(d, along, squares, unit):
     """d - (d.unit) unit, for the rows' sums along = d.unit and squares = unit.unit. Division by
     squares, which rounding keeps from 1, removes all of d along unit, however large."""
-    along = along / tl.where(squares == 0, 1.0, squares)
+    along = tl.div_rn(along, tl.where(squares == 0, 1.0, squares))
     return d - along[:, None] * unit
 
 
@@ -135,7 +135,7 @@ def unit_rows_kernel(
         value = tl.load(x + i[:, None] * x_stride + w[None, :], mask=inside, other=0.0)
         value = value.to(tl.float32)
         total += tl.sum(value * value, 1)
-    norm, scale = tl.sqrt(total), inverse_norm(total)
+    norm, scale = tl.sqrt_rn(total), inverse_norm(total)
     tl.store(inverse + i, scale, mask=i < rows)
     for start in range(0, unit_width, BLOCK_WIDTH):
         w = start + column
