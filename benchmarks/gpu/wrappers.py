@@ -14,10 +14,11 @@ from gpu.job import ROOT
 PROGRAM = ROOT / "tests" / "emulation" / "wrappers.cu"
 GOLDEN = PROGRAM.with_suffix(".golden")
 SECONDS = 60
+MOST_WRONG = 4  # vectors that are named
 
 
 def check_wrappers(work: Path) -> tuple[str, bool]:
-    """The program's last line, and whether anything is wrong."""
+    """The program's last line, with the vectors that are wrong, and whether any is."""
     if not GOLDEN.exists() or not PROGRAM.exists():
         return f"wrappers of device.cuh: no {GOLDEN.relative_to(ROOT)}", False
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -34,7 +35,9 @@ def check_wrappers(work: Path) -> tuple[str, bool]:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"wrappers of device.cuh: {error}"[:140], True
     print(done.stdout)
-    return f"wrappers of device.cuh: {_last(done.stdout)}", done.returncode != 0
+    wrong = [line.removeprefix("WRONG: ") for line in done.stdout.splitlines() if "WRONG" in line]
+    texts = [*wrong[:MOST_WRONG], _last(done.stdout)]
+    return f"wrappers of device.cuh: {'; '.join(texts)}", done.returncode != 0
 
 
 def _last(text: str) -> str:

@@ -58,7 +58,7 @@ void add_rounded(Operands& x) {
 }
 
 constexpr int MANTISSA = 52, FLOAT_MANTISSA = 23;  // stored bits
-constexpr std::uint64_t EXPONENT = 0x7ff, BIAS = 1023;
+constexpr std::uint64_t BIAS = 1023;
 
 std::uint64_t bits_of(double x) {
   std::uint64_t bits;
@@ -81,44 +81,50 @@ float truncated(double x) {
   return static_cast<float>(from_bits(bits_of(x) & ~dropped));
 }
 
-// c += a b by a model of an H100's tensor cores (82 % of the sums in tests/emulation/wrappers.cu
-// have equal bits): the 16 products are exact; they and c are aligned to the largest of the 17 and
-// truncated two bits below its last bit as a float32; their sum is exact, and truncated to float32.
-// Earlier GPUs keep fewer bits (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores").
-void add_truncated(Operands& x) {
-  constexpr int EXTRA_BITS = 2, TERMS = INNER + 1;
-  constexpr std::uint64_t KEPT = FLOAT_MANTISSA + EXTRA_BITS;
-  for (int row = 0; row < ROWS; ++row) {
-    double terms[TERMS][COLUMNS];
-    std::uint64_t largest[COLUMNS] = {};  // bits of |term|, which are ordered as the numbers are
-    for (int k = 0; k < TERMS; ++k) {
-      for (int column = 0; column < COLUMNS; ++column) {
-        const double term = k < INNER ? static_cast<double>(x.a[row][k]) * x.b[k][column]
-                                      : static_cast<double>(x.c[row][column]);
-        terms[k][column] = term;
-        largest[column] = std::max(largest[column], bits_of(term) & ~(std::uint64_t{1} << 63));
-      }
-    }
+// The exponent of x; `least`, that of the smallest normal number of the operand's type, for a
+// subnormal number, which the units do not normalise. For 0 so low that it never counts.
+int exponent_of(float x, int least) {
+  constexpr int NEVER = -10000, FLOAT_BIAS = 127;
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return x == 0 ? NEVER : std::max(static_cast<int>(bits << 1 >> 24) - FLOAT_BIAS, least);
+}
+
+// c += a b by a model of an H100's tensor cores (all 1,029 sums in tests/emulation/wrappers.cu
+// have its bits): the 16 products are exact, and the exponent of a product is the sum of its
+// operands' exponents; they and c are aligned to the largest exponent and truncated KEPT bits below
+// it; their sum is exact, and truncated to float32. Earlier GPUs keep fewer bits (Fasi et al. 2021,
+// "Numerical behavior of NVIDIA tensor cores").
+void add_truncated(Operands& x, int least) {
+  constexpr int EXTRA_BITS = 2, TERMS = INNER + 1, KEPT = FLOAT_MANTISSA + EXTRA_BITS;
+  constexpr int FLOAT_LEAST = -126;
+  int exponent_b[INNER][COLUMNS];
+  for (int k = 0; k < INNER; ++k) {
     for (int column = 0; column < COLUMNS; ++column) {
-      const std::uint64_t exponent = largest[column] >> MANTISSA;
+      exponent_b[k][column] = exponent_of(x.b[k][column], least);
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    int exponent_a[INNER];
+    for (int k = 0; k < INNER; ++k) exponent_a[k] = exponent_of(x.a[row][k], least);
+    for (int column = 0; column < COLUMNS; ++column) {
       float& c = x.c[row][column];
-      if (exponent == EXPONENT) {  // NaN or infinity
-        double sum = 0;
-        for (int k = 0; k < TERMS; ++k) sum += terms[k][column];
-        c = static_cast<float>(sum);
-        continue;
-      }
-      if (largest[column] == 0) {
-        c = 0;
-        continue;
-      }
-      // Both are normal numbers: no term is below 2^-298.
-      const double to_units = from_bits((2 * BIAS + KEPT - exponent) << MANTISSA);
-      const double unit = from_bits((exponent - KEPT) << MANTISSA);
-      std::int32_t sum = 0;  // of 17 numbers below 2^26
+      double terms[TERMS], plain = 0;
+      int exponent = exponent_of(c, FLOAT_LEAST);
       for (int k = 0; k < TERMS; ++k) {
-        sum += static_cast<std::int32_t>(terms[k][column] * to_units);
+        terms[k] =
+            k < INNER ? static_cast<double>(x.a[row][k]) * x.b[k][column] : static_cast<double>(c);
+        plain += terms[k];
+        if (k < INNER) exponent = std::max(exponent, exponent_a[k] + exponent_b[k][column]);
       }
+      if (!std::isfinite(plain) || exponent < -1000) {  // NaN, infinity or zeros
+        c = static_cast<float>(plain);
+        continue;
+      }
+      const double to_units = from_bits((BIAS + KEPT - exponent) << MANTISSA);
+      const double unit = from_bits((BIAS + exponent - KEPT) << MANTISSA);
+      std::int32_t sum = 0;  // of 17 numbers below 2^27
+      for (double term : terms) sum += static_cast<std::int32_t>(term * to_units);
       c = truncated(sum * unit);
     }
   }
@@ -133,7 +139,7 @@ bool truncates() {
   return wanted == "truncated";
 }
 
-template <float (*to_float)(std::uint16_t)>
+template <float (*to_float)(std::uint16_t), int LEAST>
 void multiply_add(Exchange& warp) {
   static const bool truncate = truncates();
   Operands x;
@@ -150,7 +156,7 @@ void multiply_add(Exchange& warp) {
     }
   }
   if (truncate) {
-    add_truncated(x);
+    add_truncated(x, LEAST);
   } else {
     add_rounded(x);
   }
@@ -190,8 +196,10 @@ void compute_load_matrix(Exchange& warp, int transposed) {
   }
 }
 
-void compute_multiply_add_half(Exchange& warp, int) { multiply_add<half_to_float>(warp); }
+void compute_multiply_add_half(Exchange& warp, int) { multiply_add<half_to_float, -14>(warp); }
 
-void compute_multiply_add_bfloat16(Exchange& warp, int) { multiply_add<bfloat16_to_float>(warp); }
+void compute_multiply_add_bfloat16(Exchange& warp, int) {
+  multiply_add<bfloat16_to_float, -126>(warp);
+}
 
 }  // namespace ckd::emulation
