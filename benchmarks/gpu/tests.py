@@ -15,6 +15,7 @@ from gpu.job import ROOT, Job
 FILES = (
     "test_contrastive_ce.py",
     "test_contrastive_ce_autograd.py",
+    "test_weighted_targets.py",
     "test_gpu_backends.py",
     "test_similarity.py",
     "test_triton_tuning.py",

@@ -170,6 +170,8 @@ def _weighted(
     _arguments.check_weighted_targets(target, weight, inputs.student)
     if target.dim() == 1 and weight is not None:
         target, weight = target.unsqueeze(1), weight.unsqueeze(1)
+    # The order of a GPU's sums, and so their last bit, depends on the strides.
+    target, weight = target.contiguous(), None if weight is None else weight.contiguous()
     dtype = inputs.logit_scale.dtype
     parts = _targets.split(target, weight, len(inputs.bank), ignore_index, label_smoothing, dtype)
     split = (parts.target, parts.shift_rows, parts.shift)
