@@ -120,6 +120,9 @@ class Planted:
     def __init__(self, result: dict[str, Any], turns: int = 1, log: list[str] | None = None):
         self.result, self.turns, self.log = result, turns, [] if log is None else log
 
+    def set_up(self) -> None:
+        self.log.append(f"{self.result['name']} set up")
+
     def proceed(self) -> dict[str, Any] | None:
         self.turns -= 1
         self.log.append(str(self.result.get("name")))
@@ -197,6 +200,10 @@ def test_processes_take_turns_and_one_without_memory_is_tried_again_alone() -> N
     assert list(results) == ["a", "b", "c"]
     assert results["b"] == {"name": "b", "alone": True}
 
+    log.clear()
+    take_turns({name: start[name] for name in "ac"}, together=True)
+    assert log == ["a set up", "c set up", "a", "c", "a", "c", "a"]
+
 
 def answer_or_die(turn_over: Any, number: int) -> dict[str, Any]:
     turn_over()
@@ -210,6 +217,11 @@ def test_a_process_answers_after_its_turns_or_its_death_is_the_reason() -> None:
     process = Process(answer_or_die, 5, threads=2)
     assert process.proceed() is None
     assert process.proceed() == {"threads": 2, "number": 5}
+    ahead = Process(answer_or_die, 6, threads=1)
+    ahead.set_up()
+    assert ahead.pipe.poll(60)  # it has come to its first turn
+    assert ahead.proceed() is None
+    assert ahead.proceed() == {"threads": 1, "number": 6}
     assert finish(Process(answer_or_die, 0, threads=1)) == {"failed": "killed, out of memory?"}
 
 

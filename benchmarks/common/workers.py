@@ -163,7 +163,8 @@ class _Function:
 
 
 class Process(Worker):
-    """A worker that runs `task(turn_over, *arguments)`, only while `proceed` waits for it.
+    """A worker that runs `task(turn_over, *arguments)`, only while `proceed` waits for it; with
+    `set_up` it begins before.
 
     The task calls `turn_over()` where its turn may end; the call blocks until the next turn.
     """
@@ -171,11 +172,19 @@ class Process(Worker):
     def __init__(self, task: Callable[..., Result], *arguments: Any, threads: int) -> None:
         super().__init__(_Function, task, threads=threads)
         self._arguments = arguments
+        self._ahead = False
+
+    def set_up(self) -> None:
+        """Begin now, beside other processes: run to the first turn, which `proceed` waits for."""
+        self._ahead = True
+        self.send("call", *self._arguments, gives=True)
 
     def proceed(self) -> Result | None:
         """Run until the turn ends (None) or the task does: its result, or {"failed": reason}."""
         try:
-            if self._owed:
+            if self._ahead:
+                self._ahead = False
+            elif self._owed:
                 self.go_on()
             else:
                 self.send("call", *self._arguments, gives=True)
@@ -198,10 +207,18 @@ def finish(process: Process) -> Result:
     return result
 
 
-def take_turns(start: Mapping[str, Callable[[], Process]]) -> dict[str, Result]:
+def take_turns(
+    start: Mapping[str, Callable[[], Process]], together: bool = False
+) -> dict[str, Result]:
     """The results of processes that take turns, so that changes in the machine's speed affect all
-    alike. One that runs out of memory beside the others is tried again alone."""
+    alike. One that runs out of memory beside the others is tried again alone.
+
+    together: all are set up at the same time, which needs cores and memory for all.
+    """
     running = {name: begin() for name, begin in start.items()}
+    if together:
+        for process in running.values():
+            process.set_up()
     results: dict[str, Result] = {}
     while running:
         for name, process in list(running.items()):

@@ -115,6 +115,8 @@ def busy_shares(case: Record, setting: Setting, device: Device, job: Job) -> Non
     methods = methods[:1] if job.rehearse else methods
     dim = case["about"].get("embedding_dim", 0)
     workers = {method: Worker(Steps, device, method, dim, setting) for method in methods}
+    for worker in workers.values():
+        worker.send("prepare")
     texts = []
     for method, worker in workers.items():
         try:
@@ -137,6 +139,10 @@ class Steps:
     def __init__(self, device: Device, method: str, dim: int, setting: Setting) -> None:
         device.set_up()
         self._device, self._method, self._dim, self._setting = device, method, dim, setting
+
+    def prepare(self) -> None:
+        """Load the libraries, at the same time as the other workers."""
+        tasks.load_libraries(self._setting, pick_device(self._setting.device))
 
     def measure(self) -> Record:
         """Time of a step, time and number of its kernels, and mean power."""

@@ -43,7 +43,7 @@ def measure(methods: Sequence[str], about: Result, setting: Setting) -> dict[str
         waiting[method] = partial(start, setting, measure_training, method, dim, setting)
     waiting["bank"] = partial(start, setting, measure_bank, setting)
     if "failed" not in about:
-        return take_turns(waiting)
+        return take_turns(waiting, together=setting.device == "cuda")
     able = {name: begin for name, begin in waiting.items() if name == "plain"}
     return {name: dict(about) for name in waiting} | take_turns(able)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def measure_training(
     config = config_of(method, setting)
     if method == "embed-kd":
         write_bank(Path(f"{setting.folder}/bank"), teacher_dim)
-    _load_libraries(setting, device)
+    load_libraries(setting, device)
     with torch_state(config, device):
         memory = Memory(device)
         run = set_up(config, device, method_class(config))
@@ -198,7 +199,7 @@ def measure_training(
 def measure_bank(turn_over: TurnOver, setting: Setting) -> Result:
     """The same for batches of the teacher's forward, by the code that builds banks."""
     device = pick_device(setting.device)
-    _load_libraries(setting, device)
+    load_libraries(setting, device)
     dataset = data.load(str(setting.images), "train")
     memory = Memory(device)
     # `prepare` is called when a batch begins, not when it has ended: the first call ends no batch.
@@ -251,13 +252,14 @@ def write_bank(path: Path, dim: int) -> None:
         writer.write(labels, torch.randn(CLASSES, dim), labels)
 
 
-def _load_libraries(setting: Setting, device: torch.device) -> None:
+def load_libraries(setting: Setting, device: torch.device) -> None:
     """Load and use libraries before memory is measured, so that no method is charged for them."""
     small: list[models.Model] = [
         models.create("vit:width=8,layers=1,heads=1", num_classes=2, image_size=8)
     ]
     if setting.teacher in VITS or setting.teacher.startswith("hf:"):
-        spec = _vit_spec((8, 1, 1, 32), Path(setting.folder) / "small")
+        # A folder for each process: several may be set up at the same time.
+        spec = _vit_spec((8, 1, 1, 32), Path(setting.folder) / f"small-{os.getpid()}")
         small.append(models.create(spec, num_classes=2, image_size=None))
     elif setting.teacher.startswith("timm:"):
         importlib.import_module("timm")
