@@ -111,7 +111,7 @@ def check_launches(launches: dict[Launch, str], target: str) -> None:
     assert {launch.name for launch in launches} == {
         "add_shift", "bank_gradient", "bank_norm_backward", "combine", "forward", "half_tiles",
         "keep_targets", "product", "project", "shift_matrix", "similarity",
-        "student_factors", "student_gradient", "unit_rows", "weight_gradient",
+        "split", "student_factors", "student_gradient", "unit_rows", "weight_gradient",
     }  # fmt: skip
     bad = []
     for launch, problem in launches.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import ckd
 from ckd.backends.interface import INVALID_WEIGHT, Keep, Plan, Targets
-from ckd.ops import _targets
+from ckd.backends.targets import split_targets
 from tests import oracle
 from tests.oracle import GRADIENTS, Case, make_case, relative_error
 from tests.quick import slow
@@ -174,7 +174,7 @@ def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str)
     target = case.target
     weight = torch.rand(20, 7).softmax(1)
     case.target = target.unsqueeze(1).expand(20, 7)
-    split = _targets.split(case.target, weight, 70, -100, label_smoothing, torch.float32)
+    split = split_targets(case.target, weight, 70, -100, label_smoothing, torch.float32)
     assert split.shift is not None
     assert (split.shift == 0).all()
     several = by_op(case, weight, backend, label_smoothing=label_smoothing)
@@ -215,12 +215,13 @@ def test_each_gradient_alone(backend: str) -> None:
         torch.testing.assert_close(result[name], expected[name], rtol=1e-6, atol=1e-9)
 
 
-def test_the_shift_is_as_the_backends_expect_it() -> None:
+def test_the_shift_is_as_the_kernels_expect_it(backend: str) -> None:
     """See `Targets`: for students with an ignored entry, a repeated row, no target, zero weights, a
     target out of range and an invalid weight."""
+    split = ckd.backends.ORDER[backend].split_targets
     target = torch.tensor([[3, 1, -100], [2, 2, 5], [-100] * 3, [4, 4, 0], [0, 9, 1], [1, 2, 3]])
     weight = torch.tensor([[1.0, 3, 7], [2, 3, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1], [2, -1, 2]])
-    parts = _targets.split(target, weight, 9, -100, 0.5, torch.float32)
+    parts = split(target, weight, 9, -100, 0.5, torch.float32)
     assert parts.shift_rows is not None
     assert parts.shift is not None
     assert parts.target.tolist() == [1, 2, -100, 4, 9, INVALID_WEIGHT]
@@ -229,6 +230,32 @@ def test_the_shift_is_as_the_backends_expect_it() -> None:
     assert ((parts.shift_rows >= 0) & (parts.shift_rows < 9)).all()
     wanted = [[0.125, -0.125, 0], [0, -1 / 12, 1 / 12], *[[0, 0, 0]] * 4]
     torch.testing.assert_close(parts.shift, torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("each", [1, 2, 16, 17, 256, 300])
+@pytest.mark.parametrize("kind", [None, torch.float32, torch.float16], ids=str)
+def test_backends_split_targets_alike(each: int, kind: torch.dtype | None, backend: str) -> None:
+    """With every kind of entry, in any place: ignored, out of range, repeated, and weights that are
+    0, tied, negative, infinite or NaN."""
+    g = torch.Generator("cpu").manual_seed(each)
+    target = torch.randint(-2, 12, (64, each), generator=g, device="cpu")
+    target[:40].clamp_(0, 9)
+    target[torch.rand(target.shape, generator=g, device="cpu") < 0.2] = -100
+    weight = torch.randint(0, 4, target.shape, generator=g, device="cpu").float()
+    for row, value in enumerate((-1.0, torch.inf, torch.nan, 1e30)):
+        weight[row, torch.randint(each, (1,), generator=g, device="cpu")] = value
+    given = (target, None if kind is None else weight.to(kind))
+    wanted = split_targets(*given, 10, -100, 0.25, torch.float32)
+    target, *others = (None if x is None else x.to(torch.zeros(0).device) for x in given)
+    parts = ckd.backends.ORDER[backend].split_targets(
+        target, *others, 10, -100, 0.25, torch.float32
+    )
+    for name, x in parts._asdict().items():
+        y = getattr(wanted, name)
+        if y is None:
+            assert x is None, name
+        else:
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-7, msg=f"{name}")
 
 
 def test_a_distribution_over_the_whole_bank_is_the_cross_entropy_with_probabilities(
@@ -382,7 +409,7 @@ def test_opcheck(backend: str) -> None:
     case, weight = make(6, 11, 9, 5, targets=3)
     case.target[2, 1] = -100
     case = case.requiring(*GRADIENTS)
-    parts = _targets.split(case.target, weight, 11, -100, 0.1, torch.float32)
+    parts = split_targets(case.target, weight, 11, -100, 0.1, torch.float32)
     inputs = (case.student, case.bank, case.weight, case.bias, case.logit_scale)
     targets = Targets(*parts[:3], 0.1, -100, "none")
     arguments = (*inputs, *targets, *Plan(backend, False), *Keep(True, True, 0))

@@ -283,6 +283,11 @@ def launches_of(
         ):
             saved = Saved(*backend.contrastive_ce_forward(inputs, reduced, plan, keep)[1:])
             backend.contrastive_ce_backward(upstream, inputs, reduced, plan, saved, wanted)
+        if targets_each:
+            for each, weighted in ((targets_each, True), (targets_each, False), (1, True)):
+                target = empty(batch, each, dtype=torch.int64)
+                weight = empty(batch, each) if weighted else None
+                backend.split_targets(target, weight, bank_rows, -100, smoothing, torch.float32)
         table = backend.similarity_forward(inputs, plan)
         backend.similarity_backward(table, inputs, plan, needs)
     return dict.fromkeys(launches)

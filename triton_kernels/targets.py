@@ -1,5 +1,6 @@
 """Weighted targets: sums over the shift of each student's distribution from its target's one-hot.
 
+    before      target, total and shift from the weights (ckd/backends/targets.py)
     forward      sum_m shift_im n_{rows_im}, for every student
     backward     G_ik -= g_i shift_im at k = rows_im, in bank_gradient_kernel
 
@@ -11,8 +12,100 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INVALID_WEIGHT = tl.constexpr(-(2**63))  # ckd.backends.interface
 # The row of entries whose shift is 0, behind all rows of a bank.
 NOWHERE = tl.constexpr(2**31 - 2)
+
+
+@triton.jit
+def load_weights(target, weight, m, targets, bank_rows, ignore_index, inverse):
+    """The targets m of a student, whether each has a part in it, whether it is out of range, and
+    its weight; without a tensor of weights that is `inverse`, one over their number."""
+    y = tl.load(target + m, mask=m < targets, other=0)
+    valid = (m < targets) & (y != ignore_index)
+    outside = valid & ((y < 0) | (y >= bank_rows))
+    if weight is None:
+        w = tl.where(valid, inverse, 0.0)
+    else:
+        w = tl.load(weight + m, mask=valid, other=0.0).to(tl.float32)
+    return y, valid, outside, w
+
+
+@triton.jit(do_not_specialize=["bank_rows", "targets", "ignore_index"])
+def split_kernel(
+    target,  # [batch, targets] int64
+    weight,  # [batch, targets] any float; None: equal weights
+    main,  # [batch] int64: the row with the largest weight, or one that the backends refuse
+    rows,  # [batch, targets] int64: targets, clamped to the bank; None: no shift is wanted
+    shift,  # [batch, targets] float32
+    total,  # [batch] float32: the sum of the weights
+    kept,  # [batch] float32: 1 for a student with a target, else 0
+    bank_rows,
+    targets,
+    ignore_index,
+    keep,  # 1 - label_smoothing
+    BLOCK: tl.constexpr,
+):
+    """A student is a program. Reads the weights once for their sum, and again for the shift."""
+    i = tl.program_id(0).to(tl.int64)
+    target += i * targets
+    if weight is not None:
+        weight += i * targets
+    inverse = 1.0
+    if weight is None:
+        number = 0
+        for start in range(0, targets, BLOCK):
+            m = start + tl.arange(0, BLOCK)
+            y, valid, outside, w = load_weights(
+                target, weight, m, targets, bank_rows, ignore_index, 1.0
+            )
+            number += tl.sum(valid.to(tl.int32), 0)
+        inverse = 1.0 / tl.maximum(number, 1).to(tl.float32)
+
+    sum_of_weights, largest = 0.0, -1.0
+    first, some, invalid = 0, 0, 0
+    for start in range(0, targets, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        y, valid, outside, w = load_weights(
+            target, weight, m, targets, bank_rows, ignore_index, inverse
+        )
+        some = tl.maximum(some, tl.max(valid.to(tl.int32), 0))
+        invalid = tl.maximum(invalid, tl.max((~(w >= 0)).to(tl.int32), 0))
+        w = tl.where(outside, float("inf"), w)
+        sum_of_weights += tl.sum(w, 0)
+        best, at = tl.max(tl.where(m < targets, w, -1.0), 0, return_indices=True)
+        first = tl.where(best > largest, start + at, first)
+        largest = tl.maximum(best, largest)
+    y_main = tl.load(target + first)
+    valid_main = y_main != ignore_index
+    outside_main = valid_main & ((y_main < 0) | (y_main >= bank_rows))
+    wrong = (invalid > 0) | ~(sum_of_weights < float("inf"))
+    refused = tl.where(outside_main & (invalid == 0), y_main, INVALID_WEIGHT)
+    tl.store(main + i, tl.where(wrong, refused, y_main))
+    tl.store(total + i, tl.where(wrong, 1.0, sum_of_weights))
+    tl.store(kept + i, some.to(tl.float32))
+    if rows is None:
+        return
+
+    divisor = tl.where(wrong | (sum_of_weights == 0), 1.0, sum_of_weights)
+    moved = 0.0  # from the main row to others
+    for start in range(0, targets, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        y, valid, outside, w = load_weights(
+            target, weight, m, targets, bank_rows, ignore_index, inverse
+        )
+        # Entries of the main row have no shift, exactly.
+        moved += tl.sum(tl.where(wrong | (y == y_main), 0.0, w / divisor), 0)
+    for start in range(0, targets, BLOCK):
+        m = start + tl.arange(0, BLOCK)
+        y, valid, outside, w = load_weights(
+            target, weight, m, targets, bank_rows, ignore_index, inverse
+        )
+        share = tl.where(wrong | (y == y_main), 0.0, w / divisor)
+        share = tl.where(m == first, -moved, share) * keep
+        tl.store(shift + i * targets + m, share, mask=m < targets)
+        clamped = tl.minimum(tl.maximum(y, 0), bank_rows - 1)
+        tl.store(rows + i * targets + m, clamped, mask=m < targets)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "targets"])

@@ -31,6 +31,7 @@ from ckd.backends.interface import (
 )
 from ckd.backends.native import _C
 from ckd.backends.precision import float32_products
+from ckd.backends.targets import split_targets as split_targets
 
 # name -> has bfloat16 arithmetic; the best first
 TIERS = dict(_C.cpu_tiers()) if native.missing is None else {}

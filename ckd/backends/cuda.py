@@ -33,6 +33,7 @@ from ckd.backends.interface import (
     check_targets,
     zero_gradients,
 )
+from ckd.backends.targets import split_targets as split_targets
 
 _C, _missing = native._C, native.missing
 if _missing is None and not hasattr(_C, "cuda_contrastive_ce_forward"):

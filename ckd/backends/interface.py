@@ -79,6 +79,16 @@ class Targets(NamedTuple):
     reduction: Reduction
 
 
+class Split(NamedTuple):
+    """The distributions of weighted targets, and how much each student counts."""
+
+    target: Tensor  # [B] int64: the row with the largest weight
+    shift_rows: Tensor | None  # [B, M]; None if M is 1
+    shift: Tensor | None  # [B, M] times (1 - label_smoothing)
+    total: Tensor  # [B] the sum of a student's weights
+    kept: Tensor  # 0-dim: the number of students with a target, at least 1
+
+
 class Plan(NamedTuple):
     """The backend that computes a call, and the precision that it may use."""
 
@@ -202,6 +212,17 @@ class Backend(Protocol):
 
     def contrastive_ce_cache_bytes(self, problem: Problem) -> int:
         """The size of Forward.cache in bytes, for a call with a gradient of weight or bias."""
+
+    def split_targets(
+        self,
+        target: Tensor,
+        weight: Tensor | None,
+        bank_rows: int,
+        ignore_index: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
+    ) -> Split:
+        """See `ckd.backends.targets.split_targets`."""
 
     def contrastive_ce_forward(
         self, inputs: Inputs, targets: Targets, plan: Plan, keep: Keep

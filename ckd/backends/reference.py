@@ -33,6 +33,7 @@ from ckd.backends.interface import (
     check_targets,
     reduce_rows,
 )
+from ckd.backends.targets import split_targets as split_targets
 
 MIN_NORM = 1e-6
 NO_COSINE = -2.0  # the maximum over no rows: below every cosine, and finite

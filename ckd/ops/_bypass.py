@@ -6,7 +6,8 @@ checks and the choice of a backend, and calls the implementation itself. It does
 compiler, tracer, transform, mode, profiler or tensor subclass observes the op; results are equal.
 
 In ckd/ops, only this module uses names that are private to torch. If torch lacks one of them, every
-call takes the public path of `Op`; so it does if this module and its `shorten` are deleted.
+call takes the public path of `Op`; so it does if this module, its `shorten` and its `is_direct` are
+deleted.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Shortcut:
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self.tensors]
-        if is_observed() or not _are_plain(tensors):
+        if not is_direct(*tensors):
             return self._observed(*arguments)
         if _needs_gradient(tensors):
             return self._apply(*arguments, partial(self.op.flat, *arguments))
@@ -149,6 +150,11 @@ def is_observed() -> bool:
         or forward_ad._current_level >= 0
         or _profiler_enabled()
     )
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """Whether an implementation may read the tensors' memory, and nothing observes the call."""
+    return not is_observed() and _are_plain(tensors)
 
 
 def _is_functionalized() -> bool:

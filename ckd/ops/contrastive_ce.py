@@ -22,8 +22,9 @@ from ckd.backends.interface import (
     Targets,
     Upstream,
 )
-from ckd.ops import _arguments, _gradients, _targets
-from ckd.ops._bypass import shorten
+from ckd.backends.targets import split_targets
+from ckd.ops import _arguments, _gradients
+from ckd.ops._bypass import is_direct, shorten
 from ckd.ops._op import GRADIENTS, INPUTS, NEEDS, PLAN, Formula, Op
 
 if TYPE_CHECKING:
@@ -173,9 +174,13 @@ def _weighted(
     # The order of a GPU's sums, and so their last bit, depends on the strides.
     target, weight = target.contiguous(), None if weight is None else weight.contiguous()
     dtype = inputs.logit_scale.dtype
-    parts = _targets.split(target, weight, len(inputs.bank), ignore_index, label_smoothing, dtype)
-    split = (parts.target, parts.shift_rows, parts.shift)
-    targets = Targets(*split, label_smoothing, ignore_index, "none")
+    split = split_targets
+    if is_direct(target, weight):
+        problem = Problem.of("contrastive_ce", *inputs[:3], targets=target.shape[1])
+        split = backends.ORDER[backends.resolve(backend, problem)].split_targets
+    parts = split(target, weight, len(inputs.bank), ignore_index, label_smoothing, dtype)
+    one = (parts.target, parts.shift_rows, parts.shift)
+    targets = Targets(*one, label_smoothing, ignore_index, "none")
     loss, lse, *_ = _forward.call((inputs, targets), return_lse, backend)
     loss = loss * parts.total
     if reduction != "none":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
 from torch import Tensor
 
 from ckd.backends.device import Gpu, Simulated, beyond_limits, elsewhere
@@ -27,6 +28,7 @@ from ckd.backends.interface import (
     Plan,
     Problem,
     Saved,
+    Split,
     Targets,
     Upstream,
     check_targets,
@@ -75,6 +77,20 @@ def contrastive_ce_cache_bytes(problem: Problem) -> int:
         problem.allow_half,
         problem.cache_limit,
     )
+
+
+def split_targets(
+    target: Tensor,
+    weight: Tensor | None,
+    bank_rows: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> Split:
+    from ckd.backends.triton import targets
+
+    assert dtype == torch.float32  # that of every logit scale but a float64 student's
+    return targets.split(gpu, target, weight, bank_rows, ignore_index, label_smoothing)
 
 
 def contrastive_ce_forward(inputs: Inputs, targets: Targets, plan: Plan, keep: Keep) -> Forward:

@@ -12,14 +12,39 @@ from ckd._triton.targets import (
     NOWHERE,
     add_shift_kernel,
     shift_matrix_kernel,
+    split_kernel,
 )
 from ckd._triton.tiles import power_of_two
-from ckd.backends.interface import Targets
+from ckd.backends.device import Gpu
+from ckd.backends.interface import Split, Targets
 from ckd.backends.triton.call import Call
 
 # Up to this many elements, of 4 bytes, the shift of all students is a matrix: however many entries
 # a bank row has, it costs one load for each element of G.
 MATRIX_ELEMENTS = 1 << 22
+
+
+def split(
+    gpu: Gpu,
+    target: Tensor,
+    weight: Tensor | None,
+    bank_rows: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Split:
+    """See ckd.backends.targets.split_targets."""
+    batch, each = target.shape
+    new = torch.empty_like if each > 1 else lambda *_, **options: None
+    rows, shift = new(target), new(target, dtype=torch.float32)
+    total, kept = torch.empty(2, batch, dtype=torch.float32, device=target.device)
+    main = target.new_empty(batch)
+    with gpu.current(target.device):
+        split_kernel[(batch,)](
+            target, weight, main, rows, shift, total, kept,
+            bank_rows, each, ignore_index, 1.0 - label_smoothing,
+            BLOCK=min(256, power_of_two(each)),
+        )  # fmt: skip
+    return Split(main, rows, shift, total, kept.sum().clamp_(min=1))
 
 
 def contiguous(targets: Targets) -> Targets:

@@ -1,26 +1,14 @@
-"""Weighted targets, several a student, in the form that the backends take (see `Targets`)."""
+"""Weighted targets, several a student, in the form that the kernels take (see `Targets`)."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ckd.backends.interface import INVALID_WEIGHT
+from ckd.backends.interface import INVALID_WEIGHT, Split
 
 
-class Split(NamedTuple):
-    """The distributions of weighted targets, and how much each student counts."""
-
-    target: Tensor  # [B] int64: the row with the largest weight
-    shift_rows: Tensor | None  # [B, M]; None if M is 1
-    shift: Tensor | None  # [B, M] times (1 - label_smoothing)
-    total: Tensor  # [B] the sum of a student's weights
-    kept: Tensor  # 0-dim: the number of students with a target, at least 1
-
-
-def split(
+def split_targets(
     target: Tensor,
     weight: Tensor | None,
     bank_rows: int,
@@ -31,8 +19,8 @@ def split(
     """Split -sum_m w_im log p_{i, y_im} into total_i (nll_i - sum_m shift_im l_im), where nll_i is
     the loss of one target, and the rows of `shift` sum to zero.
 
-    target, weight: [B, M]; weight None: equal weights with a sum of 1. Traceable: it reads no
-    values.
+    target, weight: [B, M], contiguous; weight None: equal weights with a sum of 1. In torch's
+    operators, which compilers trace: it reads no values.
     """
     valid = target != ignore_index
     rows = target.clamp(0, bank_rows - 1)
