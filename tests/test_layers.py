@@ -32,10 +32,11 @@ LAYERS: dict[str, set[str]] = {
     "ckd._triton": set(),
     "ckd.backends": {"ckd._errors", "ckd._hints", "ckd._C", "ckd._triton"},
     "ckd.ops": {"ckd._errors", "ckd._hints", "ckd.backends"},
-    "ckd.losses": {"ckd._errors", "ckd._hints", "ckd.ops", "ckd.backends"},
+    "ckd.heads": {"ckd._hints"},
+    "ckd.losses": {"ckd._errors", "ckd._hints", "ckd.heads", "ckd.ops", "ckd.backends"},
     "ckd.bank": BASE,
     "ckd.data": BASE,
-    "ckd.models": BASE,
+    "ckd.models": BASE | {"ckd.heads"},
     "ckd.neighbours": {"ckd.ops", "ckd.backends", "ckd.bank"},
     # Programs, at the top.
     "ckd.bank.build": {"ckd"},
@@ -48,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # `ckd/__init__.py` exports the library, not the programs.
 LAYERS["ckd"] = {"ckd._errors", "ckd._version"}
-LAYERS["ckd"] |= {"ckd.backends", "ckd.bank", "ckd.losses", "ckd.ops"}
+LAYERS["ckd"] |= {"ckd.backends", "ckd.bank", "ckd.losses", "ckd.models", "ckd.ops"}
 
 
 def modules() -> list[tuple[str, Path]]:

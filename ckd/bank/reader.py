@@ -109,6 +109,12 @@ class EmbeddingBank:
             )
         return bank
 
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's name in the manifest, "" where there is none."""
+        name = (self.meta["teacher"] or {}).get("name")
+        return name if isinstance(name, str) else ""
+
     def __len__(self) -> int:
         return len(self.sample_ids)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ckd.heads import HeadKind, TeacherSpaceHead
 from ckd.losses.contrastive import EmbeddingDistillationLoss
 from ckd.losses.cosine import CosineDistillationLoss
-from ckd.losses.heads import HeadKind, TeacherSpaceHead
 from ckd.losses.logits import LogitDistillationLoss
 from ckd.losses.mse import MSEDistillationLoss
 from ckd.losses.soft import SoftDistillationLoss, TopSoftDistillationLoss

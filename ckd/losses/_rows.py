@@ -1,4 +1,4 @@
-"""What the losses of rows share: their precision, unit rows, reductions, and checks of shapes."""
+"""What the losses of rows share: unit rows, reductions, and checks of shapes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from torch import Tensor
 from ckd._hints import unknown
 from ckd.backends.interface import Reduction
 from ckd.backends.reference import MIN_NORM
-
-
-def widened(rows: Tensor) -> Tensor:
-    """The rows in float32, or in float64 if they are: norms and softmaxes need that precision."""
-    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ckd.backends.interface import Reduction
-from ckd.losses._rows import check_pair, check_reduction, reduced, unit_rows, widened
+from ckd.heads import widened
+from ckd.losses._rows import check_pair, check_reduction, reduced, unit_rows
 
 
 class CosineDistillationLoss(nn.Module):

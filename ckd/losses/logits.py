@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ckd.backends.interface import Reduction
-from ckd.losses._rows import check_pair, check_reduction, check_temperature, widened
+from ckd.heads import widened
+from ckd.losses._rows import check_pair, check_reduction, check_temperature
 
 
 class LogitDistillationLoss(nn.Module):

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ckd.backends.interface import BackendName, Reduction
+from ckd.heads import widened
 from ckd.losses._rows import (
     check_pair,
     check_reduction,
     check_temperature,
     reduced,
     unit_rows,
-    widened,
 )
 from ckd.ops import contrastive_cross_entropy
 

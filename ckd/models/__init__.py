@@ -4,11 +4,13 @@ from ckd.models.base import Model, ModelOutput, check_teacher
 from ckd.models.catalog import create, known
 from ckd.models.class_head import class_head
 from ckd.models.classes import are_named, class_order
-from ckd.models.files import class_names, load, save
+from ckd.models.files import class_names, load, load_student, save
 from ckd.models.measure import flops_per_image, parameter_count, weights_hash
 from ckd.models.prepare import prepare
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
+from ckd.models.student import Student
+from ckd.models.teacher_map import TeacherMap
 
 __all__ = [
     "POOLS",
@@ -17,6 +19,8 @@ __all__ = [
     "ModelOutput",
     "Pool",
     "Resize",
+    "Student",
+    "TeacherMap",
     "are_named",
     "check_teacher",
     "class_head",
@@ -26,6 +30,7 @@ __all__ = [
     "flops_per_image",
     "known",
     "load",
+    "load_student",
     "parameter_count",
     "prepare",
     "save",

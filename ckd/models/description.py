@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ckd._errors import warn
 from ckd._json import CHECKSUM, JsonError, check_types, parse_object, sealed, unsealed
+from ckd.models import teacher_map
 from ckd.models.measure import update_hash
 from ckd.models.preprocessing import Filter
 from ckd.models.spec import LARGEST, ModelError, Pool
@@ -21,7 +22,8 @@ from ckd.models.weights import DAMAGE, not_safetensors
 # One entry: safetensors writes several in no fixed order, but equal models must give equal files.
 _HEADER = "ckd_model"
 _LIMIT_BYTES = 16 << 20
-_LIMIT_NAME = 4096  # characters of a model's name, which may be a folder
+_LIMIT_NAME = 4096  # characters of a model's name, which may be a folder, and of a teacher's
+_LARGEST_DIM = 2**31 - 1  # of a teacher's rows
 _FLOAT = torch.finfo(torch.float32)
 
 
@@ -40,7 +42,8 @@ class Preprocessing(TypedDict):
 
 
 class Description(TypedDict):
-    """The arguments for `create`, the names of the classes, and the `checksum` of the tensors."""
+    """The arguments for `create`, the names of the classes, the maps to teachers, and the
+    `checksum` of the tensors."""
 
     spec: str
     num_classes: int | None
@@ -49,12 +52,16 @@ class Description(TypedDict):
     pool: Pool | None
     class_names: list[str]
     preprocessing: Preprocessing | None
+    teachers: list[teacher_map.Description]
     ckd_version: str
     tensors: str | None
 
 
-# Files of earlier versions lack these.
-_LATER = {"pool": None, "preprocessing": None, "ckd_version": "", "tensors": None}
+# Files of earlier versions lack these; without maps to teachers, "teachers" is left out.
+_LATER: dict[str, Any] = {
+    **{"pool": None, "preprocessing": None, "teachers": []},
+    **{"ckd_version": "", "tensors": None},
+}
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -129,6 +136,7 @@ def _ranges(description: Description) -> Iterator[tuple[str, bool]]:
         value = description[name]  # type: ignore[literal-required]
         yield name, _is_size(value, largest) or (name == "num_classes" and value is None)
     yield "spec", len(description["spec"]) <= _LIMIT_NAME
+    yield "teachers", all(map(_is_map, description["teachers"]))
     names, classes = description["class_names"], description["num_classes"]
     yield "class_names", len(names) in (0, classes)
     if (preprocessing := description["preprocessing"]) is not None:
@@ -141,6 +149,16 @@ def _ranges(description: Description) -> Iterator[tuple[str, bool]]:
             and all(_FLOAT.tiny <= value <= _FLOAT.max for value in std)
             and (edge is None or _is_size(edge, LARGEST["image_size"])),
         )
+
+
+def _is_map(about: teacher_map.Description) -> bool:
+    hidden = about["hidden"]
+    return (
+        len(about["name"]) <= _LIMIT_NAME
+        and _is_size(about["dim"], _LARGEST_DIM)
+        and (_is_size(hidden, _LARGEST_DIM) if about["head"] == "mlp" else hidden is None)
+        and (about["head"] is not None or about["projection"] is not None)
+    )
 
 
 def _is_size(value: object, largest: int) -> bool:

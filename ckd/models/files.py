@@ -14,22 +14,31 @@ import torch
 from ckd._files import atomic_write, check_regular, user_path
 from ckd._hints import unknown
 from ckd._version import __version__
-from ckd.models import catalog, description
+from ckd.models import catalog, description, teacher_map
 from ckd.models.base import Model, check_teacher, first_line
 from ckd.models.description import Description
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
+from ckd.models.student import Student
+from ckd.models.teacher_map import TeacherMap
 from ckd.models.weights import DAMAGE, Weights, fill, read_safetensors, read_weights, shortened
 
 STUDENT_FILE = "student.safetensors"  # in a run folder
 _SIZES = ("num_classes", "image_size", "in_channels")
 
 
-def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> None:
+def save(
+    model: Model,
+    path: str | Path,
+    *,
+    class_names: Sequence[str] = (),
+    teachers: Sequence[TeacherMap] = (),
+) -> None:
     """Write weights and description to `path` (.safetensors), atomically, with checksums.
 
-    Equal weights and description give equal bytes. Raises ModelError unless `class_names` is empty
-    or has one name per class, and the system's OSError.
+    teachers: the maps between a student and its teachers, which `load_student` reads. Equal weights
+    and description give equal bytes. Raises ModelError unless `class_names` is empty or has one
+    name per class, and for maps of another width; and the system's OSError.
     """
     # torch.compile keeps the original model there.
     model = getattr(model, "_orig_mod", model)
@@ -42,8 +51,15 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
             f"{model.spec} is run at {model.image_size} pixels, with position embeddings of its "
             f"{model.native_size}, and cannot be saved so; load it by its name instead"
         )
+    for teacher in teachers:
+        if teacher.student_dim != model.embedding_dim:
+            raise ModelError(
+                f"the map to the teacher {teacher.name!r} is of a student of width "
+                f"{teacher.student_dim}, {model.spec} has width {model.embedding_dim}"
+            )
     tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in (model.state_dict() | teacher_map.tensors_of(teachers)).items()
     }
     metadata = description.header(
         {
@@ -57,6 +73,7 @@ def save(model: Model, path: str | Path, *, class_names: Sequence[str] = ()) -> 
                 "resize": asdict(model.resize),
                 "flip_channels": model.flip_channels,
             },
+            **({"teachers": [*map(teacher_map.described, teachers)]} if teachers else {}),
             "ckd_version": __version__,
             "tensors": description.checksum(tensors),
         }
@@ -93,37 +110,45 @@ def load(
     why the model cannot be a teacher (see `check_teacher`). Warns of a file of `save` without
     checksums.
     """
-    asked = {
-        **{"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels},
-        "pool": pool,
-    }
-    text = str(source)
+    sizes = {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}
+    return _loaded(source, weights, {**sizes, "pool": pool}).model
+
+
+def load_student(source: str | Path, *, weights: str | Path | None = None) -> Student:
+    """A trained student with its maps to its teachers, in eval mode, on the CPU, whose parameters
+    do not require gradients.
+
+    `source` is a finished run's folder, or its student.safetensors. For a student of a library,
+    which a file does not choose, it is that model's name, and `weights` the folder or file. Raises
+    ModelError as `load` does.
+    """
+    return _loaded(source, weights, dict.fromkeys((*_SIZES, "pool")))
+
+
+def _loaded(source: str | Path, weights: str | Path | None, asked: Mapping[str, Any]) -> Student:
+    """`load`, with the maps that the file holds."""
+    text, pool = str(source), asked["pool"]
     if isinstance(source, Path) or not catalog.is_spec(text):
         for name, value in (("weights", weights), ("pool", pool)):
             if value is not None:
                 raise ModelError(f"{text} is not a model's name, so it cannot take {name}={value}")
-        model = _from_file(_source_file(source), asked)
+        student = _from_file(_source_file(source), asked)
     elif weights is not None:
-        model = _from_weights(text, user_path(weights), asked)
+        student = _from_weights(text, user_path(weights), asked)
     elif catalog.is_library(text):
-        model = catalog.create(
-            text,
-            num_classes=None,
-            image_size=image_size,
-            in_channels=in_channels,
-            pretrained=True,
-            pool=pool,
-        )
-        _agree(text, asked, {"num_classes": model.num_classes})
+        options: dict[str, Any] = {**asked, "num_classes": None}
+        student = Student(catalog.create(text, **options, pretrained=True))
+        _agree(text, asked, {"num_classes": student.model.num_classes})
     else:
         raise ModelError(f"{text!r} alone has no weights; pass weights=FILE (--teacher-weights)")
     # The forward of a built-in model has no random part, but it may take long: a file of a
     # hundred kilobytes can ask for the attention of 65,000 tokens.
+    model = student.model
     if catalog.is_library(model.spec):
         check_teacher(model)
     elif not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise ModelError(f"{weights or source} cannot be a teacher: a weight is not finite")
-    return model.eval().requires_grad_(False)
+    return student.eval().requires_grad_(False)
 
 
 def class_names(path: str | Path) -> tuple[str, ...]:
@@ -166,7 +191,7 @@ def _described(path: Path) -> Description:
     )
 
 
-def _from_file(path: Path, asked: Mapping[str, Any]) -> Model:
+def _from_file(path: Path, asked: Mapping[str, Any]) -> Student:
     stored = _described(path)
     spec = stored["spec"]
     if catalog.is_library(spec):
@@ -178,7 +203,7 @@ def _from_file(path: Path, asked: Mapping[str, Any]) -> Model:
     return _restored(path, stored, asked)
 
 
-def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Model:
+def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Student:
     path = _file(given)
     if path is None:
         raise ModelError(f"{given} cannot be read (there is no such file)")
@@ -190,7 +215,7 @@ def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Model:
     if catalog.is_library(spec):
         model = catalog.create(spec, **asked, weights=weights)
         _agree(path, asked, {"num_classes": model.num_classes})
-        return model
+        return Student(model)
     try:
         weights, own = _with_shape(spec, weights)
     except KeyError as error:
@@ -204,22 +229,29 @@ def _from_weights(spec: str, given: Path, asked: Mapping[str, Any]) -> Model:
             f"{spec!r}"
         ) from error
     sizes = {name: own[name] if asked[name] is None else asked[name] for name in own}
-    return _filled(spec, weights, {**sizes, "pool": asked["pool"]})
+    return Student(_filled(spec, weights, {**sizes, "pool": asked["pool"]}))
 
 
-def _restored(path: Path, stored: Description, asked: Mapping[str, Any]) -> Model:
-    """The model that `save` wrote to `path`."""
+def _restored(path: Path, stored: Description, asked: Mapping[str, Any]) -> Student:
+    """The model that `save` wrote to `path`, with its maps."""
     arguments = {name: value for name, value in stored.items() if name in asked}
     _agree(path, asked, arguments)
-    weights = Weights(path, read_safetensors(path))
-    if stored["tensors"] not in (None, description.checksum(weights.tensors)):
+    tensors = read_safetensors(path)
+    if stored["tensors"] not in (None, description.checksum(tensors)):
         raise ModelError(f"{path} is damaged: its tensors do not match their checksum")
-    model = _filled(stored["spec"], weights, arguments)
-    if own := stored["preprocessing"]:  # files of earlier versions have none
-        resize = Resize(**own["resize"])
-        model.preprocess_with(own["mean"], own["std"], resize, own["flip_channels"])
+    own, maps = teacher_map.divided(tensors, len(stored["teachers"]))
+    model = _filled(stored["spec"], Weights(path, own), arguments)
+    if about := stored["preprocessing"]:  # files of earlier versions have none
+        resize = Resize(**about["resize"])
+        model.preprocess_with(about["mean"], about["std"], resize, about["flip_channels"])
     model.class_names = tuple(stored["class_names"])
-    return model
+    return Student(
+        model,
+        [
+            teacher_map.restored(path, number, described, weights, model.embedding_dim)
+            for number, (described, weights) in enumerate(zip(stored["teachers"], maps))
+        ],
+    )
 
 
 def _filled(spec: str, weights: Weights, arguments: Mapping[str, Any]) -> Model:

@@ -174,8 +174,7 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.ema is not None:
-        run.ema.update_parameters(run.student)
+    run.update_averages()
 
     progress.step += 1
     progress.rows += rows
@@ -221,7 +220,7 @@ def end_epoch(run: Run, memory: report.PeakMemory) -> dict[str, Any]:
     scores = Scores(None, None, 0, 0)
     if run.test_set is not None:
         scores = evaluate(
-            run.evaluated,
+            run.exported.model,
             run.test_set,
             batch_size=config.batch_size,
             device=run.device,
@@ -284,14 +283,15 @@ def interrupt(run: Run) -> NoReturn:
 def finish(run: Run) -> dict[str, Any]:
     """Write student.safetensors, curves.png and, last, result.json, whose content is returned."""
     folder = run.config.folder
-    classes = () if run.evaluated.num_classes is None else run.train_set.class_names
-    models.save(run.evaluated, folder / STUDENT, class_names=classes)
+    student = run.exported
+    classes = () if student.model.num_classes is None else run.train_set.class_names
+    models.save(student.model, folder / STUDENT, class_names=classes, teachers=student.teachers)
     title = f"{run.config.method}: {run.config.student} on {run.config.data}"
     try:
         draw_curves(run.records, folder / "curves.png", title)
     except ImportError as error:
         print(f"no curves.png: {error}")
-    parameters = models.parameter_count(run.evaluated)
+    parameters = models.parameter_count(student.model)
     result = report.summary(run.config, run.records, parameters, run.device)
     report.write_result(folder, result)
     checkpoint.sweep(folder)

@@ -21,7 +21,7 @@ from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss, LogitDistillationLoss
-from ckd.models import ModelOutput
+from ckd.models import ModelOutput, TeacherMap
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
 from ckd.train.evaluation import logit_order
@@ -77,6 +77,10 @@ class Method(nn.Module):
     def numbers(self) -> dict[str, float]:
         """Values to log once an epoch beside the loss terms."""
         return {}
+
+    def teachers(self) -> list[TeacherMap]:
+        """The maps between the student and its teachers, which are saved with it."""
+        return []
 
     def forward(
         self, output: ModelOutput, batch: Batch, images: Tensor
@@ -235,6 +239,13 @@ class EmbedKD(Method):
 
     def numbers(self) -> dict[str, float]:
         return {name: x for term in self.terms.values() for name, x in term.numbers().items()}
+
+    def teachers(self) -> list[TeacherMap]:
+        projection = self.terms.get("contrastive")
+        if self.head is None and projection is None:
+            return []
+        weights = {name: getattr(projection, name, None) for name in ("weight", "bias")}
+        return [TeacherMap(self.bank.teacher_name, self.bank.dim, head=self.head, **weights)]
 
 
 def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:

@@ -60,7 +60,8 @@ class Run:
     method: Method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None
+    maps: nn.ModuleList  # of the method, between the student and its teachers
+    averages: dict[str, AveragedModel]  # with --ema: of the student, and of the maps if any
     augment: Augment
     progress: Progress = field(default_factory=Progress)
     records: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
@@ -68,13 +69,19 @@ class Run:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules that a checkpoint stores, beside the optimizer."""
-        modules: dict[str, nn.Module] = {"student": self.student, "method": self.method}
-        return modules if self.ema is None else {**modules, "ema": self.ema}
+        return {"student": self.student, "method": self.method, **self.averages}
 
     @property
-    def evaluated(self) -> Any:
-        """The student that is evaluated and saved: the average, if one is kept."""
-        return self.student if self.ema is None else self.ema.module
+    def exported(self) -> models.Student:
+        """The student that is evaluated and saved, with its maps: their averages with --ema."""
+        modules: dict[str, Any] = {"ema": self.student, "ema_maps": self.maps}
+        averages = {name: average.module for name, average in self.averages.items()}
+        return models.Student(*(modules | averages).values())
+
+    def update_averages(self) -> None:
+        """Take the step that was just made into the averages."""
+        for average, module in zip(self.averages.values(), (self.student, self.maps)):
+            average.update_parameters(module)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -162,7 +169,11 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
     # Channels last: a training step of a ResNet-20 or 56 takes 20 to 25 % less (one core of an AMD
     # EPYC, batch 64, torch 2.13); a vision transformer is as fast either way.
     student = student.to(device, memory_format=torch.channels_last)
+    if student.resize == models.Resize():
+        # As `ckd.data` brings images to one size. Those of a run have it, and stay as they are.
+        student.resize = models.Resize(keep_aspect=True)
     method = method_type.build(config, student, train_set, device).to(device)
+    maps = nn.ModuleList(method.teachers())
     groups = parameter_groups((student, method), config.weight_decay, decay_all=config.paper_compat)
     padding = height // 8 if config.crop_padding is None else config.crop_padding
     return Run(
@@ -175,7 +186,8 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
         method=method,
         optimizer=torch.optim.AdamW(groups, lr=config.lr, fused=True),
         scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
-        ema=_average(student, config.ema) if config.ema else None,
+        maps=maps,
+        averages=_averages({"ema": student, "ema_maps": maps}, config.ema),
         augment=Augment(padding, config.flip),
     )
 
@@ -211,9 +223,14 @@ def _load(config: Config, device: torch.device) -> tuple[Dataset, Dataset | None
     return data.keep_labels(train_set, config.label_fraction, config.seed), test_set
 
 
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights, and of batch-norm statistics with them."""
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def _averages(modules: dict[str, nn.Module], decay: float) -> dict[str, AveragedModel]:
+    """Exponential moving averages of the modules' weights, and of batch-norm statistics with them;
+    none of a module without weights."""
+    return {
+        name: AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        for name, module in modules.items()
+        if decay and module.state_dict()
+    }
 
 
 def save(run: Run) -> None:

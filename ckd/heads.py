@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ckd._hints import unknown
-from ckd.losses._rows import widened
 
 HeadKind = Literal["linear", "mlp"]
+
+
+def widened(rows: Tensor) -> Tensor:
+    """The rows in float32, or in float64 if they are: norms and softmaxes need that precision."""
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class TeacherSpaceHead(nn.Module):
@@ -77,10 +81,14 @@ class TeacherSpaceHead(nn.Module):
             raise ValueError(
                 f"sigma must be positive and finite, got {sigma}; it is 0 where all rows are equal"
             )
-        mean = torch.zeros(teacher_dim) if mean is None else mean.detach().float()
-        if mean.shape != (teacher_dim,) or not bool(mean.isfinite().all()):
-            raise ValueError(f"mean must be finite, [{teacher_dim}], got {list(mean.shape)}")
+        if mean is None:
+            mean = torch.zeros(teacher_dim)
+        else:
+            mean = mean.detach().float()
+            if mean.shape != (teacher_dim,) or not bool(mean.isfinite().all()):
+                raise ValueError(f"mean must be finite, [{teacher_dim}], got {list(mean.shape)}")
         self.student_dim, self.teacher_dim, self.kind = student_dim, teacher_dim, kind
+        self.hidden = width if kind == "mlp" else None
         self.net: nn.Module = nn.Linear(student_dim, teacher_dim)
         if kind == "mlp":
             self.net = nn.Sequential(
