@@ -42,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.bank.build": {"ckd"},
     "ckd.bank.__main__": {"ckd"},
     "ckd.train": {"ckd"},
+    "ckd.eval": {"ckd"},
     "ckd.compare": {"ckd"},
     "ckd.info": {"ckd"},
     "ckd.cli": {"ckd"},

@@ -1,0 +1,83 @@
+"""The embeddings of a data set's images, without augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ckd.data import Dataset
+from ckd.models import ModelError, Student
+
+
+class Outputs(NamedTuple):
+    """`features` float32 [n, W] on the student's device; `logit` int64 [n] on the CPU, the number
+    of the largest logit, or None without a class head."""
+
+    features: Tensor
+    logit: Tensor | None
+
+
+@torch.no_grad()
+def outputs_of(
+    student: Student,
+    dataset: Dataset,
+    positions: Tensor,
+    *,
+    logits: Tensor | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> Outputs:
+    """The student's outputs for the images at these positions, in evaluation mode and float32.
+
+    logits: int64 [C], the logits to choose from, in this order; `logit` is a place in it. The
+    result is a function of student, images and batch size. Raises ModelError for an embedding that
+    is not finite.
+    """
+    model = student.model
+    device = model.channel_mean.device
+    features = torch.empty(len(positions), model.embedding_dim, device=device)
+    chosen, done = [], 0
+    bar = tqdm(
+        desc=f"{dataset.split} images",
+        total=len(positions),
+        unit="image",
+        leave=False,
+        disable=None if progress else True,  # None: shown on a terminal only
+    )
+    was_training = student.training
+    student.eval()
+    try:
+        with bar, _float32(device):
+            for batch in dataset.batches(positions, batch_size, device, workers):
+                images = student.preprocess(batch.images)
+                # Faster for convolutions on the CPU, as in training.
+                output = model(images.contiguous(memory_format=torch.channels_last))
+                features[done : done + len(images)] = output.embedding
+                if logits is not None:
+                    chosen.append(output.logits[:, logits.to(device)].argmax(dim=1))
+                done += len(images)
+                bar.update(len(images))
+    finally:
+        student.train(was_training)
+    finite = features.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        first = int(dataset.sample_ids[positions[int((~finite).nonzero()[0])]])
+        raise ModelError(
+            f"the student's embedding of sample_id {first} of {dataset.name} ({dataset.split}) is "
+            f"not finite, like those of {int((~finite).sum())} images; it cannot be compared"
+        )
+    return Outputs(features, torch.cat(chosen).cpu() if chosen else None)
+
+
+@contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Within this block, networks compute in float32 and, on a GPU, by deterministic kernels."""
+    exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(**exact):
+        yield
