@@ -159,15 +159,13 @@ def expected(student: Student, given: Setting, usable: Tensor) -> dict[str, Any]
     for k in (1, 10):
 
         def recall(q: Any, f: Any, k: int = k) -> Any:
-            near = lambda x: labels[known][_order(x, f(rows)[known])[:k]]  # noqa: E731
-            return share(q, lambda x, y: y in near(x))
+            return share(q, lambda x, y: y in labels[known][_order(x, f(rows)[known])[:k]])
 
         teacher = across(f"asymmetric_recall_{k}", recall)
         result[f"symmetric_recall_{k}"] = (recall(asked, lambda _: own), teacher)
-        hits = z is not None and [
-            i in _order(x, comparable(test_rows))[:k] for i, x in enumerate(z)
-        ]
-        result[f"own_row_recall_{k}"] = (np.mean(hits) if hits else None, None)
+        hits = [] if z is None else [_order(q, comparable(test_rows))[:k] for q in z]
+        value = np.mean([i in near for i, near in enumerate(hits)]) if hits else None
+        result[f"own_row_recall_{k}"] = (value, None)
 
     head = bank.class_head()
     assert head is not None
