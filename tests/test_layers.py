@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "ckd"
 
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
 BASE = {
-    *("ckd._device", "ckd._errors", "ckd._files", "ckd._hints"),
+    *("ckd._device", "ckd._errors", "ckd._files", "ckd._fit", "ckd._hints"),
     *("ckd._json", "ckd._lock", "ckd._npy", "ckd._version"),
 }
 LAYERS: dict[str, set[str]] = {
@@ -24,6 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._device": {"ckd._errors"},
     "ckd._hints": {"ckd._errors"},
     "ckd._files": set(),
+    "ckd._fit": set(),
     "ckd._json": {"ckd._errors", "ckd._files"},
     "ckd._lock": {"ckd._files"},
     "ckd._npy": set(),

@@ -281,6 +281,12 @@ def test_a_file_costs_what_it_weighs(tmp_path: Path) -> None:
     for number, sizes in enumerate(({"num_classes": 2**31 - 1}, {"image_size": 4096})):
         text = resealed(whole, **{"class_names": [], **sizes}, tensors=None)
         write(folder / f"{number}.safetensors", text, shapes)
+    size = 2**31 - 1
+    teacher = {"name": "", "dim": size, "head": "linear", "hidden": None, "projection": "affine"}
+    mlp = {**teacher, "head": "mlp", "hidden": size}
+    for number, teachers in enumerate(([teacher], [mlp], [teacher] * 40_000)):
+        text = resealed(whole, teachers=teachers, tensors=None)
+        write(folder / f"teachers {number}.safetensors", text, shapes)
     for name, shape in (
         ("head.weight", [1 << 40, 0]),
         ("patch_embed.weight", [0, 1 << 40, 4, 4]),

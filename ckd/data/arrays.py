@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import xxhash
 from numpy.lib.format import MAGIC_PREFIX, read_array
-from PIL import Image
 from torch import Tensor
 
 from ckd import _npy
 from ckd._files import open_regular
+from ckd._fit import fitted
 from ckd.data import splits
 from ckd.data.dataset import (
     LABEL_NAMES,
@@ -28,7 +28,6 @@ from ckd.data.dataset import (
     unreadable,
     warn_of_copies,
 )
-from ckd.data.decode import fit
 
 # Names of the arrays of images and of their labels, if they have any.
 _Pair = tuple[str, str | None]
@@ -244,14 +243,10 @@ def _resized(data: MemoryImages, image_size: int | None) -> MemoryImages:
     The fingerprint remains that of the stored pixels, so a bank built at one size fits a student
     of another.
     """
-    images = data.images
-    if image_size is None or tuple(images.shape[2:]) == (image_size, image_size):
+    if image_size is None or tuple(data.images.shape[2:]) == (image_size, image_size):
         return data
-    out = torch.empty((*images.shape[:2], image_size, image_size), dtype=torch.uint8)
-    for source, target in zip(images.flatten(0, 1), out.flatten(0, 1)):
-        target.copy_(torch.from_numpy(np.array(fit(Image.fromarray(source.numpy()), image_size))))
     return MemoryImages(
-        out,
+        fitted(data.images, image_size),
         data.labels,
         class_names=data.class_names,
         sample_ids=data.sample_ids,

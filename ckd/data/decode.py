@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import xxhash
-from PIL import Image
 from torch import Tensor
 
 from ckd._files import LFS_POINTER, is_lfs_pointer
+from ckd._fit import fit
 from ckd.data import photo
 from ckd.data.dataset import DataError, fingerprint_of, warn_of_copies
 
@@ -81,16 +81,6 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
             f"{source.where(position)}: cannot be read as an image ({reason}); replace or remove it"
         ) from error
     return pixels.transpose(2, 0, 1)
-
-
-def fit(image: Image.Image, size: int) -> Image.Image:
-    """The centre square, scaled to `size` (bicubic, antialiased)."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    # Crops and scales in one step: scaling a long thin image first would make it huge.
-    square = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=square)
 
 
 def decode_many(

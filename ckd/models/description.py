@@ -23,6 +23,7 @@ from ckd.models.weights import DAMAGE, not_safetensors
 _HEADER = "ckd_model"
 _LIMIT_BYTES = 16 << 20
 _LIMIT_NAME = 4096  # characters of a model's name, which may be a folder, and of a teacher's
+_LIMIT_TEACHERS = 256  # their types are checked one by one
 _LARGEST_DIM = 2**31 - 1  # of a teacher's rows
 _FLOAT = torch.finfo(torch.float32)
 
@@ -118,6 +119,8 @@ def _parsed(data: bytes) -> tuple[Description, bool]:
     values, kinds = {**_LATER, **values}, get_type_hints(Description)
     if odd := values.keys() ^ kinds.keys():
         raise JsonError(f"missing or unknown: {', '.join(sorted(odd))}")
+    if isinstance(values["teachers"], list) and len(values["teachers"]) > _LIMIT_TEACHERS:
+        raise JsonError(f"it has more than {_LIMIT_TEACHERS} teachers")
     for name, kind in kinds.items():
         try:
             check_types(values[name], kind)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from ckd._fit import fitted
 from ckd.models.base import Model
 from ckd.models.prepare import prepare
 from ckd.models.spec import ModelError
@@ -61,15 +62,17 @@ class Student(nn.Module):
         """Images as the network expects them, [B, C, S, S] on its device.
 
         images: a PIL image (turned upright, and converted to the network's channels); uint8 arrays
-        or tensors [H, W], [H, W, C] or [B, C, H, W]; or a list of these, of any sizes. They are
-        resized and normalised by `ckd.models.prepare`. Raises ModelError for anything else.
+        or tensors [H, W], [H, W, C] or [B, C, H, W]; or a list of these, of any sizes. As in
+        training, the centre square is scaled to S x S (`--image-size`), for `ckd.models.prepare`.
+        Raises ModelError for anything else.
         """
         if isinstance(images, list | tuple):
             if not images:
                 raise ModelError("images must be at least one, got an empty list")
             return torch.cat([self.preprocess(image) for image in images])
         pixels = _pixels(images, self.model.in_channels)
-        return prepare(self.model, pixels.to(self.model.channel_mean.device))
+        square = fitted(pixels.cpu(), self.model.image_size)
+        return prepare(self.model, square.to(self.model.channel_mean.device))
 
     def features(self, x: Tensor) -> Tensor:
         """The student's own embedding [B, W] of preprocessed images."""

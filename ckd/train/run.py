@@ -169,9 +169,6 @@ def set_up(config: Config, device: torch.device, method_type: type[Method]) -> R
     # Channels last: a training step of a ResNet-20 or 56 takes 20 to 25 % less (one core of an AMD
     # EPYC, batch 64, torch 2.13); a vision transformer is as fast either way.
     student = student.to(device, memory_format=torch.channels_last)
-    if student.resize == models.Resize():
-        # As `ckd.data` brings images to one size. Those of a run have it, and stay as they are.
-        student.resize = models.Resize(keep_aspect=True)
     method = method_type.build(config, student, train_set, device).to(device)
     maps = nn.ModuleList(method.teachers())
     groups = parameter_groups((student, method), config.weight_decay, decay_all=config.paper_compat)

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ckd.models import ModelError, class_names, create, load, prepare, save
+from ckd.models import (
+    ModelError,
+    Student,
+    TeacherMap,
+    class_names,
+    create,
+    load,
+    load_student,
+    prepare,
+    save,
+)
 from tests.bad_input import Case
-from tests.model_files import resealed
+from tests.model_files import description, resealed
 
 _VIT = "vit:patch=4,width=16,layers=1,heads=2"
 
@@ -146,6 +157,28 @@ def _run_folder_without_student(tmp_path: Path) -> object:
     return load(tmp_path / "run")
 
 
+def _student(*teachers: TeacherMap) -> Student:
+    return Student(create(_VIT, num_classes=None, image_size=8), teachers)
+
+
+def _map(dim: int = 5) -> TeacherMap:
+    return TeacherMap("clip", dim, weight=torch.nn.Parameter(torch.zeros(16, dim)))
+
+
+def _map_described(**changed: object) -> Callable[[Path], object]:
+    """Load a student with other values in its header's description of the map."""
+
+    def call(tmp_path: Path) -> object:
+        path = tmp_path / "m.safetensors"
+        save(_student().model, path, teachers=[_map()])
+        (about,) = description(path)["teachers"]
+        text = resealed(path, teachers=[{**about, **changed}])
+        save_file(load_file(path), path, {"ckd_model": text})
+        return load_student(path)
+
+    return call
+
+
 def _images(images: torch.Tensor, in_channels: int = 3) -> Callable[[Path], object]:
     return lambda _: prepare(
         create(_VIT, num_classes=2, image_size=8, in_channels=in_channels), images
@@ -249,6 +282,37 @@ CASES = [
     Case("class names of another number",
          lambda p: save(create(_VIT, num_classes=2, image_size=8), p / "m", class_names=["a"]),
          ModelError, ("1 class names", "2 classes")),
+    Case("rows of a teacher without a map", lambda _: _student().comparable(torch.zeros(2, 5)),
+         ModelError, ("no map to a teacher", "--method embed-kd")),
+    Case("rows of another teacher", lambda _: _student(_map()).comparable(torch.zeros(2, 4)),
+         ModelError, ("[N, 5]", "'clip'", "[2, 4]")),
+    Case("teacher that a student has not",
+         lambda _: _student(_map()).comparable(torch.zeros(2, 5), 1),
+         ModelError, ("below 1", "'clip'", "got 1")),
+    Case("logits of a student without a class head",
+         lambda _: _student().logits(torch.zeros(1, 3, 8, 8)), ModelError,
+         (_VIT, "no class head", "trained without labels")),
+    Case("image in channels first to a student",
+         lambda _: _student().preprocess(torch.zeros(3, 9, 13, dtype=torch.uint8)), ModelError,
+         ("[H, W, 3]", "torch.uint8 of shape [3, 9, 13]", "add the batch's dimension")),
+    Case("path to a student", lambda _: _student().preprocess("photo.png"), ModelError,
+         ("PIL images", "got str")),
+    Case("16-bit picture to a student",
+         lambda _: _student().preprocess(Image.new("I;16", (9, 9))), ModelError,
+         ("'I;16'", "8 bits")),
+    Case("map of another width than the student", lambda p: save(
+        create("resnet8", num_classes=2, image_size=8), p / "m", teachers=[_map()]), ModelError,
+         ("'clip'", "width 16", "resnet8 has width 64")),
+    Case("map without a head or a projection", lambda _: TeacherMap("clip", 5), ModelError,
+         ("width 5", "a head, a projection or both")),
+    Case("header with a head that its file lacks", _map_described(head="linear"), ModelError,
+         ("m.safetensors does not fit 'teacher 0'", "missing", "head.net.weight")),
+    Case("header with another width of a teacher", _map_described(dim=6), ModelError,
+         ("m.safetensors does not fit 'teacher 0'", "weight [16, 5] for [16, 6]")),
+    Case("header with text as a teacher's width", _map_described(dim="5"), ModelError,
+         ("m.safetensors", "header", "teachers is")),
+    Case("student of a file that is none", lambda p: load_student(_foreign(p)), ModelError,
+         ("w.safetensors", "does not say which model")),
     Case("images of floats to prepare", _images(torch.zeros(1, 3, 8, 8)), ModelError,
          ("uint8", "float32")),
     Case("images of other channels",

@@ -217,10 +217,12 @@ def compare_run() -> Any:
 
 
 def load_student() -> Any:
-    """The weights and the description of a student."""
-    model = models.load(CASE)
+    """The weights and the description of a student, and of its map to the teacher."""
+    student = models.load_student(CASE)
+    model = student.model
     weights = {
-        name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in model.state_dict().items()
+        name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in student.state_dict().items()
     }
     described = (model.spec, model.num_classes, model.image_size, model.in_channels, model.mean)
-    return weights, described, model.class_names, models.files.class_names(CASE), str(model.resize)
+    names = [one.name for one in student.teachers], models.files.class_names(CASE)
+    return weights, described, model.class_names, names, str(model.resize)
