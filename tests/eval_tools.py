@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ckd.bank import BankWriter, ClassHead, EmbeddingBank
 from ckd.data import MemoryImages
+from ckd.eval import Report, evaluate_student
 from ckd.heads import TeacherSpaceHead
 from ckd.models import Model, ModelOutput, Student, TeacherMap
 
@@ -114,6 +115,12 @@ def setting(
             writer.write(data.sample_ids[at], values[at], data.labels[at])
         banks.append(EmbeddingBank.open(path))
     return Setting(parts[0][0], parts[1][0], *banks)
+
+
+def evaluated(student: Student, given: Setting, **options: Any) -> Report:
+    """The report, in odd batches and without a progress bar."""
+    options = {"test_bank": given.test_bank, "batch_size": 7, "progress": False, **options}
+    return evaluate_student(student, given.train, given.test, given.bank, **options)
 
 
 def expected(student: Student, given: Setting, usable: Tensor) -> dict[str, Any]:

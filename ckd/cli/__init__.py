@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("ckd.train.demo", "train a student with and without a teacher, in two minutes"),
     "bank": ("ckd.bank.__main__", "build, describe or verify a bank of teacher embeddings"),
     "compare": ("ckd.compare", "compare finished runs in a table and a figure"),
+    "eval": ("ckd.eval.__main__", "measure what a student is good for: classes and search"),
     "info": ("ckd.info", "show what is installed and which backends work"),
 }
 

@@ -94,7 +94,8 @@ class Report:
         if all(figure.teacher is None for figure in self.figures):
             for row in (heads, *rows):
                 del row[2:4]
-        return "\n".join([markdown(heads, rows), *self._missing()])
+        table = markdown(heads, rows) if rows else "there is no figure"
+        return "\n".join([table, *self._missing()])
 
     def _missing(self) -> list[str]:
         """A line for each reason, with the figures that lack for it."""
