@@ -23,7 +23,8 @@ CLASSES = ("ant", "bee", "cat")
 
 
 class Pixels(Model):
-    """The embedding is the normalised image; the logits are its first entries."""
+    """The embedding is the normalised image (its negative in training mode); the logits are its
+    first entries."""
 
     def __init__(self, num_classes: int | None = len(CLASSES)) -> None:
         options: dict[str, Any] = {"mean": [0.5], "std": [0.25], "image_size": SIDE}
@@ -32,7 +33,7 @@ class Pixels(Model):
         self.class_names = CLASSES if num_classes else ()
 
     def forward(self, images: Tensor) -> ModelOutput:
-        x = images.flatten(1)
+        x = images.flatten(1) * (-1 if self.training else 1)
         return ModelOutput(x, x[:, : self.num_classes] if self.num_classes else None)
 
 
@@ -106,7 +107,11 @@ def setting(
     class_head = ClassHead(weight, torch.tensor([0.5, -1.0, 0.0]), CLASSES[::-1], (2, 1, 0))
     banks = []
     for data, values in parts:
-        options: dict[str, Any] = {"class_names": CLASSES, "teacher": "t", "rows_per_shard": 16}
+        options: dict[str, Any] = {
+            "class_names": CLASSES,
+            "teacher": "t",
+            "rows_per_shard": len(data) // 3 + 1,
+        }
         options |= {"fingerprint": data.fingerprint}
         options |= {"class_head": class_head} if head else {}
         path = folder / data.split

@@ -209,8 +209,10 @@ def test_the_map_is_that_of_the_banks_teacher(tmp_path: Path) -> None:
 
 def test_equal_evaluations_give_equal_reports(tmp_path: Path) -> None:
     given, student = setting(tmp_path, distinct=9), student_with("head")
+    first = evaluated(student, given).to_dict()
     student.train()
-    first, again = (evaluated(student, given).to_dict() for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = evaluated(student, given).to_dict()
     assert student.training
     assert first == again == json.loads(json.dumps(first))
     assert evaluated(student, given, batch_size=64).to_dict() == first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import methodcaller
@@ -109,7 +110,7 @@ def evaluate_student(
         "seed": seed,
         "knn_temperature": TEMPERATURE,
     }
-    with torch.no_grad():
+    with torch.no_grad(), _float32(student.model.channel_mean.device):
         return Report(tuple(evaluation.figures()), facts)
 
 
@@ -303,6 +304,14 @@ def _rows_of(
 ) -> Rows:
     """The bank's rows of the images at these positions."""
     return Rows(lambda places: convert(bank.rows(dataset.sample_ids[places])), which)
+
+
+@contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Within this block, networks compute in float32 and, on a GPU, by deterministic kernels."""
+    exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
+    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(**exact):
+        yield
 
 
 def _attempt(measure: Callable[[], float]) -> tuple[float | None, str | None]:

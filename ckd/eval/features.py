@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -33,7 +31,7 @@ def outputs_of(
     workers: int = 0,
     progress: bool = False,
 ) -> Outputs:
-    """The student's outputs for the images at these positions, in evaluation mode and float32.
+    """The student's outputs for the images at these positions, in evaluation mode.
 
     logits: int64 [C], the logits to choose from, in this order; `logit` is a place in it. The
     result is a function of student, images and batch size. Raises ModelError for an embedding that
@@ -53,7 +51,7 @@ def outputs_of(
     was_training = student.training
     student.eval()
     try:
-        with bar, _float32(device):
+        with bar:
             for batch in dataset.batches(positions, batch_size, device, workers):
                 images = student.preprocess(batch.images)
                 # Faster for convolutions on the CPU, as in training.
@@ -73,11 +71,3 @@ def outputs_of(
             f"not finite, like those of {int((~finite).sum())} images; it cannot be compared"
         )
     return Outputs(features, torch.cat(chosen).cpu() if chosen else None)
-
-
-@contextmanager
-def _float32(device: torch.device) -> Iterator[None]:
-    """Within this block, networks compute in float32 and, on a GPU, by deterministic kernels."""
-    exact = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": False}
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(**exact):
-        yield
