@@ -65,6 +65,12 @@ def test_a_vote_counts_cosines_and_prefers_the_smaller_class_among_equals() -> N
     labels = torch.arange(20).expand(3, -1) // 2 % 5  # four votes for each class
     assert vote(many, labels).tolist() == [0, 0, 0]
     assert vote(many[:, :1], labels[:, 3:4]).tolist() == [1, 1, 1]
+    # Ten votes for each of two classes, of equal weights that are summed in another order.
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.rand(500, 10, generator=generator).sort(descending=True).values
+    first = torch.randint(2, (500, 10), generator=generator)
+    labels = torch.stack([first, 1 - first], dim=2).flatten(1)
+    assert not vote(pairs.repeat_interleave(2, dim=1), labels).any()
 
 
 def test_class_means_are_those_of_the_classes_that_occur() -> None:
@@ -80,7 +86,8 @@ def test_class_means_are_those_of_the_classes_that_occur() -> None:
 def test_the_probe_is_the_minimum_of_its_objective(rows: int, classes: int) -> None:
     generator = torch.Generator().manual_seed(classes)
     x = 3 * torch.randn(rows, 6, generator=generator) + 1000
-    x[:, 2] = 0.1  # constant
+    x[:, 2] = 0.1  # constant, up to rounding
+    x[::2, 2] = torch.nextafter(x[0, 2], torch.tensor(1.0))
     labels = torch.randint(classes, (rows,), generator=generator) * 3 + 1
     x[:, 0] += labels
     found = linear_probe(Rows.of(x), labels)
@@ -208,7 +215,7 @@ def test_the_map_is_that_of_the_banks_teacher(tmp_path: Path) -> None:
 
 
 def test_equal_evaluations_give_equal_reports(tmp_path: Path) -> None:
-    given, student = setting(tmp_path, distinct=9), student_with("head")
+    given, student = setting(tmp_path, train=300, test=300), student_with("head")
     first = evaluated(student, given).to_dict()
     student.train()
     with torch.autocast("cpu", torch.bfloat16):
