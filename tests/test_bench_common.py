@@ -23,6 +23,7 @@ LAYERS = {
     "common": set[str](),
     "loss": {"common"},
     "training": {"common"},
+    "students": {"common"},
     "gpu": {"common", "loss", "training"},
 }
 

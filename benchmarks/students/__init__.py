@@ -1,0 +1,1 @@
+"""The measurements of labels.py: cells, their teachers and data, trials, tables."""

@@ -1,0 +1,94 @@
+"""What labels.py trains: settings, cells of a setting, teacher, share of labels and seed; order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+PERCENTS = (0, 1, 5, 25, 100)  # of the training images have a label
+# plain-longer trains for this multiple of the epochs, which takes at least as long as any other
+# setting of the table: its seconds stand beside them.
+LONGER = 1.5
+PLAIN = {"plain": 1.0, "plain-longer": LONGER}
+# The fields of ckd.train.Config of each setting with a bank. cosine has the weight 5 as in the
+# trials of benchmarks/README.md.
+BANK: Mapping[str, Mapping[str, Any]] = {
+    "contrastive": {"distill": "contrastive=1"},
+    "centroids": {"distill": "contrastive=1", "targets": "centroids"},
+    "cosine": {"distill": "cosine=5"},
+    "mse": {"distill": "mse=1", "head": "mlp"},
+    "soft": {"distill": "soft=1"},
+    "logits": {"distill": "logits=1"},
+    "cosine+contrastive": {"distill": "cosine=5,contrastive=1"},
+    "cosine+soft": {"distill": "cosine=5,soft=1"},
+    "cosine+logits": {"distill": "cosine=5,logits=1"},
+}
+SETTINGS = (*PLAIN, *BANK)
+HEADLINE = ("plain", "contrastive", "cosine", "mse", "soft", "cosine+contrastive")
+HEADLINE_PERCENTS = (1, 0, 100)  # in order of importance
+
+
+class Cell(NamedTuple):
+    """One training. `teacher` is a model spec; "" for plain ones."""
+
+    teacher: str
+    setting: str
+    percent: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """A name for files."""
+        parts = [self.teacher, self.setting, f"{self.percent:g}", f"seed{self.seed}"]
+        return re.sub(r"[^\w.+-]", "_", "-".join(filter(None, parts)))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of ckd.train.Config by which the cell differs from the others."""
+        seed = {"seed": self.seed}
+        if self.setting in PLAIN:  # its data hold the labelled images only
+            return {"method": "plain", **seed}
+        return {
+            "method": "embed-kd",
+            "label_fraction": self.percent / 100,
+            **BANK[self.setting],
+            **seed,
+        }
+
+
+def is_headline(cell: Cell) -> bool:
+    return cell.setting in HEADLINE and cell.percent in HEADLINE_PERCENTS
+
+
+def possible(cell: Cell, knows_classes: bool) -> bool:
+    """knows_classes: the teacher has a class head of the data's classes."""
+    if cell.setting in PLAIN:
+        return cell.percent > 0
+    if cell.setting == "centroids":  # its targets are the labels of all images
+        return cell.percent == 100
+    return knows_classes or "logits" not in cell.setting
+
+
+def ordered(
+    teachers: Mapping[str, bool],
+    settings: Sequence[str],
+    percents: Iterable[float],
+    seeds: int,
+) -> list[Cell]:
+    """The cells in order of importance: seed by seed, and those of the headline first.
+
+    teachers: by name, whether it has a class head of the data's classes.
+    """
+    cells = [
+        Cell(teacher, setting, percent, seed)
+        for seed in range(seeds)
+        for percent in percents
+        for setting in settings
+        for teacher in ([""] if setting in PLAIN else teachers)
+    ]
+    cells = [cell for cell in cells if possible(cell, teachers.get(cell.teacher, False))]
+    first = {float(percent): place for place, percent in enumerate(HEADLINE_PERCENTS)}
+    return sorted(
+        cells, key=lambda cell: (cell.seed, not is_headline(cell), first.get(cell.percent, 3))
+    )

@@ -1,0 +1,126 @@
+"""The tables and the figure of labels.py."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ckd.train import figures
+from ckd.train.report import markdown
+from common.report import Record, show_machine
+from students.cells import PLAIN, SETTINGS
+
+# Figures of ckd.eval, and the heads of their columns.
+COLUMNS = {
+    "class_head": "own head",
+    "teacher_head": "teacher's head",
+    "class_means": "class means",
+    "knn_20": "20-NN",
+    "linear_probe": "probe",
+    "asymmetric_recall_10": "recall@10",
+}
+COLOURS = (
+    *(figures.GREY, figures.BLUE, figures.ORANGE, figures.GREEN, figures.VERMILION),
+    *(figures.PURPLE, figures.SKY, figures.INK),
+)
+
+
+def show(record: Record) -> None:
+    """Print a table for each teacher and share of labels."""
+    show_machine(record["machine"])
+    print(settings_line(record["settings"]))
+    cells = record["cells"]
+    for teacher in record["settings"]["teachers"]:
+        for percent in sorted({cell["percent"] for cell in cells}):
+            rows = table(teacher, percent, cells)
+            if rows:
+                print(f"\n### {teacher}, labels of {percent:g} % of the images\n\n{rows}")
+    for failed in record["failed"]:
+        print(f"\n{failed['name']} failed: {failed['reason']}")
+
+
+def settings_line(settings: Record) -> str:
+    return (
+        f"{settings['images']:,} images of {settings['data']}, {settings['test_images']:,} to "
+        f"test; student {settings['student']}, {settings['epochs']} epochs, batch "
+        f"{settings['batch_size']}, lr {settings['lr']:g}, amp {settings['amp']}, "
+        f"{settings['jobs']} at a time"
+    )
+
+
+def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
+    """The settings with this teacher and share of labels, plain ones first; "" if there are none.
+
+    Percentages are means over the seeds, with the sample standard deviation.
+    """
+    rows = []
+    own = [cell for cell in cells if cell["teacher"] == teacher and cell["percent"] == percent]
+    if not own:
+        return ""
+    plain = [cell for cell in cells if cell["setting"] in PLAIN and cell["percent"] == percent]
+    for setting in SETTINGS:
+        same = [cell for cell in (*plain, *own) if cell["setting"] == setting]
+        if same:
+            seconds = statistics.mean(cell["train_s"] for cell in same)
+            rows.append([setting, str(len(same)), *_means(same, "student"), f"{seconds:,.0f}"])
+    by_seed = {cell["seed"]: cell for cell in own}.values()  # the same for every setting
+    rows.append(["the teacher itself", str(len(by_seed)), *_means(by_seed, "teacher"), ""])
+    return markdown(["setting", "seeds", *COLUMNS.values(), "s"], rows)
+
+
+def _means(cells: Iterable[Record], of: str) -> list[str]:
+    return [
+        spread([cell[of][key] for cell in cells if cell[of].get(key) is not None])
+        for key in COLUMNS
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean and the sample standard deviation of shares, in percent; "-" without any."""
+    if not values:
+        return "-"
+    percents = [100 * value for value in values]
+    text = f"{statistics.mean(percents):.1f}"
+    return f"{text} ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else text
+
+
+def best(figures_: Record) -> float | None:
+    """The accuracy that counts in the figure: by the teacher's class means, else by its head, else
+    by the student's own."""
+    found = (figures_.get(key) for key in ("class_means", "teacher_head", "class_head"))
+    return next((value for value in found if value is not None), None)
+
+
+def draw(record: Record, path: Path) -> None:
+    """Accuracy over the share of labels, a panel for each teacher. Raises ImportError that names
+    the extra if matplotlib is missing."""
+    cells = record["cells"]
+    teachers = [t for t in record["settings"]["teachers"] if any(c["teacher"] == t for c in cells)]
+    percents = sorted({cell["percent"] for cell in cells})
+    figure, axes = figures.new_figure(5.6 * len(teachers), 4.0, columns=len(teachers), sharey=True)
+    for one, teacher in zip(axes, teachers):
+        ends = []
+        shown = [s for s in SETTINGS if any(c["setting"] == s for c in cells)]
+        for colour, setting in zip(itertools.cycle(COLOURS), shown):
+            points = []
+            for place, percent in enumerate(percents):
+                values = [
+                    100 * value
+                    for cell in cells
+                    if cell["setting"] == setting
+                    and cell["percent"] == percent
+                    and cell["teacher"] in ("", teacher)
+                    and (value := best(cell["student"])) is not None
+                ]
+                if values:
+                    points.append((place, statistics.mean(values)))
+            if points:
+                one.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1.6)
+                ends.append((setting, colour, points[-1][1]))
+        figures.label_ends(one, ends, gap=0.06)
+        one.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
+        one.set_xlabel("labelled images (%)", fontsize=9)
+        one.set_title(f"Test accuracy (%), teacher {teacher}", fontsize=10, loc="left")
+    figures.save_figure(figure, path)
