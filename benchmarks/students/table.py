@@ -64,9 +64,9 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
         same = [cell for cell in (*plain, *own) if cell["setting"] == setting]
         if same:
             seconds = statistics.mean(cell["train_s"] for cell in same)
-            rows.append([setting, str(len(same)), *_means(same, "student"), f"{seconds:,.0f}"])
+            rows.append([setting, str(len(same)), *_means(same, "figures"), f"{seconds:,.0f}"])
     by_seed = {cell["seed"]: cell for cell in own}.values()  # the same for every setting
-    rows.append(["the teacher itself", str(len(by_seed)), *_means(by_seed, "teacher"), ""])
+    rows.append(["the teacher itself", str(len(by_seed)), *_means(by_seed, "teachers_own"), ""])
     return markdown(["setting", "seeds", *COLUMNS.values(), "s"], rows)
 
 
@@ -112,7 +112,7 @@ def draw(record: Record, path: Path) -> None:
                     if cell["setting"] == setting
                     and cell["percent"] == percent
                     and cell["teacher"] in ("", teacher)
-                    and (value := best(cell["student"])) is not None
+                    and (value := best(cell["figures"])) is not None
                 ]
                 if values:
                     points.append((place, statistics.mean(values)))
