@@ -40,7 +40,7 @@ DEFAULTS = [name for name in SETTINGS if name != "plain-longer"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = command.parse(parser(), arguments, check, "labels")
+    options = parse(arguments)
     if options.show:
         code = command.show(options, table.show)
     else:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command.parser(__doc__)
     parser.add_argument("--data", help="the data set, as for python -m ckd.train")
     parser.add_argument(
@@ -93,7 +93,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--headline",
         action="store_true",
-        help=f"only {', '.join(cells.HEADLINE)}, with labels for 0, 1 and 100 %%",
+        help=f"only {', '.join(cells.HEADLINE)}: with 1 %% of the labels, without any, and plain "
+        "with all",
     )
     parser.add_argument(
         "--limit-seconds",
@@ -112,7 +113,17 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--show", type=Path, help="print the tables of a labels.json, and exit")
     parser.add_argument("--plot", type=Path, help="draw accuracies into this .png file")
-    return parser
+    options = parser.parse_args(arguments)
+    try:
+        if options.plot:
+            command.check_output("--plot", options.plot)
+        if options.show:
+            options.record = command.read_record(options.show, "labels")
+        else:
+            check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def check(options: argparse.Namespace) -> None:
@@ -184,9 +195,8 @@ def measure(options: argparse.Namespace) -> Record:
         "cells": [],
         "failed": [],
     }
-    chosen = cells.ordered(knows_classes, options.settings, options.percents, options.seeds)
-    if options.headline:
-        chosen = [cell for cell in chosen if cells.is_headline(cell)]
+    every = cells.ordered(knows_classes, options.settings, options.percents, options.seeds)
+    chosen = [cell for cell, headline in every if headline or not options.headline]
     missing = []
     for cell in chosen:
         done = finished(plan, cell)

@@ -11,8 +11,7 @@ PERCENTS = (0, 1, 5, 25, 100)  # of the training images have a label
 # setting of the table: its seconds stand beside them.
 LONGER = 1.5
 PLAIN = {"plain": 1.0, "plain-longer": LONGER}
-# The fields of ckd.train.Config of each setting with a bank. cosine has the weight 5 as in the
-# trials of benchmarks/README.md.
+# The fields of ckd.train.Config of each setting with a bank.
 BANK: Mapping[str, Mapping[str, Any]] = {
     "contrastive": {"distill": "contrastive=1"},
     "centroids": {"distill": "contrastive=1", "targets": "centroids"},
@@ -26,7 +25,6 @@ BANK: Mapping[str, Mapping[str, Any]] = {
 }
 SETTINGS = (*PLAIN, *BANK)
 HEADLINE = ("plain", "contrastive", "cosine", "mse", "soft", "cosine+contrastive")
-HEADLINE_PERCENTS = (1, 0, 100)  # in order of importance
 
 
 class Cell(NamedTuple):
@@ -49,16 +47,14 @@ class Cell(NamedTuple):
         seed = {"seed": self.seed}
         if self.setting in PLAIN:  # its data hold the labelled images only
             return {"method": "plain", **seed}
+        # The trainer's label term is the mean over a batch's labelled images. With this weight each
+        # of them counts as it does where all have labels; with 1, few labels spoil the student.
+        share = self.percent / 100
         return {
-            "method": "embed-kd",
-            "label_fraction": self.percent / 100,
+            **{"method": "embed-kd", "label_fraction": share, "label_weight": share},
             **BANK[self.setting],
             **seed,
         }
-
-
-def is_headline(cell: Cell) -> bool:
-    return cell.setting in HEADLINE and cell.percent in HEADLINE_PERCENTS
 
 
 def possible(cell: Cell, knows_classes: bool) -> bool:
@@ -75,8 +71,9 @@ def ordered(
     settings: Sequence[str],
     percents: Iterable[float],
     seeds: int,
-) -> list[Cell]:
-    """The cells in order of importance: seed by seed, and those of the headline first.
+) -> list[tuple[Cell, bool]]:
+    """The cells in order of importance, seed by seed; and whether each is of the headline: labels
+    for 1 %, none, and plain training with all.
 
     teachers: by name, whether it has a class head of the data's classes.
     """
@@ -87,8 +84,21 @@ def ordered(
         for setting in settings
         for teacher in ([""] if setting in PLAIN else teachers)
     ]
-    cells = [cell for cell in cells if possible(cell, teachers.get(cell.teacher, False))]
-    first = {float(percent): place for place, percent in enumerate(HEADLINE_PERCENTS)}
-    return sorted(
-        cells, key=lambda cell: (cell.seed, not is_headline(cell), first.get(cell.percent, 3))
-    )
+    known = {cell: teachers.get(cell.teacher, False) for cell in cells}
+    cells = [cell for cell in cells if possible(cell, known[cell])]
+    ranks = {cell: _rank(cell, known[cell]) for cell in cells}
+    cells.sort(key=lambda cell: (cell.seed, ranks[cell]))
+    return [(cell, ranks[cell] < 3) for cell in cells]
+
+
+def _rank(cell: Cell, knows_classes: bool) -> int:
+    """0 to 2 for the cells of the headline, in order of importance; 3 for the others."""
+    if cell.setting in HEADLINE:
+        if cell.percent == 1:
+            return 0
+        if cell.setting == "plain" and cell.percent == 100:
+            return 1
+        # Without labels, only the teacher's class head can classify.
+        if cell.percent == 0 and knows_classes:
+            return 2
+    return 3

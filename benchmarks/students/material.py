@@ -54,7 +54,16 @@ def write_banks(
     for split in ("train", "test"):
         folder = bank_folder(images.parent, spec, split)
         dataset = data.load(images, split)
-        banks.append(build_bank(dataset, model, folder, device=device, batch_size=batch_size))
+        banks.append(
+            build_bank(
+                dataset,
+                model,
+                folder,
+                batch_size=batch_size,
+                device=device,
+                rows_per_shard=len(dataset),  # a step looks its rows up in one file
+            )
+        )
     # The term soft takes the exact mean rows, beside which the nearest rows are of no use.
     build_neighbours(banks[0].path, k=1, exact=True, device=device)
     return banks[0]

@@ -63,7 +63,7 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
     for setting in SETTINGS:
         same = [cell for cell in (*plain, *own) if cell["setting"] == setting]
         if same:
-            seconds = statistics.mean(cell["train_s"] for cell in same)
+            seconds = statistics.median(cell["train_s"] for cell in same)
             rows.append([setting, str(len(same)), *_means(same, "figures"), f"{seconds:,.0f}"])
     by_seed = {cell["seed"]: cell for cell in own}.values()  # the same for every setting
     rows.append(["the teacher itself", str(len(by_seed)), *_means(by_seed, "teachers_own"), ""])

