@@ -187,7 +187,9 @@ def measure(options: argparse.Namespace) -> Record:
     keep_settings(options.out / "settings.json", settings)
     how = ("device", "threads")
     (options.out / "cells").mkdir(exist_ok=True)
-    plan = Plan(options.out, end=end, **{name: getattr(options, name) for name in (*shared, *how)})
+    reference = next((name for name in options.settings if name in cells.BANK), "")
+    same = {name: getattr(options, name) for name in (*shared, *how)}
+    plan = Plan(options.out, end=end, reference=reference, **same)
     record: Record = {
         "benchmark": "labels",
         "machine": machine.describe(options.threads, options.device),

@@ -78,7 +78,7 @@ def test_plain_trains_on_the_images_that_have_a_label_elsewhere(tmp_path: Path) 
 
 def cell(setting: str, percent: float, seed: int, **shares: float) -> dict[str, Any]:
     plain = setting.startswith("plain")
-    own = {} if plain else {"class_means": 0.8 + seed / 100}
+    own = {"class_means": 0.8 + seed / 100} if setting == "cosine" else {}
     about = Cell("" if plain else KNOWS, setting, percent, seed)._asdict()
     return {**about, "train_s": 10.0 + seed, "figures": shares, "teachers_own": own}
 
@@ -91,6 +91,7 @@ def test_the_table_has_means_over_seeds() -> None:
             cell("plain", 1, 0, class_head=0.25),
             cell("cosine", 1, 0, class_head=0.3, class_means=0.5),
             cell("cosine", 1, 1, class_head=0.3, class_means=0.6),
+            cell("soft", 1, 1, class_means=0.4),
             cell("cosine", 5, 1, class_head=0.9, class_means=0.9),
         ],
     ).splitlines()
@@ -99,8 +100,9 @@ def test_the_table_has_means_over_seeds() -> None:
     assert found[2][:5] == ["plain", "1", "25.0", "-", "-"]
     assert found[3][:5] == ["cosine", "2", "30.0 ± 0.0", "-", "55.0 ± 7.1"]
     assert found[3][-1] == "10"  # the median of 10 and 11 is 10.5, which rounds to even
-    assert found[4][:5] == ["the teacher itself", "2", "-", "-", "80.5 ± 0.7"]
-    assert len(found) == 5
+    assert found[4][:5] == ["soft", "1", "-", "-", "40.0"]
+    assert found[5][:5] == ["the teacher itself", "2", "-", "-", "80.5 ± 0.7"]
+    assert len(found) == 6
 
 
 def test_a_share_without_a_student_of_the_teacher_has_no_table() -> None:

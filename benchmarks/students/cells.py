@@ -13,9 +13,9 @@ LONGER = 1.5
 PLAIN = {"plain": 1.0, "plain-longer": LONGER}
 # The fields of ckd.train.Config of each setting with a bank.
 BANK: Mapping[str, Mapping[str, Any]] = {
+    "cosine": {"distill": "cosine=5"},
     "contrastive": {"distill": "contrastive=1"},
     "centroids": {"distill": "contrastive=1", "targets": "centroids"},
-    "cosine": {"distill": "cosine=5"},
     "mse": {"distill": "mse=1", "head": "mlp"},
     "soft": {"distill": "soft=1"},
     "logits": {"distill": "logits=1"},
@@ -24,7 +24,7 @@ BANK: Mapping[str, Mapping[str, Any]] = {
     "cosine+logits": {"distill": "cosine=5,logits=1"},
 }
 SETTINGS = (*PLAIN, *BANK)
-HEADLINE = ("plain", "contrastive", "cosine", "mse", "soft", "cosine+contrastive")
+HEADLINE = ("plain", "cosine", "contrastive", "mse", "soft", "cosine+contrastive")
 
 
 class Cell(NamedTuple):

@@ -65,8 +65,10 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
         if same:
             seconds = statistics.median(cell["train_s"] for cell in same)
             rows.append([setting, str(len(same)), *_means(same, "figures"), f"{seconds:,.0f}"])
-    by_seed = {cell["seed"]: cell for cell in own}.values()  # the same for every setting
-    rows.append(["the teacher itself", str(len(by_seed)), *_means(by_seed, "teachers_own"), ""])
+    measured = [cell for cell in own if cell["teachers_own"]]
+    if measured:
+        means = _means(measured, "teachers_own")
+        rows.append(["the teacher itself", str(len(measured)), *means, ""])
     return markdown(["setting", "seeds", *COLUMNS.values(), "s"], rows)
 
 

@@ -29,7 +29,11 @@ from students.material import IMAGES, bank_folder, labelled_images
 
 @dataclass(frozen=True)
 class Plan:
-    """What all cells share. end: the time.time() after which no further cell begins."""
+    """What all cells share.
+
+    end: the time.time() after which no further cell begins. reference: the setting whose cells also
+    measure the teacher's own rows, which no student changes.
+    """
 
     folder: Path
     student: str
@@ -40,6 +44,7 @@ class Plan:
     device: str
     threads: int
     end: float
+    reference: str
 
     def config(self, cell: Cell) -> Config:
         images, epochs = self.folder / IMAGES, self.epochs
@@ -96,7 +101,9 @@ def measure(plan: Plan, cell: Cell, trained: Record) -> Record:
     if cell.setting in PLAIN:
         return {"figures": {"class_head": trained["test_accuracy"]}, "teachers_own": {}}
     images = str(plan.folder / IMAGES)
-    bank, test_bank = (_bank(plan.folder, cell.teacher, split) for split in ("train", "test"))
+    bank, test_bank = _bank(plan.folder, cell.teacher, "train"), None
+    if cell.setting == plan.reference:
+        test_bank = _bank(plan.folder, cell.teacher, "test")
     report = evaluate_student(
         ckd.load_student(plan.folder / "runs" / cell.name).to(pick_device(plan.device)),
         _images(images, "train"),
@@ -108,9 +115,10 @@ def measure(plan: Plan, cell: Cell, trained: Record) -> Record:
         batch_size=plan.batch_size,
         progress=False,
     )
+    own = {} if test_bank is None else {figure.name: figure.teacher for figure in report.figures}
     return {
         "figures": {figure.name: figure.value for figure in report.figures},
-        "teachers_own": {figure.name: figure.teacher for figure in report.figures},
+        "teachers_own": own,
     }
 
 
