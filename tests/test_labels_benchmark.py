@@ -13,7 +13,7 @@ import labels
 from ckd import data, models
 from ckd.train import Config
 from students import table
-from students.cells import HEADLINE, PERCENTS, SETTINGS, Cell, ordered
+from students.cells import HEADLINE, PERCENTS, PLAIN, SETTINGS, Cell, ordered
 from students.material import labelled_images, write_images
 from students.teachers import EFFICIENTNET, teacher
 
@@ -38,7 +38,7 @@ def test_a_stopped_command_has_measured_the_headline_first_and_whole_seeds() -> 
         (cell.percent for cell in shown), key=[1, 100, 0].index
     )
     assert {cell.teacher for cell in shown if cell.percent == 1} == {"", KNOWS, OTHER}
-    assert {cell.setting for cell in shown if cell.percent == 100} == {"plain"}
+    assert {cell.setting for cell in shown if cell.percent == 100} == set(PLAIN)
     assert {cell.teacher for cell in shown if cell.percent == 0} == {KNOWS}
 
 
