@@ -79,9 +79,8 @@ def test_nothing_is_measured_or_remembered_while_a_graph_is_captured(
 
 
 def test_a_candidate_without_room_takes_forever() -> None:
-    from triton.runtime.errors import OutOfResources
-
     from ckd._triton import tuning
+    from triton.runtime.errors import OutOfResources
 
     def launch(candidate: str) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")

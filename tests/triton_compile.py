@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import triton
+from ckd._triton import tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from ckd._triton import tuning
 from ckd.backends import triton as backend
 from ckd.backends.device import Simulated
 from ckd.backends.interface import (

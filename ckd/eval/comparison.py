@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ckd._errors import CkdError
 from ckd.eval.probe import linear_probe
 from ckd.eval.rows import Rows, nearest
 from ckd.eval.scores import accuracy, largest_logit, nearest_class, recall, vote
@@ -17,7 +18,7 @@ NEIGHBOURS = (1, 20)  # k of the votes
 RECALLS = (1, 10)  # k of the recalls
 
 
-class Missing(Exception):
+class Missing(CkdError):
     """There is no such figure; the message says why."""
 
 
