@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ckd._errors import ConfigError
 from ckd.bank import BankWriter, EmbeddingBank
 from ckd.data import keep_labels
 from ckd.eval import evaluate_student
@@ -245,3 +246,12 @@ def test_no_array_has_a_number_for_each_query_and_row(tmp_path: Path) -> None:
         report = evaluated(student_with("head"), given, batch_size=512)
     assert report["knn_20"].gallery == rows
     assert STUDENTS * rows <= largest.elements < queries * rows / 8
+
+
+def test_a_choice_of_figures_is_measured_alone(tmp_path: Path) -> None:
+    case, student = setting(tmp_path), student_with("head")
+    every = evaluated(student, case)
+    some = evaluated(student, case, figures=("knn_20", "class_head"))
+    assert some.figures == (every["class_head"], every["knn_20"])
+    with pytest.raises(ConfigError, match=r"unknown figure 'knn'.*nearest first: knn_1"):
+        evaluated(student, case, figures=("knn",))

@@ -25,6 +25,15 @@ BANK: Mapping[str, Mapping[str, Any]] = {
 SETTINGS = (*PLAIN, *BANK)
 HEADLINE = (*PLAIN, "cosine", "contrastive", "mse", "soft", "cosine+contrastive")
 
+# Figures of ckd.eval, and the heads of their columns.
+FIGURES = {
+    "class_head": "own head",
+    "teacher_head": "teacher's head",
+    "class_means": "class means",
+    "knn_20": "20-NN",
+    "asymmetric_recall_10": "recall@10",
+}
+
 
 class Cell(NamedTuple):
     """One training. `teacher` is a model spec; "" for plain ones."""

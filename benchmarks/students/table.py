@@ -10,17 +10,8 @@ from pathlib import Path
 from ckd.train import figures
 from ckd.train.report import markdown
 from common.report import Record, show_machine
-from students.cells import PLAIN, SETTINGS
+from students.cells import FIGURES, PLAIN, SETTINGS
 
-# Figures of ckd.eval, and the heads of their columns.
-COLUMNS = {
-    "class_head": "own head",
-    "teacher_head": "teacher's head",
-    "class_means": "class means",
-    "knn_20": "20-NN",
-    "linear_probe": "probe",
-    "asymmetric_recall_10": "recall@10",
-}
 COLOURS = (
     *(figures.GREY, figures.BLUE, figures.ORANGE, figures.GREEN, figures.VERMILION),
     *(figures.PURPLE, figures.SKY, figures.INK),
@@ -69,13 +60,13 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
     if measured:
         means = _means(measured, "teachers_own")
         rows.append(["the teacher itself", str(len(measured)), *means, ""])
-    return markdown(["setting", "seeds", *COLUMNS.values(), "s"], rows)
+    return markdown(["setting", "seeds", *FIGURES.values(), "s"], rows)
 
 
 def _means(cells: Iterable[Record], of: str) -> list[str]:
     return [
         spread([cell[of][key] for cell in cells if cell[of].get(key) is not None])
-        for key in COLUMNS
+        for key in FIGURES
     ]
 
 

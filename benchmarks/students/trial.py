@@ -23,7 +23,7 @@ from ckd.bank import EmbeddingBank
 from ckd.eval import evaluate_student
 from ckd.train import Config, train
 from common.report import Record
-from students.cells import PLAIN, Cell
+from students.cells import FIGURES, PLAIN, Cell
 from students.material import IMAGES, bank_folder, labelled_images
 
 
@@ -110,6 +110,7 @@ def measure(plan: Plan, cell: Cell, trained: Record) -> Record:
         _images(images, "test"),
         bank,
         test_bank=test_bank,
+        figures=FIGURES,
         label_fraction=cell.percent / 100,
         seed=cell.seed,
         batch_size=plan.batch_size,

@@ -18,6 +18,7 @@ from ckd.bank import EmbeddingBank
 from ckd.cli.command import parse, run
 from ckd.data import MAX_PIXELS
 from ckd.eval.evaluate import evaluate_student
+from ckd.eval.report import FIGURES
 from ckd.train.config import Config
 from ckd.train.stored import is_run, stored_config
 
@@ -49,6 +50,8 @@ class Eval:
     """Resize and centre-crop the images to this many pixels; default: as the run did."""
     max_image_pixels: int = MAX_PIXELS
     """Refuse encoded images of more pixels than this (default: 2^26) before decoding them."""
+    figures: tuple[str, ...] = ()
+    """Measure these figures only, by their names in the JSON file; default: all."""
     label_fraction: float = 1.0
     """Predict with this fraction of the training images' labels, drawn as in training."""
     seed: int | None = None
@@ -84,6 +87,7 @@ class Eval:
             test_bank=banks[1],
             texts=banks[2],
             teacher=self.teacher,
+            figures=self.figures or tuple(FIGURES),
             label_fraction=self.label_fraction,
             seed=seed,
             batch_size=self.batch_size,

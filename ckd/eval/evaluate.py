@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckd._errors import ConfigError
+from ckd._hints import unknown
 from ckd.bank import EmbeddingBank
 from ckd.data import DataError, Dataset, keep_labels
 from ckd.eval.comparison import NEIGHBOURS, RECALLS, Comparison, Labels, Missing
@@ -26,7 +28,7 @@ from ckd.eval.inputs import (
     class_texts,
     map_number,
 )
-from ckd.eval.report import Figure, Report
+from ckd.eval.report import FIGURES, Figure, Report
 from ckd.eval.rows import Rows, nearest
 from ckd.eval.scores import TEMPERATURE, accuracy, class_means, recall
 from ckd.models import Student
@@ -41,6 +43,7 @@ def evaluate_student(
     test_bank: EmbeddingBank | None = None,
     texts: EmbeddingBank | None = None,
     teacher: int | None = None,
+    figures: Collection[str] = tuple(FIGURES),
     label_fraction: float = 1.0,
     seed: int = 0,
     batch_size: int = 256,
@@ -60,6 +63,8 @@ def evaluate_student(
     teacher: the number of the student's map to the bank's teacher; default: the map of the bank's
     teacher's name, or the only one of its width.
 
+    figures: the names of those to measure, of `ckd.eval.report.FIGURES`.
+
     label_fraction, seed: the labels of `train` that a prediction may use, drawn by
     `ckd.data.keep_labels` as in training. All known ones tell whether a retrieved row is of the
     right class.
@@ -69,8 +74,8 @@ def evaluate_student(
     Equal arguments give equal reports.
 
     Raises BankError for a bank of other data, other classes or another width; ConfigError for the
-    number of no map, or if several maps fit; DataError if the two sets have other classes;
-    ModelError for images that the student does not take.
+    number of no map, if several maps fit, or for the name of no figure; DataError if the two sets
+    have other classes; ModelError for images that the student does not take.
 
     >>> student = ckd.load_student("runs/embed-kd")
     >>> train, test = ckd.data.load("cifar10", "train"), ckd.data.load("cifar10", "test")
@@ -78,6 +83,9 @@ def evaluate_student(
     >>> report = evaluate_student(student, train, test, bank, label_fraction=0.01)
     >>> report["class_means"].value
     """
+    for name in figures:
+        if name not in FIGURES:
+            raise ConfigError(unknown("figure", name, FIGURES))
     if train.class_names != test.class_names:
         raise DataError(
             f"{train.name} ({train.split}) and {test.name} ({test.split}) have other classes; "
@@ -111,7 +119,7 @@ def evaluate_student(
         "knn_temperature": TEMPERATURE,
     }
     with torch.no_grad(), _float32(student.model.channel_mean.device):
-        return Report(tuple(evaluation.figures()), facts)
+        return Report(tuple(evaluation.figures(figures)), facts)
 
 
 @dataclass
@@ -128,28 +136,48 @@ class _Evaluation:
     usable: Tensor  # bool [N]: whether predictions may use the label of a training image
     options: dict[str, Any]  # of `outputs_of`
 
-    def figures(self) -> Iterator[Figure]:
-        """All figures, in the order of `ckd.eval.report.FIGURES`."""
+    def figures(self, names: Collection[str]) -> Iterator[Figure]:
+        """The figures of these names, in the order of `ckd.eval.report.FIGURES`."""
+        for name, make in self._all():
+            if name in names:
+                yield make(name)
+
+    def _all(self) -> Iterator[tuple[str, Callable[[str], Figure]]]:
+        """Each figure's name, and a function that measures it."""
         known, used = len(self.labels.gallery), len(self.labels.used)
-        by_head = self._figure("teacher_head", "across", self._by_head)
-        value, reason = _attempt(self._by_class_head)
-        yield dataclasses.replace(by_head, name="class_head", value=value, reason=reason)
-        yield by_head
         classes = len(self.labels.used.unique())
-        yield self._figure("class_means", "across", self._by_means, classes, used)
         texts = 0 if self.texts is None else len(self.texts)
-        yield self._figure("texts", "across", self._by_texts, texts)
+
+        def figure(
+            space: str, measure: Callable[[Comparison], float], gallery: int = 0, labels: int = 0
+        ) -> Callable[[str], Figure]:
+            return partial(
+                self._figure, space=space, measure=measure, gallery=gallery, labels=labels
+            )
+
+        yield "class_head", self._class_head_figure
+        yield "teacher_head", figure("across", self._by_head)
+        yield "class_means", figure("across", self._by_means, classes, used)
+        yield "texts", figure("across", self._by_texts, texts)
         for name, space in (("knn", "across"), ("own_knn", "own")):
             for k in NEIGHBOURS:
-                yield self._figure(f"{name}_{k}", space, methodcaller("knn", k), used, used)
-        yield self._figure("linear_probe", "own", methodcaller("probe"), 0, used)
+                yield f"{name}_{k}", figure(space, methodcaller("knn", k), used, used)
+        yield "linear_probe", figure("own", methodcaller("probe"), 0, used)
         for name, space in (("asymmetric", "across"), ("symmetric", "own")):
             for k in RECALLS:
-                yield self._figure(f"{name}_recall_{k}", space, methodcaller("recall", k), known)
+                yield f"{name}_recall_{k}", figure(space, methodcaller("recall", k), known)
         for k in RECALLS:
-            value, reason = _attempt(partial(self._own_row_recall, k))
-            n = len(self.test)
-            yield Figure(f"own_row_recall_{k}", value, reason, None, n, n, 0)
+            yield f"own_row_recall_{k}", partial(self._own_row_figure, k=k)
+
+    def _class_head_figure(self, name: str) -> Figure:
+        by_head = self._figure("teacher_head", "across", self._by_head)
+        value, reason = _attempt(self._by_class_head)
+        return dataclasses.replace(by_head, name=name, value=value, reason=reason)
+
+    def _own_row_figure(self, name: str, k: int) -> Figure:
+        value, reason = _attempt(partial(self._own_row_recall, k))
+        n = len(self.test)
+        return Figure(name, value, reason, None, n, n, 0)
 
     def _figure(
         self,
