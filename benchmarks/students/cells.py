@@ -55,11 +55,8 @@ class Cell(NamedTuple):
         seed = {"seed": self.seed}
         if self.setting in PLAIN:  # its data hold the labelled images only
             return {"method": "plain", **seed}
-        # The trainer's label term is the mean over a batch's labelled images. With this weight each
-        # of them counts as it does where all have labels; with 1, few labels spoil the student.
-        share = self.percent / 100
         return {
-            **{"method": "embed-kd", "label_fraction": share, "label_weight": share},
+            **{"method": "embed-kd", "label_fraction": self.percent / 100},
             **BANK[self.setting],
             **seed,
         }

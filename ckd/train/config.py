@@ -103,7 +103,8 @@ class Config:
     """Random horizontal flip."""
 
     label_weight: float = 1.0
-    """Weight of the cross-entropy against the labels, the mean over the images that have one."""
+    """Weight of the cross-entropy against the labels: the sum over the images that have one,
+    divided by the number of all images."""
     distill_weight: float = 0.5
     """Weight of the distillation term, and of a term of --distill without a weight of its own."""
     distill: str | None = None

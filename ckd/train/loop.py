@@ -154,9 +154,7 @@ def optimizer_step(run: Run, group: Sequence[Batch]) -> dict[str, float]:
         numbers = torch.stack([loss, *terms.values()]).tolist()
         values = dict(zip(("loss", *terms), numbers))
         refuse_nonfinite(run, values, [batch])
-        # Batches count by their images. With labels for some of them, each batch's cross-entropy is
-        # the mean over its own labels: a label in a batch of few weighs more than one in a batch of
-        # many, as it does between optimizer steps.
+        # Batches count by their images.
         run.scaler.scale(loss * (len(batch.labels) / rows)).backward()
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * len(batch.labels)

@@ -101,13 +101,17 @@ class Method(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """The mean over the rows with a label >= 0; 0, with gradients of 0, if there are none."""
-    some = (labels >= 0).any()
-    # Without a label the mean would be 0/0. Multiplying by `some` needs no value on the host, and
-    # by 1 changes no bit.
-    labels = torch.where(some, labels, 0)
+    """The sum over the rows with a label >= 0, divided by the number of all rows.
+
+    So a label weighs the same whatever the share of images with one. Divided by the labels of a
+    batch alone, few of them would outweigh the other terms and be learnt by heart.
+    """
+    known = labels >= 0
+    # Without a label the mean over the labels would be 0/0; 0 rows of class 0 have the sum 0.
+    labels = torch.where(known.any(), labels, 0)
     mean = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
-    return some * mean
+    # Where all rows have labels the factor is 1, which changes no bit.
+    return known.to(mean.dtype).mean() * mean
 
 
 class LogitKD(Method):
