@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 def flags(config: Config) -> list[str]:
     return [
-        *("--data", config.data, "--bank", config.bank, "--student", STUDENT, "--device", "cpu"),
+        *("--data", config.data, "--bank", *config.bank, "--student", STUDENT, "--device", "cpu"),
         *("--out", str(config.folder), "--epochs", "2", "--batch-size", "14", "--no-tensorboard"),
     ]
 

@@ -102,7 +102,7 @@ def test_teacher_kd_keeps_embeddings_that_float16_cannot_hold(tmp_path, scale):
 
 def test_embed_kd_contrasts_with_the_class_centroids(tmp_path):
     setting = Setting(tmp_path, method="embed-kd", targets="centroids")
-    centroids = EmbeddingBank.open(setting.config.bank).centroids().double()
+    centroids = EmbeddingBank.open(*setting.config.bank).centroids().double()
     _, terms = setting.loss()
     expected = setting.contrastive(centroids, setting.batch.labels, 14.2857)
     assert terms["contrastive"] == pytest.approx(expected, rel=1e-4)
@@ -124,7 +124,7 @@ def test_centroids_too_small_for_float16_keep_their_direction(tmp_path):
 
 def test_embed_kd_contrasts_with_each_samples_own_row(tmp_path):
     setting = Setting(tmp_path, method="embed-kd")  # the default
-    bank = EmbeddingBank.open(setting.config.bank)
+    bank = EmbeddingBank.open(*setting.config.bank)
     _, terms = setting.loss()
     own = bank.positions(setting.batch.sample_ids)
     expected = setting.contrastive(bank.embeddings().double(), own, 14.2857)
@@ -135,7 +135,7 @@ def test_paper_compat_applies_the_softmax_twice_and_no_logit_scale(tmp_path):
     setting = Setting(tmp_path, method="embed-kd", paper_compat=True, centroids_per_class=7)
     loss, terms = setting.loss()
     twice = F.cross_entropy(setting.logits.softmax(1), setting.batch.labels).item()
-    bank = EmbeddingBank.open(setting.config.bank).centroids(7, seed=0).double()
+    bank = EmbeddingBank.open(*setting.config.bank).centroids(7, seed=0).double()
     contrastive = setting.contrastive(bank, setting.batch.labels, 1.0)
     assert terms["cross_entropy"] == pytest.approx(twice, rel=1e-5)
     assert loss == pytest.approx(twice + 0.5 * contrastive, rel=1e-4)

@@ -143,7 +143,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(tmp_path):
 def test_ctrl_c_on_the_command_line_says_how_to_go_on_and_that_works(tmp_path):
     config = tiny_config(tmp_path, epochs=500, checkpoint_steps=5)
     flags = [
-        *("--data", config.data, "--bank", config.bank, "--student", config.student),
+        *("--data", config.data, "--bank", *config.bank, "--student", config.student),
         *("--out", str(config.folder), "--epochs", "500", "--batch-size", "14"),
         *("--no-tensorboard", "--checkpoint-steps", "5"),
     ]

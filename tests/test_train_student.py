@@ -75,7 +75,7 @@ def test_contrastive_alone_keeps_its_projection(tmp_path: Path) -> None:
     assert found.keys() == {"weight", "bias"}
     for name, tensor in found.items():
         assert torch.equal(tensor, tensors[f"method.contrastive.{name}"])
-    bank = EmbeddingBank.open(str(config.bank))
+    bank = EmbeddingBank.open(*config.bank)
     assert student.comparable(bank.embeddings()).shape == (len(bank), student.model.embedding_dim)
 
 

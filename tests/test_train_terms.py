@@ -19,7 +19,8 @@ from ckd.data import Batch
 from ckd.models import ModelOutput
 from ckd.neighbours import build_neighbours
 from ckd.train import CheckpointError, ConfigError, Interrupted, checkpoint, curves, terms, train
-from ckd.train.methods import _cross_entropy, method_class
+from ckd.train.method import cross_entropy
+from ckd.train.methods import method_class
 from ckd.train.mix import HEAD_TERMS, TERM_NAMES
 from ckd.train.terms import TERMS
 from tests.test_bank_statistics import as_version_1
@@ -44,7 +45,7 @@ def class_head(order: tuple[int, ...] = (0, 1, 2)) -> ClassHead:
 def bank_with_head(folder: Path, head: ClassHead | None = None, **settings: Any) -> str:
     """The rows of the tiny bank in two shards, far from zero, with a class head."""
     config = tiny_config(folder)
-    old, path = EmbeddingBank.open(config.bank), folder / "with head"
+    old, path = EmbeddingBank.open(*config.bank), folder / "with head"
     options = {"fingerprint": old.meta["fingerprint"], "class_names": old.class_names, **settings}
     options |= {"class_head": head or class_head(), "rows_per_shard": 50}
     with BankWriter(path, 12, **options) as writer:
@@ -72,7 +73,7 @@ def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 
 def double(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
     """h and the standardised own rows by their formulas in float64, and all rows of the bank."""
-    bank = EmbeddingBank.open(setting.config.bank)
+    bank = EmbeddingBank.open(*setting.config.bank)
     rows = bank.embeddings().double()
     sigma = rows.var(dim=0, correction=0).mean().sqrt()
     net = setting.method.head.net
@@ -120,7 +121,7 @@ def test_the_mass_left_out_is_that_of_the_training_images(tmp_path):
     config = tiny_config(tmp_path, distill="soft")
     part = copy.copy(data.load(config.data))
     part.sample_ids = part.sample_ids[7:30]
-    bank = EmbeddingBank.open(config.bank)
+    bank = EmbeddingBank.open(*config.bank)
     neighbours = build_neighbours(bank.path, **NEIGHBOURS, progress=False)
     term = TERMS["soft"].build(terms.Setting(config, bank, part, None, CPU))
     own = neighbours.left_out[bank.positions(part.sample_ids)]
@@ -181,14 +182,14 @@ def test_contrastive_with_centroids_goes_with_terms_of_the_own_row(tmp_path):
         tmp_path, bank=bank_with_head(tmp_path), distill="contrastive,cosine", targets="centroids"
     )
     _, terms = setting.loss()
-    bank = EmbeddingBank.open(setting.config.bank)
+    bank = EmbeddingBank.open(*setting.config.bank)
     expected = setting.contrastive(bank.centroids().double(), setting.batch.labels, 14.2857)
     assert terms["contrastive"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_mix_with_centroids_needs_a_row_for_every_image_before_it_trains(tmp_path):
     config = tiny_config(tmp_path, targets="centroids")
-    whole, path = EmbeddingBank.open(config.bank), tmp_path / "fewer"
+    whole, path = EmbeddingBank.open(*config.bank), tmp_path / "fewer"
     settings = {"class_names": whole.class_names, "fingerprint": whole.meta["fingerprint"]}
     with BankWriter(path, 12, **settings) as writer:
         writer.write(whole.sample_ids[:80], whole.embeddings()[:80], whole.labels[:80])
@@ -248,7 +249,7 @@ def test_cross_entropy_of_labelled_rows_keeps_every_bit(smoothing, batch):
     logits = torch.randn(batch, 10, generator=generator).requires_grad_()
     labels = torch.randint(10, (batch,), generator=generator)
     losses = (
-        _cross_entropy(logits, labels, smoothing),
+        cross_entropy(logits, labels, smoothing),
         F.cross_entropy(logits, labels, label_smoothing=smoothing),
     )
     assert torch.equal(*losses)
@@ -259,19 +260,19 @@ def test_cross_entropy_of_labelled_rows_keeps_every_bit(smoothing, batch):
 def test_cross_entropy_is_the_sum_over_the_labels_per_row(smoothing):
     logits = torch.randn(6, 3).requires_grad_()
     labels = torch.tensor([2, -1, 0, -1, -1, 1])
-    loss, known = _cross_entropy(logits, labels, smoothing), labels >= 0
+    loss, known = cross_entropy(logits, labels, smoothing), labels >= 0
     expected = F.cross_entropy(logits[known], labels[known], label_smoothing=smoothing)
     torch.testing.assert_close(loss, expected * 3 / 6)
     loss.backward()
     assert logits.grad[~known].abs().max() == 0
     logits.grad = None
-    none = _cross_entropy(logits, torch.full((6,), -1), smoothing)
+    none = cross_entropy(logits, torch.full((6,), -1), smoothing)
     assert none.item() == 0
     none.backward()
     assert logits.grad.abs().max() == 0
     with torch.no_grad():
         logits[2] = torch.nan
-    assert _cross_entropy(logits, labels, smoothing).isnan()
+    assert cross_entropy(logits, labels, smoothing).isnan()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +401,7 @@ def test_a_bank_of_the_first_version_trains_to_the_same_bytes(tmp_path):
     for version in (2, 1):
         config = tiny_config(tmp_path, distill="cosine", epochs=1, out=str(tmp_path / f"{version}"))
         if version == 1:
-            as_version_1(Path(config.bank))
+            as_version_1(Path(*config.bank))
         train(config, verbose=False)
         results.append(outcome(config.folder)["student"])
     assert results[0] == results[1]
@@ -418,7 +419,7 @@ def test_a_head_lets_the_student_take_the_teachers_place(tmp_path):
         embedding = student(models.prepare(student, test.images)).embedding
     h = embedding @ tensors["method.head.net.weight"].T + tensors["method.head.net.bias"]
     z = tensors["method.head.mean"] + tensors["method.head.sigma"] * h
-    centroids = EmbeddingBank.open(config.bank).centroids()
+    centroids = EmbeddingBank.open(*config.bank).centroids()
     classes = (F.normalize(z, dim=1) @ F.normalize(centroids, dim=1).T).argmax(1)
     assert (classes == test.labels).float().mean() > 0.9
 
@@ -490,7 +491,7 @@ def test_a_class_head_of_other_classes_is_refused(tmp_path):
 
 def test_rows_that_are_all_the_same_cannot_be_standardised(tmp_path):
     config = tiny_config(tmp_path)
-    old = EmbeddingBank.open(config.bank)
+    old = EmbeddingBank.open(*config.bank)
     with BankWriter(tmp_path / "same", 12) as writer:
         writer.write(old.sample_ids, torch.ones(90, 12), old.labels)
     same = replace(config, bank=str(tmp_path / "same"), distill="mse")
@@ -522,6 +523,6 @@ def test_logits_of_data_without_classes_are_refused(tmp_path):
     method = method_class(config)
     assert not method.trains_class_head(config, nameless)
     student = models.create(config.student, num_classes=None, image_size=8, in_channels=1)
-    bank = EmbeddingBank.open(config.bank)
+    bank = EmbeddingBank.open(*config.bank)
     with pytest.raises(ConfigError, match=r"compares logits of classes, and .* has no classes"):
         TERMS["logits"].build(terms.Setting(config, bank, nameless, student, CPU))

@@ -231,7 +231,7 @@ def config_of(method: str, setting: Setting) -> Config:
         student=setting.student,
         teacher=setting.teacher_spec if runs_teacher else None,
         teacher_weights=setting.teacher_weights if runs_teacher else None,
-        bank=f"{setting.folder}/bank" if method == "embed-kd" else None,
+        bank=(f"{setting.folder}/bank",) if method == "embed-kd" else (),
         targets="centroids",  # as published: the paper's claims of cost are about them
         out=setting.folder,
         batch_size=setting.batch_size,

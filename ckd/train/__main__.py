@@ -82,6 +82,8 @@ def parse(argv: Sequence[str], prog: str = PROG) -> Command:
         stored = dataclasses.replace(stored, teacher_weights=None, teacher_classes=None, pool=None)
     if command.resume is not None:
         stored = dataclasses.replace(stored, out=str(folder))  # the folder may have been moved
+    if command.config.bank:  # in place of the stored ones: --bank adds to its default
+        stored = dataclasses.replace(stored, bank=())
     command = _parse(argv, prog, stored)
     if command.resume is not None and command.config.folder != folder:
         raise ConfigError(

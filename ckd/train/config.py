@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import tyro
+
 from ckd._files import atomic_write, user_path
 from ckd._hints import check_choices, flag
 from ckd._json import CHECKSUM, JsonError, as_dataclass, is_number, read_object, sealed, unsealed
@@ -24,9 +26,9 @@ AmpMode = Literal["off", "bf16", "fp16"]
 AMP_MODES = get_args(AmpMode)
 
 # Under `paper_compat`, a field that was left at its default takes the value of the paper's code.
-# Besides, the class head's softmax is applied twice and logit-kd is a cross-entropy against
-# the teacher's probabilities (methods.py), the learning rate changes once an epoch and every
-# parameter decays (schedule.py).
+# Besides, the class head's softmax is applied twice (method.py) and logit-kd is a cross-entropy
+# against the teacher's probabilities (methods.py), the learning rate changes once an epoch and
+# every parameter decays (schedule.py).
 PAPER_SETTINGS: Mapping[str, Any] = {
     "epochs": 200,
     "targets": "centroids",
@@ -62,8 +64,11 @@ class Config:
     """Refuse encoded images of more pixels than this (default: 2^26) before decoding them."""
     student: str = "vit"
     """The student model, NAME[:key=value,...]; vit is the paper's (patch 4, width 256)."""
-    bank: str | None = None
-    """embed-kd: the folder of teacher embeddings, made by `python -m ckd.bank build`."""
+    bank: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """embed-kd: the folder of teacher embeddings, made by `python -m ckd.bank build`; several
+    (--bank A --bank B) are distilled at once, each with terms, head and projection of its own."""
+    bank_weights: tuple[float, ...] = ()
+    """Weight of the terms of each --bank, in their order; default: 1 each."""
     teacher: str | None = None
     """logit-kd and teacher-kd: a model spec, a run folder or a .safetensors file."""
     teacher_weights: str | None = None
@@ -150,12 +155,14 @@ class Config:
     """Write TensorBoard events, if it is installed."""
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen. One bank may be given as a string.
+        object.__setattr__(self, "bank", _banks(self.bank))
         if not self.paper_compat:
             return
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in PAPER_SETTINGS.items():
             if getattr(self, name) == defaults[name]:
-                object.__setattr__(self, name, value)  # the dataclass is frozen
+                object.__setattr__(self, name, value)
 
     @property
     def folder(self) -> Path:
@@ -191,6 +198,7 @@ class Config:
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
+        self._check_banks()
         self._check_mix()
         if self.pool is not None and self.method != "teacher-kd":
             raise ConfigError(
@@ -202,6 +210,21 @@ class Config:
                 f"--warmup-epochs must be at most --epochs ({self.epochs}), "
                 f"got {self.warmup_epochs}"
             )
+
+    def _check_banks(self) -> None:
+        """Raise ConfigError for a bank that is named twice, and unless each weight has its bank."""
+        if twice := [bank for bank in self.bank if self.bank.count(bank) > 1]:
+            raise ConfigError(f"--bank names {twice[0]} twice")
+        if self.bank_weights and len(self.bank_weights) != len(self.bank):
+            raise ConfigError(
+                f"--bank-weights must be one number for each --bank ({len(self.bank)}), "
+                f"got {len(self.bank_weights)}"
+            )
+        for weight in self.bank_weights:
+            if not (is_number(weight) and weight > 0):
+                raise ConfigError(
+                    f"--bank-weights must be above 0, got {weight}; leave out the bank instead"
+                )
 
     def _check_mix(self) -> None:
         """Raise ConfigError for terms that cannot be parsed, or do not go with other settings."""
@@ -232,8 +255,11 @@ class Config:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as config.json holds them."""
-        return dataclasses.asdict(self)
+        """The settings as config.json holds them. With one bank it is that of earlier versions."""
+        settings = dataclasses.asdict(self)
+        settings["bank"] = [*self.bank] if len(self.bank) > 1 else next(iter(self.bank), None)
+        weights = settings.pop("bank_weights")
+        return {**settings, "bank_weights": [*weights]} if weights else settings
 
     def save(self, path: Path) -> None:
         """Write config.json. Raises OSError."""
@@ -242,10 +268,13 @@ class Config:
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], source: Path) -> Config:
         """The inverse of `to_dict`; ConfigError names `source` and the fields that do not fit."""
+        settings = {"bank_weights": [], **settings}
         known = {field.name for field in dataclasses.fields(cls)}
         if settings.keys() != known:
             misfits = ", ".join(sorted(settings.keys() ^ known))
             raise ConfigError(f"{source} was written by another version of ckd (fields: {misfits})")
+        for name in ("bank", "bank_weights"):
+            settings[name] = _banks(settings[name])
         try:
             config = as_dataclass(cls, settings)
             config.check()
@@ -279,10 +308,17 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Fields that differ and forbid a resume (not in MAY_DIFFER_ON_RESUME), with both values."""
     before, after = old.to_dict(), new.to_dict()
     return {
-        name: (before[name], after[name])
-        for name in before
-        if name not in MAY_DIFFER_ON_RESUME and before[name] != after[name]
+        name: (before.get(name), after.get(name))
+        for name in before | after
+        if name not in MAY_DIFFER_ON_RESUME and before.get(name) != after.get(name)
     }
+
+
+def _banks(given: Any) -> Any:
+    """The tuple that a string, a list or None stands for; anything else as it is."""
+    if given is None or isinstance(given, str):
+        return () if given is None else (given,)
+    return tuple(given) if isinstance(given, list) else given
 
 
 _SIZE, _COUNT = 4096, 2**31 - 1  # the most pixels of a model's side; of anything counted

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from ckd.train.figures import (
     save_figure,
 )
 
-# Terms of the training loss in the order in which they are drawn.
+# Terms of the training loss in the order in which they are drawn. With several banks, the names of
+# embed-kd's end in the number of the bank: cosine_1.
 _TERMS = {
     "loss": ("total", BLUE),
     "cross_entropy": ("cross-entropy", ORANGE),
@@ -43,14 +45,15 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
     # A single point draws no line, so mark it.
     style = {"linewidth": 1.8, "marker": "o" if len(epochs) == 1 else None, "markersize": 5}
 
-    terms = [name for name in _TERMS if all(name in record for record in records)]
-    if terms == ["loss", "cross_entropy"]:
-        terms = ["loss"]  # without distillation both are the same curve
-    lines = [
-        (label, colour, [record[name] for record in records])
-        for name, (label, colour) in _TERMS.items()
-        if name in terms
+    terms = [
+        (name, label + number.replace("_", " "), colour)
+        for term, (label, colour) in _TERMS.items()
+        for name, number in _logged(term, records[0])
+        if all(name in record for record in records)
     ]
+    if [name for name, *_ in terms] == ["loss", "cross_entropy"]:
+        del terms[1]  # without distillation both are the same curve
+    lines = [(label, colour, [record[name] for record in records]) for name, label, colour in terms]
     if scored:
         lines.append(("test", GREY, [record["test_loss"] for record in records]))
     for label, colour, values in lines:
@@ -79,3 +82,11 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path, title: str) ->
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(literal(title), x=0.01, ha="left", fontsize=11, fontweight="bold")
     save_figure(figure, path)
+
+
+def _logged(term: str, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The names under which a record has a term, and what they add to its own: "", "_1", "_2"."""
+    for name in record:
+        number = name.removeprefix(term)
+        if name.startswith(term) and re.fullmatch("(_[0-9]+)?", number):
+            yield name, number

@@ -108,7 +108,7 @@ def _run_demo(folder: Path) -> None:
             config = replace(
                 STUDENT,
                 method=method,
-                bank=str(bank.path),
+                bank=(str(bank.path),),
                 seed=seed,
                 out=str(folder / f"{method}-seed{seed}"),
             )

@@ -101,7 +101,7 @@ class Run:
         total, labelled = len(self.train_set), self.train_set.labelled
         if not self.config.label_weight and self.config.targets != "centroids":
             labelled = 0
-        notes = []
+        notes = [*self.method.notes]
         if labelled < total:
             notes.append(f"{labelled:,} of {total:,} training images are used with their labels")
         if self.student.num_classes is None:

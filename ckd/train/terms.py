@@ -95,8 +95,13 @@ class Step:
 class Term:
     """What a term has beside its loss, an nn.Module: how it is made, and what it compares."""
 
-    uses_head = False  # that from the student into the teacher's space
+    uses_head = False  # that from the student into the space of the bank's teacher
     inputs: Mapping[str, str] = {}  # hashes of what it reads beside the rows of the bank
+
+    @classmethod
+    def serves(cls, setting: Setting) -> bool:
+        """Whether the term acts on this bank, if it does on another one of the run."""
+        return True
 
     @classmethod
     def build(cls, setting: Setting) -> Any:
@@ -143,7 +148,7 @@ class Contrastive(Term, EmbeddingDistillationLoss):
             centroids = bank.centroids(config.centroids_per_class, seed=config.seed)
             if len(centroids) != len(dataset.class_names):
                 raise ConfigError(
-                    f"the bank {config.bank} has rows of {len(centroids)} classes, "
+                    f"the bank {bank.path} has rows of {len(centroids)} classes, "
                     f"{dataset.name} has {len(dataset.class_names)}; build a bank of this data"
                 )
             rows = half_if_accurate(centroids)
@@ -227,6 +232,10 @@ class Logits(Term, LogitDistillationLoss):
     bias: Tensor
 
     @classmethod
+    def serves(cls, setting: Setting) -> bool:
+        return setting.bank.class_head() is not None
+
+    @classmethod
     def build(cls, setting: Setting) -> Logits:
         config, bank, dataset = setting.config, setting.bank, setting.dataset
         if not dataset.class_names:
@@ -241,7 +250,7 @@ class Logits(Term, LogitDistillationLoss):
                 "none; make a bank of a teacher with a linear class head, without --normalize: "
                 f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
             )
-        source = f"the class head of the bank {config.bank}"
+        source = f"the class head of the bank {bank.path}"
         remedy = "leave logits out, or build a bank of a teacher fine-tuned on this data"
         check_classes("--distill logits needs a class head", source, head, dataset, remedy)
         order: Any = head.order

@@ -81,6 +81,16 @@ def bank_in_another_order(tmp_path: Path) -> None:
     train(replace(config, bank=str(path)), verbose=False)
 
 
+def second_bank(path: str) -> Callable[[Path], Any]:
+    """A tiny run with a further bank."""
+
+    def call(tmp_path: Path) -> None:
+        config = tiny_config(tmp_path)
+        train(replace(config, bank=(*config.bank, path)), verbose=False)
+
+    return call
+
+
 def teacher_of_classes(count: int | None) -> Callable[[Path], Any]:
     """logit-kd with a teacher that has this many classes, not three; None: no class head."""
 
@@ -251,6 +261,14 @@ CASES = [
          ("holds none", "python -m ckd.bank build --teacher SPEC")),
     Case("similarities without neighbours", set_to(distill="soft"), (BankError, ConfigError),
          ("neighbours", "python -m ckd.bank neighbours")),
+    Case("bank that is named twice", set_to(bank=("a", "b", "a")), ConfigError,
+         ("--bank names a twice",)),
+    Case("weights of other banks", set_to(bank=("a", "b"), bank_weights=(1.0,)), ConfigError,
+         ("--bank-weights must be one number for each --bank (2), got 1",)),
+    Case("bank of weight zero", set_to(bank=("a", "b"), bank_weights=(1.0, 0.0)), ConfigError,
+         ("--bank-weights must be above 0, got 0.0", "leave out the bank")),
+    Case("second bank that is not there", second_bank("nowhere"), BankError,
+         ("nowhere is not a bank",)),
     Case("bank that is not there", set_to(bank="nowhere"), BankError, ("nowhere is not a bank",)),
     Case("bank of other data", bank_of_other_data, BankError, ("fingerprint", "this data has")),
     Case("bank of other classes", bank_with(class_names=["a", "b", "c"]), BankError,
