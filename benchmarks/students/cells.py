@@ -13,6 +13,7 @@ PLAIN = {"plain": 1.0, "plain-longer": LONGER}
 # The fields of ckd.train.Config of each setting with a bank.
 BANK: Mapping[str, Mapping[str, Any]] = {
     "cosine": {"distill": "cosine=5"},
+    "cosine-mlp": {"distill": "cosine=5", "head": "mlp"},
     "contrastive": {"distill": "contrastive=1"},
     "centroids": {"distill": "contrastive=1", "targets": "centroids"},
     "mse": {"distill": "mse=1", "head": "mlp"},
@@ -20,10 +21,10 @@ BANK: Mapping[str, Mapping[str, Any]] = {
     "logits": {"distill": "logits=1"},
     "cosine+contrastive": {"distill": "cosine=5,contrastive=1"},
     "cosine+soft": {"distill": "cosine=5,soft=1"},
-    "cosine+logits": {"distill": "cosine=5,logits=1"},
+    "soft+logits": {"distill": "soft=1,logits=1"},
 }
 SETTINGS = (*PLAIN, *BANK)
-HEADLINE = (*PLAIN, "cosine", "contrastive", "mse", "soft", "cosine+contrastive")
+HEADLINE = (*PLAIN, "cosine", "cosine-mlp", "contrastive", "soft", "logits", "cosine+soft")
 
 # Figures of ckd.eval, and the heads of their columns.
 FIGURES = {

@@ -92,28 +92,28 @@ def draw(record: Record, path: Path) -> None:
     cells = record["cells"]
     teachers = [t for t in record["settings"]["teachers"] if any(c["teacher"] == t for c in cells)]
     percents = sorted({cell["percent"] for cell in cells})
+    shown = [name for name in SETTINGS if any(cell["setting"] == name for cell in cells)]
+    styles = dict(zip(shown, itertools.product(("-", "--"), COLOURS)))
     figure, axes = figures.new_figure(5.6 * len(teachers), 4.0, columns=len(teachers), sharey=True)
     for one, teacher in zip(axes, teachers):
         ends = []
-        shown = [s for s in SETTINGS if any(c["setting"] == s for c in cells)]
-        for colour, setting in zip(itertools.cycle(COLOURS), shown):
-            points = []
-            for place, percent in enumerate(percents):
-                values = [
-                    100 * value
-                    for cell in cells
-                    if cell["setting"] == setting
-                    and cell["percent"] == percent
-                    and cell["teacher"] in ("", teacher)
-                    and (value := best(cell["figures"])) is not None
-                ]
-                if values:
-                    points.append((place, statistics.mean(values)))
+        own = [cell for cell in cells if cell["teacher"] in ("", teacher)]
+        for setting, (dashes, colour) in styles.items():
+            means = [_accuracy(setting, percent, own) for percent in percents]
+            points = [(place, mean) for place, mean in enumerate(means) if mean is not None]
             if points:
-                one.plot(*zip(*points), color=colour, marker="o", markersize=4, linewidth=1.6)
+                style = {"marker": "o", "markersize": 4, "linewidth": 1.6}
+                one.plot(*zip(*points), dashes, color=colour, **style)
                 ends.append((setting, colour, points[-1][1]))
         figures.label_ends(one, ends, gap=0.06)
         one.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
         one.set_xlabel("labelled images (%)", fontsize=9)
         one.set_title(f"Test accuracy (%), teacher {teacher}", fontsize=10, loc="left")
     figures.save_figure(figure, path)
+
+
+def _accuracy(setting: str, percent: float, cells: Iterable[Record]) -> float | None:
+    """The mean over the seeds, in percent; None without any."""
+    same = [cell for cell in cells if (cell["setting"], cell["percent"]) == (setting, percent)]
+    values = [value for cell in same if (value := best(cell["figures"])) is not None]
+    return 100 * statistics.mean(values) if values else None
