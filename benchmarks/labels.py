@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         try:
             options.record, code = measure(options), 0
-        except (CkdError, ImportError, OSError, ValueError) as error:
+        except (CkdError, Failed, ImportError, OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         table.show(options.record)
@@ -173,11 +173,12 @@ def measure(options: argparse.Namespace) -> Record:
     """Train and measure what is missing in --out; writes its labels.json after every cell."""
     end = time.time() + options.limit_seconds
     images = write_images(options.data, options.images, options.test_images, options.out)
-    knows_classes = {}
-    for spec, weights in options.teacher:
-        bank = write_banks(spec, weights, images, options.device, options.batch_size)
-        head = bank.class_head()
-        knows_classes[spec] = head is not None and head.num_classes == len(bank.class_names)
+    knows_classes = dict.fromkeys((spec for spec, _ in options.teacher), False)
+    build = partial(write_banks, images, options.device, options.batch_size)
+    for (spec, _), knows in each(build, options.teacher, options.jobs, PATIENCE):
+        if isinstance(knows, Failed):
+            raise knows
+        knows_classes[spec] = knows
     shared = ("student", "epochs", "batch_size", "lr", "amp")
     settings = {name: getattr(options, name) for name in ("data", *shared)}
     settings |= {

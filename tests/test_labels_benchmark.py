@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from ckd import data, models
 from ckd.train import Config
 from students import table
 from students.cells import HEADLINE, PERCENTS, PLAIN, SETTINGS, Cell, ordered
-from students.material import labelled_images, write_images
+from students.material import labelled_images, write_banks, write_images
 from students.teachers import EFFICIENTNET, teacher
+from students.trial import Plan, finished, run
 
 KNOWS, OTHER = "resnet56", EFFICIENTNET
 SPEC = "vit:width=16,layers=1,heads=2"
@@ -129,46 +132,69 @@ def test_bad_settings_are_named(
     assert not (tmp_path / "c").exists()
 
 
-def run(out: Path, *words: str) -> int:
-    teacher_file = out.parent / "teacher.safetensors"
-    if not teacher_file.exists():
-        model = models.create(SPEC, num_classes=10, image_size=8, in_channels=1)
-        models.save(model, teacher_file, class_names=[str(digit) for digit in range(10)])
-    about = ["--data", "digits", "--images", "300", "--test-images", "60", "--device", "cpu"]
-    about += ["--teacher", SPEC, str(teacher_file), "--student", SPEC, "--epochs", "1"]
-    return labels.main([*about, "--out", str(out), "--threads", "1", *words])
+def write_teacher(folder: Path) -> Path:
+    file = folder / "teacher.safetensors"
+    model = models.create(SPEC, num_classes=10, image_size=8, in_channels=1)
+    models.save(model, file, class_names=[str(digit) for digit in range(10)])
+    return file
 
 
+def test_a_cell_is_trained_and_measured_once(tmp_path: Path) -> None:
+    images = write_images("digits", 300, 60, tmp_path)
+    assert next(write_banks(images, "cpu", 128, (SPEC, write_teacher(tmp_path)))) is True
+    (tmp_path / "cells").mkdir()
+    about = {"student": SPEC, "epochs": 1, "batch_size": 100, "lr": 1e-3, "amp": "off"}
+    threads = torch.get_num_threads()
+    how = {"device": "cpu", "threads": threads, "end": math.inf, "reference": "cosine"}
+    plan = Plan(tmp_path, **about, **how)
+    for chosen in (Cell("", "plain", 10, 3), Cell(SPEC, "cosine", 0, 3), Cell(SPEC, "soft", 10, 3)):
+        assert finished(plan, chosen) is None
+        assert list(run(replace(plan, end=0.0), chosen)) == []
+        (record,) = run(plan, chosen)
+        assert finished(plan, chosen) == record
+        assert Cell(*(record[name] for name in Cell._fields)) == chosen
+        plain, labelled = chosen.setting == "plain", chosen.percent > 0
+        figures = {name for name, value in record["figures"].items() if value is not None}
+        assert ("class_head" in figures) == labelled
+        assert ("class_means" in figures) == (labelled and not plain)
+        assert ("asymmetric_recall_10" in figures) == (not plain)
+        assert bool(record["teachers_own"]) == (chosen.setting == "cosine")
+
+
+@pytest.mark.slow
 def test_a_run_is_measured_and_goes_on_where_it_was_stopped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    some = ["--settings", "plain,cosine", "--percents", "0,10", "--seeds", "1"]
-    assert run(out, *some, "--limit-seconds", "1e-9") == 0  # banks, and no cell
+    about = ["--data", "digits", "--images", "300", "--test-images", "60", "--device", "cpu"]
+    about += ["--teacher", SPEC, str(write_teacher(tmp_path)), "--student", SPEC, "--epochs", "1"]
+    about += ["--settings", "plain,cosine", "--percents", "0,10", "--seeds", "1", "--threads", "1"]
+    about += ["--out", str(out)]
+    assert labels.main([*about, "--limit-seconds", "1e-9"]) == 0  # banks, and no cell
     assert json.loads((out / "labels.json").read_text())["cells"] == []
 
-    assert run(out, *some) == 0
+    assert labels.main(about) == 0
     record = json.loads((out / "labels.json").read_text())
     assert len(record["cells"]) == 3
     assert record["failed"] == []
     assert record["settings"]["images"] == 300
-    cosine = next(cell for cell in record["cells"] if cell["setting"] == "cosine")
-    assert cosine["figures"]["asymmetric_recall_10"] is not None
-    assert cosine["teachers_own"]["asymmetric_recall_10"] is not None
     printed = capfd.readouterr().out
     assert "labels of 10 % of the images" in printed
     assert "\n| plain " in printed
 
     stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     assert len(stamps) == 3
-    assert run(out, *some) == 0
+    assert labels.main(about) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}
-    assert json.loads((out / "labels.json").read_text())["cells"] == record["cells"]
+    again = json.loads((out / "labels.json").read_text())["cells"]
+    assert sorted(map(str, again)) == sorted(map(str, record["cells"]))
 
-    assert labels.main(["--show", str(out / "labels.json")]) == 0
+    figure = tmp_path / "figure.png"
+    assert labels.main(["--show", str(out / "labels.json"), "--plot", str(figure)]) == 0
     assert "labels of 10 % of the images" in capfd.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
-    assert run(out, *some, "--batch-size", "64") == 1
+    assert labels.main([*about, "--batch-size", "64"]) == 1
     assert "has runs with batch_size 128, not 64" in capfd.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 
 from ckd import data
 from ckd._files import atomic_write
-from ckd.bank import EmbeddingBank
 from ckd.bank.build import build_bank
 from ckd.neighbours import build_neighbours
 from students.teachers import teacher
@@ -46,19 +46,20 @@ def labelled_images(images: Path, percent: float, seed: int) -> Path:
 
 
 def write_banks(
-    spec: str, weights: Path | None, images: Path, device: str, batch_size: int
-) -> EmbeddingBank:
-    """Make the teacher's banks of the training images, with neighbours for the term soft, and of
-    the test images; complete ones stay as they are. Returns the first."""
+    images: Path, device: str, batch_size: int, named: tuple[str, Path | None]
+) -> Iterator[bool]:
+    """Make the banks of a teacher (a spec and its weights): of the training images, with neighbours
+    for the term soft, and of the test images; complete ones stay as they are. Yields whether it has
+    a class head of the data's classes."""
+    spec, weights = named
     model, banks = teacher(spec, weights), []
     for split in ("train", "test"):
-        folder = bank_folder(images.parent, spec, split)
         dataset = data.load(images, split)
         banks.append(
             build_bank(
                 dataset,
                 model,
-                folder,
+                bank_folder(images.parent, spec, split),
                 batch_size=batch_size,
                 device=device,
                 rows_per_shard=len(dataset),  # a step looks its rows up in one file
@@ -66,7 +67,8 @@ def write_banks(
         )
     # The term soft takes the exact mean rows, beside which the nearest rows are of no use.
     build_neighbours(banks[0].path, k=1, exact=True, device=device)
-    return banks[0]
+    head = banks[0].class_head()
+    yield head is not None and head.num_classes == len(dataset.class_names)
 
 
 def bank_folder(folder: Path, spec: str, split: str) -> Path:
