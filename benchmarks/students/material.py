@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ckd import data
 from ckd._files import atomic_write
@@ -51,6 +53,7 @@ def write_banks(
     """Make the banks of a teacher (a spec and its weights): of the training images, with neighbours
     for the term soft, and of the test images; complete ones stay as they are. Yields whether it has
     a class head of the data's classes."""
+    tqdm.set_lock(threading.RLock())  # not a semaphore, which outlives a killed worker
     spec, weights = named
     model, banks = teacher(spec, weights), []
     for split in ("train", "test"):
