@@ -209,6 +209,7 @@ def test_several_banks_survive_config_json(tmp_path):
         ({"bank": ["a", 3]}, "bank"),
         ({"bank": {"a": "b"}}, "bank"),
         ({"bank": ["a", "a"]}, "--bank names a twice"),
+        ({"bank": ["a", "b", "./a/"]}, "--bank names a twice"),
         ({"bank_weights": [1.0]}, "one number for each --bank"),
         ({"bank_weights": ["1"]}, "bank_weights"),
         ({"bank_weights": "12"}, "bank_weights"),

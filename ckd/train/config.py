@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,8 @@ class Config:
 
     def _check_banks(self) -> None:
         """Raise ConfigError for a bank that is named twice, and unless each weight has its bank."""
-        if twice := [bank for bank in self.bank if self.bank.count(bank) > 1]:
+        folders = [os.path.normpath(bank) for bank in self.bank]
+        if twice := [folder for folder in folders if folders.count(folder) > 1]:
             raise ConfigError(f"--bank names {twice[0]} twice")
         if self.bank_weights and len(self.bank_weights) != len(self.bank):
             raise ConfigError(
