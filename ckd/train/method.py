@@ -85,8 +85,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     # Without a label the mean over the labels would be 0/0; 0 rows of class 0 have the sum 0.
     labels = torch.where(known.any(), labels, 0)
     mean = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, label_smoothing=label_smoothing)
-    # Where all rows have labels the factor is 1, which changes no bit.
-    return known.to(mean.dtype).mean() * mean
+    # A quotient of two tensors is exactly 1 where all rows have labels, which changes no bit. CUDA
+    # multiplies by a rounded reciprocal in `mean`, and in a division by a number.
+    return known.sum() / torch.ones_like(known).sum() * mean
 
 
 def float_logits(output: ModelOutput) -> Tensor:
