@@ -100,6 +100,12 @@ def test_the_teachers_name_is_that_of_the_bank(tmp_path: Path) -> None:
         assert [one.name for one in ckd.load_student(config.folder).teachers] == [name]
 
 
+def test_a_name_that_is_too_long_for_the_file_is_cut(tmp_path: Path) -> None:
+    """A file refuses it, which must not happen after the training."""
+    config = run(tmp_path, bank=bank_with_head(tmp_path, teacher="x" * 5000))
+    assert [one.name for one in ckd.load_student(config.folder).teachers] == ["x" * 4096]
+
+
 @pytest.mark.parametrize("mix", ["cosine", "contrastive"])
 def test_the_average_is_that_of_the_student_and_of_its_map(tmp_path: Path, mix: str) -> None:
     config = run(tmp_path, ema=0.5, distill=mix)

@@ -22,7 +22,7 @@ from ckd.models.weights import DAMAGE, not_safetensors
 # One entry: safetensors writes several in no fixed order, but equal models must give equal files.
 _HEADER = "ckd_model"
 _LIMIT_BYTES = 16 << 20
-_LIMIT_NAME = 4096  # characters of a model's name, which may be a folder, and of a teacher's
+_LIMIT_NAME = 4096  # characters of a model's name, which may be a folder
 _LIMIT_TEACHERS = 256  # their types are checked one by one
 _LARGEST_DIM = 2**31 - 1  # of a teacher's rows
 _FLOAT = torch.finfo(torch.float32)
@@ -157,7 +157,7 @@ def _ranges(description: Description) -> Iterator[tuple[str, bool]]:
 def _is_map(about: teacher_map.Description) -> bool:
     hidden = about["hidden"]
     return (
-        len(about["name"]) <= _LIMIT_NAME
+        len(about["name"]) <= teacher_map.NAME_LIMIT
         and _is_size(about["dim"], _LARGEST_DIM)
         and (_is_size(hidden, _LARGEST_DIM) if about["head"] == "mlp" else hidden is None)
         and (about["head"] is not None or about["projection"] is not None)

@@ -15,6 +15,7 @@ from ckd.models.base import first_line
 from ckd.models.spec import ModelError
 from ckd.models.weights import DAMAGE, Weights, fill
 
+NAME_LIMIT = 4096  # characters of a teacher's name in a file
 _PREFIX = "teachers"  # of the tensors' names in a file: teachers.0.head.mean
 
 

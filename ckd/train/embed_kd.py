@@ -14,6 +14,7 @@ from ckd.bank import BankError, EmbeddingBank
 from ckd.data import Batch, Dataset
 from ckd.losses import TeacherSpaceHead
 from ckd.models import ModelOutput, TeacherMap
+from ckd.models.teacher_map import NAME_LIMIT
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
 from ckd.train.method import Method
@@ -115,7 +116,8 @@ class EmbedKD(Method):
             if (contrastive := terms.get("contrastive")) is not None:
                 parts |= {"weight": contrastive.weight, "bias": contrastive.bias}
             if parts:
-                maps.append(TeacherMap(bank.teacher_name, bank.dim, **parts))
+                name = bank.teacher_name[:NAME_LIMIT]  # a longer one would be refused at the end
+                maps.append(TeacherMap(name, bank.dim, **parts))
         return maps
 
 
