@@ -29,6 +29,7 @@ from ckd.models import (
     save,
     weights_hash,
 )
+from ckd.models.description import checksum
 from tests.model_files import NAMES, SPECS, description, resealed
 
 W, D = 16, 12  # widths of the student and of the teacher
@@ -142,6 +143,9 @@ def test_with_a_projection_rows_are_brought_to_the_student(tmp_path: Path) -> No
     assert one.bias is not None
     expected = rows.double() @ one.weight.double().T + one.bias.double()
     torch.testing.assert_close(student.comparable(rows).double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(student.comparable(rows), one.comparable(rows.float()))
+        assert student.comparable(rows).dtype == torch.float32
     # The cosines are those of the contrastive loss.
     found = ckd.top_k(features, student.comparable(rows), 3)
     assert torch.equal(found.rows, ckd.top_k(features, rows, 3, one.weight, one.bias).rows)
@@ -176,6 +180,12 @@ def test_maps_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     weight = nn.Parameter(torch.zeros(W + 1, D))
     for parts in ({}, {"head": TeacherSpaceHead(W, D + 1)}, {"head": head, "weight": weight}):
         with pytest.raises(ModelError, match=f"a map to a teacher of width {D} needs"):
+            TeacherMap("", D, **parts)
+    flat = nn.Parameter(torch.zeros(D))
+    with pytest.raises(ModelError, match=f"a map to a teacher of width {D} needs"):
+        TeacherMap("", D, weight=flat)
+    for parts in ({"weight": weight, "bias": flat}, {"head": head, "bias": flat}):
+        with pytest.raises(ModelError, match=r"bias must be \[1[67]\] and goes with a weight, got"):
             TeacherMap("", D, **parts)
     model = create(SPECS["resnet"], num_classes=3, image_size=8)
     with pytest.raises(ModelError, match="of a student of width 17, resnet8:width=4 has width 16"):
@@ -267,6 +277,20 @@ def test_descriptions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert [name for name in told if str(path) not in told[name]] == []
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="a dtype of torch 2.8")
+@pytest.mark.parametrize("name", ["teachers.0.weight", "norm.weight"])
+def test_numbers_of_four_bits_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.safetensors"
+    student_file(path, MAPS["both"])
+    tensors = load_file(path)
+    packed = torch.zeros(tensors[name].shape, dtype=torch.uint8)
+    tensors[name] = packed.view(torch.float4_e2m1fn_x2)
+    text = resealed(path, tensors=checksum(tensors))
+    save_file(tensors, path, {"ckd_model": text})
+    with pytest.raises(ModelError, match=r"1 of another type \(.*float4"):
+        load_student(path)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_numbers_that_no_map_has_are_refused(tmp_path: Path, value: float) -> None:
     path = tmp_path / "m.safetensors"
@@ -335,6 +359,13 @@ def test_preprocess_makes_a_picture_gray_for_a_student_of_one_channel() -> None:
     student = Student(create(SPECS["vit"], num_classes=3, image_size=8, in_channels=1))
     gray = student.preprocess(np.asarray(picture("L")))
     assert torch.equal(student.preprocess(picture()), gray)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 13, 3), (2, 4, 9, 13), (2, 2, 8, 8)])
+def test_preprocess_says_where_the_channels_of_a_batch_are(shape: tuple[int, ...]) -> None:
+    student = Student(create(SPECS["vit"], num_classes=3, image_size=8))
+    with pytest.raises(ModelError, match=r"\[B, 3, H, W\], got torch.uint8 of shape \[2, "):
+        student.preprocess(torch.zeros(shape, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,9 @@ class Student(nn.Module):
     def preprocess(self, images: Any) -> Tensor:
         """Images as the network expects them, [B, C, S, S] on its device.
 
-        images: a PIL image (turned upright, and converted to the network's channels); uint8 arrays
-        or tensors [H, W], [H, W, C] or [B, C, H, W]; or a list of these, of any sizes. As in
+        images: a PIL image (turned upright, and converted to RGB, or to gray for a network of one
+        channel); uint8 arrays or tensors, one image [H, W] or [H, W, C], or a batch [B, C, H, W],
+        gray or of the network's channels; or a list of these, of any sizes. As in
         training, the centre square is scaled to S x S (`--image-size`), for `ckd.models.prepare`.
         Raises ModelError for anything else.
         """
@@ -136,7 +137,7 @@ def _pixels(image: Any, channels: int) -> Tensor:
             pixels = pixels[:, :, None]
         if pixels.dim() == 3 and pixels.shape[2] in (1, channels):
             pixels = pixels.permute(2, 0, 1)[None]
-        if pixels.dim() == 4 and pixels.numel():
+        if pixels.dim() == 4 and pixels.shape[1] in (1, channels) and pixels.numel():
             return pixels
     shape = list(getattr(image, "shape", ()))
     came = f"{image.dtype} of shape {shape}" if shape else type(image).__name__

@@ -62,14 +62,20 @@ class TeacherMap(nn.Module):
         self.name, self.dim, self.head = name, dim, head
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
-        widths = [] if head is None else [(head.student_dim, head.teacher_dim)]
-        widths += [] if weight is None else [(weight.shape[0], weight.shape[1])]
+        widths: list[tuple[int, ...]] = []
+        widths += [] if head is None else [(head.student_dim, head.teacher_dim)]
+        widths += [] if weight is None else [tuple(weight.shape)]
         if not widths or {*widths} != {(widths[0][0], dim)}:
             raise ModelError(
                 f"a map to a teacher of width {dim} needs a head, a projection or both, of one "
                 f"student's width, got (student, teacher) {widths or 'none'}"
             )
         self.student_dim = widths[0][0]
+        if bias is not None and (weight is None or bias.shape != (self.student_dim,)):
+            raise ModelError(
+                f"bias must be [{self.student_dim}] and goes with a weight, got "
+                f"{list(bias.shape)} {'without one' if weight is None else 'with one'}"
+            )
 
     def to_embedding(self, features: Tensor) -> Tensor:
         """The student's embedding [B, W] as it is compared: in the teacher's space [B, D] with a
@@ -77,8 +83,8 @@ class TeacherMap(nn.Module):
         return features if self.head is None else self.head.to_teacher(self.head(features))
 
     def comparable(self, rows: Tensor) -> Tensor:
-        """The teacher's rows [N, D] as they are compared: in float32 [N, D] with a head, P t + b
-        [N, W] without."""
+        """The teacher's rows [N, D] as they are compared: [N, D] with a head, P t + b [N, W]
+        without; in float32 (float64 for such rows), under autocast too."""
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ModelError(
                 f"rows must be [N, {self.dim}], those of the teacher {self.name!r}, "
@@ -89,7 +95,8 @@ class TeacherMap(nn.Module):
             return rows
         assert self.weight is not None
         bias = None if self.bias is None else self.bias.to(rows.dtype)
-        return F.linear(rows, self.weight.to(rows.dtype), bias)
+        with torch.autocast(rows.device.type, enabled=False):  # as precise as rows under a head
+            return F.linear(rows, self.weight.to(rows.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, dim={self.dim}, projection={self.weight is not None}"

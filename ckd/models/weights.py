@@ -30,6 +30,7 @@ from ckd.models.spec import ModelError
 # first, as in timm: it is what its author evaluates.
 _WRAPPERS = ("state_dict_ema", "state_dict", "model_state_dict", "model", "net", "module")
 _ZIP_START = b"PK\x03\x04"
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}  # two numbers an element; not copied by torch
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, torch.compile
 _numpy_scalar, _numpy_array = (x.__reduce__()[0] for x in (np.float64(0), np.empty(0)))
 # Types that training code stores beside tensors, and that run no code when they are unpickled.
@@ -103,7 +104,8 @@ def fill(module: nn.Module, weights: Weights, spec: str) -> None:
     mistyped = [
         f"{name} {tensors[name].dtype} for {own[name].dtype}"
         for name in sorted(own.keys() & tensors.keys())
-        if own[name].is_floating_point() and not tensors[name].is_floating_point()
+        if own[name].is_floating_point()
+        and (not tensors[name].is_floating_point() or tensors[name].dtype in _PACKED)
     ]
     refuse_misfits(
         path,
