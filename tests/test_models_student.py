@@ -344,6 +344,15 @@ def test_preprocess_takes_pictures_arrays_batches_and_lists(tmp_path: Path) -> N
     student(mixed)
 
 
+@pytest.mark.parametrize("size", [(9, 8), (8, 13), (30, 17)])
+def test_the_square_is_cut_from_the_very_centre(size: tuple[int, int]) -> None:
+    """Half a pixel on each side, where the sides differ by an odd number."""
+    image, turn = picture(size=size), Image.Transpose.ROTATE_180
+    turned = fit(image.transpose(turn), 8)
+    difference = np.array(turned, int) - np.array(fit(image, 8).transpose(turn), int)
+    assert np.abs(difference).max() <= 1  # roundings of Pillow's passes
+
+
 def test_preprocess_turns_a_photo_upright(tmp_path: Path) -> None:
     student = student_file(tmp_path / "m", [])
     photo, exif = picture(size=(16, 16)), Image.Exif()
