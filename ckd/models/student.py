@@ -102,7 +102,7 @@ class Student(nn.Module):
 
     def comparable(self, rows: Tensor, teacher: int = 0) -> Tensor:
         """A teacher's rows [N, D] as they are compared with `embedding`, on the student's device:
-        in float32 [N, D] with a head, P t + b [N, W] with a projection. Raises ModelError without
+        in float32, [N, D] with a head, P t + b [N, W] with a projection. Raises ModelError without
         either, and for rows of another width."""
         return self._map(teacher).comparable(rows)
 

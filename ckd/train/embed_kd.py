@@ -43,7 +43,7 @@ class EmbedKD(Method):
         super().__init__(config)
         self.against: list[Against] = []
         self.weights: dict[str, float] = {}
-        # If a term can act on no bank, it is built for all, to say what they lack.
+        # A term that no bank serves is built for all of them: `build` says what they lack.
         acting = {
             name: [one for one in settings if TERMS[name].serves(one)] or settings
             for name in config.mix
@@ -56,7 +56,7 @@ class EmbedKD(Method):
             if not terms:
                 raise ConfigError(
                     f"the bank {setting.bank.path} holds no class head, so that it has no part in "
-                    "--distill logits; leave it out, or name a further term"
+                    "--distill logits; leave out this --bank, or name a further term"
                 )
             self.notes += [
                 f"{name} leaves out {setting.bank.path}, which lacks what it needs"

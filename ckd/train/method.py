@@ -79,7 +79,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     """The sum over the rows with a label >= 0, divided by the number of all rows.
 
     So a label weighs the same whatever the share of images with one. Divided by the labels of a
-    batch alone, few of them would outweigh the other terms and be learnt by heart.
+    batch alone, few of them would outweigh the other terms, and the student would overfit them.
     """
     known = labels >= 0
     # Without a label the mean over the labels would be 0/0; 0 rows of class 0 have the sum 0.

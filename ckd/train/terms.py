@@ -95,12 +95,13 @@ class Step:
 class Term:
     """What a term has beside its loss, an nn.Module: how it is made, and what it compares."""
 
-    uses_head = False  # that from the student into the space of the bank's teacher
+    uses_head = False  # whether it needs the head from the student into the teacher's space
     inputs: Mapping[str, str] = {}  # hashes of what it reads beside the rows of the bank
 
     @classmethod
     def serves(cls, setting: Setting) -> bool:
-        """Whether the term acts on this bank, if it does on another one of the run."""
+        """Whether the bank has what the term needs. With several banks, those without are left
+        out; `build` refuses them if no bank has it."""
         return True
 
     @classmethod
