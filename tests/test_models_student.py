@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ckd
 from ckd._fit import fit
@@ -351,6 +352,14 @@ def test_the_square_is_cut_from_the_very_centre(size: tuple[int, int]) -> None:
     turned = fit(image.transpose(turn), 8)
     difference = np.array(turned, int) - np.array(fit(image, 8).transpose(turn), int)
     assert np.abs(difference).max() <= 1  # roundings of Pillow's passes
+
+
+def test_the_square_is_scaled_bicubically_with_antialiasing() -> None:
+    image = picture(size=(22, 22))
+    square = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
+    expected = F.interpolate(square, 8, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    found = torch.from_numpy(np.array(fit(image, 8)))
+    assert (found - expected.clamp(0, 255)).abs().max() <= 1  # roundings of Pillow's passes
 
 
 def test_preprocess_turns_a_photo_upright(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def _pixels(image: Any, channels: int) -> Tensor:
     if isinstance(pixels, Tensor) and pixels.dtype == torch.uint8:
         if pixels.dim() == 2:
             pixels = pixels[:, :, None]
-        if pixels.dim() == 3 and pixels.shape[2] in (1, channels):
+        if pixels.dim() == 3:
             pixels = pixels.permute(2, 0, 1)[None]
         if pixels.dim() == 4 and pixels.shape[1] in (1, channels) and pixels.numel():
             return pixels
