@@ -152,6 +152,12 @@ def test_with_a_projection_rows_are_brought_to_the_student(tmp_path: Path) -> No
     assert torch.equal(found.rows, ckd.top_k(features, rows, 3, one.weight, one.bias).rows)
 
 
+def test_rows_come_to_the_students_device() -> None:
+    model = create(SPECS["vit"], num_classes=3, image_size=8)
+    student = Student(model, [teacher_map()]).to("meta")
+    assert student.comparable(torch.zeros(2, D)).device.type == "meta"
+
+
 def test_without_a_map_the_embedding_is_the_students_own(tmp_path: Path) -> None:
     student = student_file(tmp_path / "m", [], num_classes=None)
     x = torch.randn(2, 3, 8, 8)
