@@ -284,7 +284,8 @@ def test_a_file_costs_what_it_weighs(tmp_path: Path) -> None:
     size = 2**31 - 1
     teacher = {"name": "", "dim": size, "head": "linear", "hidden": None, "projection": "affine"}
     mlp = {**teacher, "head": "mlp", "hidden": size}
-    for number, teachers in enumerate(([teacher], [mlp], [teacher] * 40_000)):
+    wide = {**teacher, "dim": 1 << 24}  # a gigabyte, which a machine has
+    for number, teachers in enumerate(([teacher], [mlp], [wide], [teacher] * 40_000)):
         text = resealed(whole, teachers=teachers, tensors=None)
         write(folder / f"teachers {number}.safetensors", text, shapes)
     for name, shape in (
