@@ -282,6 +282,7 @@ def test_descriptions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
                 told[name, read] = str(error)
     assert {(name, read) for name in cases for read in (load, load_student)} - told.keys() == set()
     assert [name for name in told if str(path) not in told[name]] == []
+    assert "more than 256 teachers" in told["many", load]  # before each is checked
 
 
 @pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="a dtype of torch 2.8")

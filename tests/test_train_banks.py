@@ -251,6 +251,7 @@ def test_curves_show_the_terms_of_each_bank():
     record = {"loss": 1, "cosine_1": 2, "cosine_2": 3, "logit_scale_1": 4, "logits_2": 5}
     assert [*curves._logged("cosine", record)] == [("cosine_1", "_1"), ("cosine_2", "_2")]
     assert [*curves._logged("loss", record)] == [("loss", "")]
+    assert [*curves._logged("soft", {"soft_left_out_1": 1, "soft_1": 2})] == [("soft_1", "_1")]
     assert [*curves._logged("logits", record)] == [("logits_2", "_2")]
 
 

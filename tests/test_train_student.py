@@ -92,9 +92,15 @@ def test_other_students_have_no_map(tmp_path: Path, settings: dict[str, Any]) ->
     assert not any(name.startswith("ema_maps") for name in tensors_of(config))
 
 
+TEACHERS = (
+    *(("my-clip", "my-clip"), ({"name": "x", "pool": "cls"}, "x"), (None, "")),
+    *(({"pool": "cls"}, ""), ({"name": 3}, "")),
+)
+
+
 def test_the_teachers_name_is_that_of_the_bank(tmp_path: Path) -> None:
-    for teacher, name in (("my-clip", "my-clip"), ({"name": "x", "pool": "cls"}, "x"), (None, "")):
-        folder = tmp_path / str(name or "none")
+    for teacher, name in TEACHERS:
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
         folder.mkdir()
         config = run(folder, bank=bank_with_head(folder, teacher=teacher))
         assert [one.name for one in ckd.load_student(config.folder).teachers] == [name]
