@@ -130,17 +130,29 @@ def test_the_average_is_that_of_the_student_and_of_its_map(tmp_path: Path, mix: 
             assert torch.equal(found[f"head.{key}"], tensors[f"method.head.{key}"])
 
 
-def test_an_average_of_the_map_is_what_its_formula_says(tmp_path, monkeypatch) -> None:
-    """After two steps: the first is copied, then decay * average + (1 - decay) * weights."""
-    config = tiny_config(tmp_path, ema=0.75, distill="cosine", checkpoint_steps=1)
+AVERAGED = {
+    "method.head.net.weight": "ema_maps.module.0.head.net.weight",
+    "student.bn1.running_var": "ema.module.bn1.running_var",
+}
+
+
+def test_an_average_is_what_its_formula_says(tmp_path, monkeypatch) -> None:
+    """After two steps: the first is copied, then decay * average + (1 - decay) * weights, or batch
+    statistics."""
+    config = tiny_config(
+        tmp_path, student="resnet8:width=4", ema=0.75, distill="cosine", checkpoint_steps=1
+    )
     interrupt_at(monkeypatch, {0, 1})
-    weights = []
+    seen = []
     for resume in (False, True):
         with pytest.raises(Interrupted):
             train(config, resume=resume, verbose=False)
-        weights.append(tensors_of(config)["method.head.net.weight"].double())
-    average = tensors_of(config)["ema_maps.module.0.head.net.weight"].double()
-    torch.testing.assert_close(average, 0.75 * weights[0] + 0.25 * weights[1], rtol=0, atol=1e-7)
+        seen.append(tensors_of(config))
+    for name, averaged in AVERAGED.items():
+        first, second = (tensors[name].double() for tensors in seen)
+        assert not torch.equal(first, second)
+        average = seen[1][averaged].double()
+        torch.testing.assert_close(average, 0.75 * first + 0.25 * second, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("mix", ["cosine", "contrastive,mse"])
