@@ -84,28 +84,26 @@ def split_kernel(
     tl.store(main + i, tl.where(wrong, refused, y_main))
     tl.store(total + i, tl.where(wrong, 1.0, sum_of_weights))
     tl.store(kept + i, some.to(tl.float32))
-    if rows is None:
-        return
-
-    divisor = tl.where(wrong | (sum_of_weights == 0), 1.0, sum_of_weights)
-    moved = 0.0  # from the main row to others
-    for start in range(0, targets, BLOCK):
-        m = start + tl.arange(0, BLOCK)
-        y, valid, outside, w = load_weights(
-            target, weight, m, targets, bank_rows, ignore_index, inverse
-        )
-        # Entries of the main row have no shift, exactly.
-        moved += tl.sum(tl.where(wrong | (y == y_main), 0.0, w / divisor), 0)
-    for start in range(0, targets, BLOCK):
-        m = start + tl.arange(0, BLOCK)
-        y, valid, outside, w = load_weights(
-            target, weight, m, targets, bank_rows, ignore_index, inverse
-        )
-        share = tl.where(wrong | (y == y_main), 0.0, w / divisor)
-        share = tl.where(m == first, -moved, share) * keep
-        tl.store(shift + i * targets + m, share, mask=m < targets)
-        clamped = tl.minimum(tl.maximum(y, 0), bank_rows - 1)
-        tl.store(rows + i * targets + m, clamped, mask=m < targets)
+    if rows is not None:
+        divisor = tl.where(wrong | (sum_of_weights == 0), 1.0, sum_of_weights)
+        moved = 0.0  # from the main row to others
+        for start in range(0, targets, BLOCK):
+            m = start + tl.arange(0, BLOCK)
+            y, valid, outside, w = load_weights(
+                target, weight, m, targets, bank_rows, ignore_index, inverse
+            )
+            # Entries of the main row have no shift, exactly.
+            moved += tl.sum(tl.where(wrong | (y == y_main), 0.0, w / divisor), 0)
+        for start in range(0, targets, BLOCK):
+            m = start + tl.arange(0, BLOCK)
+            y, valid, outside, w = load_weights(
+                target, weight, m, targets, bank_rows, ignore_index, inverse
+            )
+            share = tl.where(wrong | (y == y_main), 0.0, w / divisor)
+            share = tl.where(m == first, -moved, share) * keep
+            tl.store(shift + i * targets + m, share, mask=m < targets)
+            clamped = tl.minimum(tl.maximum(y, 0), bank_rows - 1)
+            tl.store(rows + i * targets + m, clamped, mask=m < targets)
 
 
 @triton.jit(do_not_specialize=["rows", "first", "targets"])
