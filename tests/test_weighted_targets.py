@@ -258,6 +258,18 @@ def test_backends_split_targets_alike(each: int, kind: torch.dtype | None, backe
             torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-7, msg=f"{name}")
 
 
+def test_invalid_weights_and_targets_out_of_range_are_split_alike(backend: str) -> None:
+    """Every pair of entries: a weight is of no account where its target is ignored or refused."""
+    values = itertools.product((0, 3, 9, -7, -100), (0.5, 0.0, -1.0, torch.nan, torch.inf))
+    pairs = torch.tensor(list(itertools.product(values, repeat=2)), device="cpu")
+    given = pairs[:, :, 0].long(), pairs[:, :, 1].contiguous()
+    wanted = split_targets(*given, 5, -100, 0.0, torch.float32)
+    target, weight = (x.to(torch.zeros(0).device) for x in given)
+    parts = ckd.backends.ORDER[backend].split_targets(target, weight, 5, -100, 0.0, torch.float32)
+    for name, x, y in zip(wanted._fields, parts, wanted):
+        torch.testing.assert_close(x.cpu(), y, msg=name)
+
+
 def test_a_distribution_over_the_whole_bank_is_the_cross_entropy_with_probabilities(
     backend: str,
 ) -> None:

@@ -70,7 +70,7 @@ def split_kernel(
             target, weight, m, targets, bank_rows, ignore_index, inverse
         )
         some = tl.maximum(some, tl.max(valid.to(tl.int32), 0))
-        invalid = tl.maximum(invalid, tl.max((~(w >= 0)).to(tl.int32), 0))
+        invalid = tl.maximum(invalid, tl.max((~(w >= 0) & ~outside).to(tl.int32), 0))
         w = tl.where(outside, float("inf"), w)
         sum_of_weights += tl.sum(w, 0)
         best, at = tl.max(tl.where(m < targets, w, -1.0), 0, return_indices=True)
@@ -83,7 +83,7 @@ def split_kernel(
     refused = tl.where(outside_main & (invalid == 0), y_main, INVALID_WEIGHT)
     tl.store(main + i, tl.where(wrong, refused, y_main))
     tl.store(total + i, tl.where(wrong, 1.0, sum_of_weights))
-    tl.store(kept + i, some.to(tl.float32))
+    tl.store(kept + i, tl.where(some > 0, 1.0, 0.0))
     if rows is not None:
         divisor = tl.where(wrong | (sum_of_weights == 0), 1.0, sum_of_weights)
         moved = 0.0  # from the main row to others
