@@ -135,9 +135,13 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`: temporary name, fsync, rename, fsync of the folder.
 
     Raises the system's OSError (disk full, permission denied) with the temporary name; an existing
-    file then keeps its content, and the temporary file is removed.
+    file then keeps its content, and the temporary file is removed. Raises OSError for the path of a
+    folder, a device or a FIFO: renaming would put a file in the place of /dev/null.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "a device")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", os.fspath(path))
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process

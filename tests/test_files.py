@@ -159,6 +159,16 @@ def test_a_temporary_name_that_is_taken_leads_nowhere(tmp_path, kind):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a fifo", "link to a device"])
+def test_a_file_takes_the_place_of_no_device(tmp_path, kind):
+    make_odd_file(kind, tmp_path / "file")
+    before = (tmp_path / "file").lstat()
+    with pytest.raises(OSError, match=r"not a regular file.*/file'"):
+        _files.atomic_write(tmp_path / "file", b"data")
+    assert (tmp_path / "file").lstat().st_ino == before.st_ino
+    assert not (tmp_path / ".tmp-file").exists()
+
+
 def test_an_error_without_a_path_gets_that_of_the_file(tmp_path, monkeypatch):
     def failing(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
