@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_the_command_prints_a_table_and_writes_the_figures_of_the_function(
 ) -> None:
     config, out = trained(tmp_path), tmp_path / "figures.json"
     extra = str(rows_of_tests(tmp_path, config))
-    argv = ["eval", str(config.folder), "--bank", str(config.bank), "--test-bank", extra]
+    argv = ["eval", str(config.folder), "--bank", config.bank[0], "--test-bank", extra]
     argv += ["--label-fraction", "0.3", "--device", "cpu"]
     assert cli.main([*argv, "--out", str(out)]) == 0
     printed, err = capsys.readouterr()
@@ -52,7 +54,7 @@ def test_the_command_prints_a_table_and_writes_the_figures_of_the_function(
     report = evaluate_student(
         models.load_student(config.folder),
         *(data.load(config.data, split) for split in ("train", "test")),
-        EmbeddingBank.open(str(config.bank)),
+        EmbeddingBank.open(config.bank[0]),
         test_bank=EmbeddingBank.open(extra),
         label_fraction=0.3,
         seed=7,  # the run's
@@ -83,7 +85,7 @@ def test_a_student_alone_has_the_figures_of_its_own_space(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = trained(tmp_path, method="plain", distill=None)
-    assert cli.main(["eval", str(config.folder), "--bank", str(config.bank)]) == 0
+    assert cli.main(["eval", str(config.folder), "--bank", config.bank[0]]) == 0
     out = capsys.readouterr().out
     names = re.findall(r"^\| (.*?) +\| +\d+\.\d\d% \|", out, re.MULTILINE)
     own = ["class_head", "own_knn_1", "own_knn_20", "linear_probe"]
@@ -93,6 +95,30 @@ def test_a_student_alone_has_the_figures_of_its_own_space(
     assert "teacher |" not in out
     assert "without teacher's class head; nearest class mean of teacher rows; " in out
     assert "the student has no map between its space and the teacher's" in out
+
+
+def test_the_json_is_written_also_if_the_reader_of_the_table_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = trained(tmp_path), tmp_path / "figures.json"
+    monkeypatch.setattr("builtins.print", Mock(side_effect=BrokenPipeError))
+    cli.main(["eval", str(config.folder), "--figures", "class_head", "--out", str(out)])
+    (figure,) = parse_object(out.read_bytes())["figures"]
+    assert figure["name"] == "class_head"
+
+
+def test_the_json_takes_the_place_of_no_device_and_no_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = trained(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "link to a file").symlink_to(Path(config.data))
+    for name in ("fifo", "link", "link to a file"):
+        assert cli.main(["eval", str(config.folder), "--out", str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "it is no regular file" in err
 
 
 def test_a_file_or_a_named_model_is_evaluated_on_the_data_that_is_named(

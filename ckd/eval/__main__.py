@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class Eval:
     """Processes that decode images; a data set in memory needs none."""
 
     def run(self) -> None:
-        if self.out is not None and not self.out.absolute().parent.is_dir():
-            raise ConfigError(f"--out {self.out}: there is no folder {self.out.parent}; make it")
+        if self.out is not None:
+            _check_output(self.out)
         device = pick_device(self.device)
         student = models.load_student(self.student, weights=self.weights).to(device)
         banks = [
@@ -93,9 +94,9 @@ class Eval:
             batch_size=self.batch_size,
             workers=self.workers,
         )
-        print(f"{self.student} on {test.name}\n\n{report.table()}")
-        if self.out is not None:
+        if self.out is not None:  # before the table, whose reader may close the pipe
             atomic_write(self.out, sealed({"student": self.student, **report.to_dict()}))
+        print(f"{self.student} on {test.name}\n\n{report.table()}")
 
     def _defaults(self) -> tuple[str, int | None, int]:
         """Data, image size and seed: those that are given, else those of the run."""
@@ -105,8 +106,21 @@ class Eval:
             raise ConfigError(
                 f"{self.student} does not say on which data it was trained; name them with --data"
             )
-        size = self.image_size or (None if self.data else stored.image_size)
+        size = self.image_size
+        if size is None and not self.data:
+            size = stored.image_size
         return self.data or stored.data, size, stored.seed if self.seed is None else self.seed
+
+
+def _check_output(path: Path) -> None:
+    """Raise ConfigError for a place that takes no file: known before the work, not after it."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--out {path}: there is no folder {path.parent}; make it")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigError(f"--out {path}: it is no regular file, which is replaced; name another")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {path}: the folder {path.parent} is read-only; name another")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.eval") -> int:

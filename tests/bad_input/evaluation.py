@@ -134,6 +134,10 @@ CASES = [
     Case("a file without data", command(), ConfigError, ("teacher.safetensors", "--data")),
     Case("a place for the JSON that is not there", command("--out", "TMP/no/x.json"), ConfigError,
          ("--out", "there is no folder", "make it")),
+    Case("a folder in place of the JSON", command("--out", "TMP"), ConfigError,
+         ("--out", "no regular file", "name another")),
+    Case("images of no pixel", command("--data", "TMP/tiny.npz", "--image-size", "0"), DataError,
+         ("image_size must be at least 1, got 0",)),
     Case("a bank that is not there", command("--bank", "TMP/no"), BankError, ("is not a bank",)),
     Case("no such device", command("--device", "gpu"), ConfigError, ("--device must be auto",)),
 ]  # fmt: skip
