@@ -143,6 +143,7 @@ def check(options: argparse.Namespace) -> None:
     if options.equal_time and "plain-longer" not in options.settings:
         options.settings.insert(1, "plain-longer")
     options.percents = [_percent(word) for word in options.percents.split(",")]
+    command.check_names("--percents", [f"{percent:g}" for percent in options.percents])
     command.check_least(options, epochs=1, batch_size=1, seeds=1, jobs=1, threads=1)
     for name in ("images", "test_images"):
         if getattr(options, name) is not None:
@@ -176,6 +177,9 @@ def measure(options: argparse.Namespace) -> Record:
     """Train and measure what is missing in --out; writes its labels.json after every cell."""
     end = time.time() + options.limit_seconds
     images = write_images(options.data, options.images, options.test_images, options.out)
+    # Data that are there stay as they are, whatever is asked for.
+    asked = {name: getattr(options, name) for name in ("data", "images", "test_images")}
+    keep_settings(options.out / "asked.json", asked)
     knows_classes = dict.fromkeys((spec for spec, _ in options.teacher), False)
     build = partial(write_banks, images, options.device, options.batch_size)
     for (spec, _), knows in each(build, options.teacher, options.jobs, PATIENCE):
@@ -220,7 +224,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def keep_settings(path: Path, settings: Record) -> None:
-    """Write the settings; ValueError if the folder's runs have others."""
+    """Write the settings; ValueError if the folder has others."""
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in settings.items():

@@ -108,6 +108,24 @@ def test_the_table_has_means_over_seeds() -> None:
     assert len(found) == 6
 
 
+def test_the_teachers_own_figures_count_once_a_seed() -> None:
+    """Commands with other settings measure them in cells of another setting."""
+    cells = [cell("cosine", 1, seed) for seed in (0, 1)]
+    again = {**cells[0], "setting": "soft"}
+    *_, row = table.table(KNOWS, 1, [*cells, again]).splitlines()
+    assert [word.strip() for word in row.strip("|").split("|")][1] == "2"
+    assert "80.5 ± 0.7" in row
+
+
+def test_without_a_student_there_is_no_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"settings": {"teachers": [KNOWS]}, "cells": [cell("plain", 1, 0, class_head=0.25)]}
+    table.draw(record, tmp_path / "labels.png")
+    assert "no student of a teacher" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_share_without_a_student_of_the_teacher_has_no_table() -> None:
     assert table.table(KNOWS, 1, [cell("plain", 1, 0, class_head=0.25)]) == ""
 
@@ -117,6 +135,7 @@ def test_a_share_without_a_student_of_the_teacher_has_no_table() -> None:
     [
         (["--settings", "d"], "'d' is none of plain"),
         (["--percents", "0,101"], "from 0 to 100, got '101'"),
+        (["--percents", "1,5,1.0"], "--percents: expected each name once, got '1' 2 times"),
         (["--teacher", "a", "b", "c"], "expected SPEC [WEIGHTS], got a b c"),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--images", "0"], "--images: expected at least 1, got 0"),
@@ -194,6 +213,8 @@ def test_a_run_is_measured_and_goes_on_where_it_was_stopped(
     assert "labels of 10 % of the images" in capfd.readouterr().out
     assert figure.read_bytes().startswith(b"\x89PNG")
 
+    assert labels.main([*about, "--images", "200"]) == 1
+    assert "has runs with images 300, not 200" in capfd.readouterr().err
     assert labels.main([*about, "--batch-size", "64"]) == 1
     assert "has runs with batch_size 128, not 64" in capfd.readouterr().err
 

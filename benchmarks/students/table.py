@@ -56,9 +56,10 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
         if same:
             seconds = statistics.median(cell["train_s"] for cell in same)
             rows.append([setting, str(len(same)), *_means(same, "figures"), f"{seconds:,.0f}"])
-    measured = [cell for cell in own if cell["teachers_own"]]
+    # By seed: commands with other settings measure the same in cells of another setting.
+    measured = {cell["seed"]: cell for cell in own if cell["teachers_own"]}
     if measured:
-        means = _means(measured, "teachers_own")
+        means = _means(measured.values(), "teachers_own")
         rows.append(["the teacher itself", str(len(measured)), *means, ""])
     return markdown(["setting", "seeds", *FIGURES.values(), "s"], rows)
 
@@ -87,10 +88,13 @@ def best(figures_: Record) -> float | None:
 
 
 def draw(record: Record, path: Path) -> None:
-    """Accuracy over the share of labels, a panel for each teacher. Raises ImportError that names
-    the extra if matplotlib is missing."""
+    """Accuracy over the share of labels, a panel for each teacher with a student. Raises
+    ImportError that names the extra if matplotlib is missing."""
     cells = record["cells"]
     teachers = [t for t in record["settings"]["teachers"] if any(c["teacher"] == t for c in cells)]
+    if not teachers:
+        print(f"no student of a teacher is measured yet: {path} is not drawn")
+        return
     percents = sorted({cell["percent"] for cell in cells})
     shown = [name for name in SETTINGS if any(cell["setting"] == name for cell in cells)]
     styles = dict(zip(shown, itertools.product(("-", "--"), COLOURS)))
