@@ -33,8 +33,9 @@ def linear_probe(rows: Rows, labels: Tensor, *, progress: bool = False) -> Probe
 
     Each dimension is standardised by its mean and deviation over the rows (a constant one becomes
     0); then (1/n) sum_i CE_i + 1/(2 n) |W|^2 is minimised: scikit-learn's LogisticRegression at its
-    default C = 1. It is convex, so the result does not depend on a start or a step size. Every step
-    reads the rows in chunks, and no array has a number for each row and class.
+    default C = 1 (for two classes, which have one row of weights there, at C = 2). It is convex, so
+    the result does not depend on a start or a step size. Every step reads the rows in chunks, and
+    no array has a number for each row and class.
     """
     classes, target = labels.unique(return_inverse=True)
     mean, deviation = _moments(rows)
