@@ -215,6 +215,25 @@ def test_the_map_is_that_of_the_banks_teacher(tmp_path: Path) -> None:
     assert evaluated(both, given, teacher=0).to_dict() != alone
 
 
+def test_a_test_bank_alone_gives_the_recall_of_the_images_own_rows(tmp_path: Path) -> None:
+    given, student = setting(tmp_path), student_with("head")
+    names = ("own_row_recall_1", "own_row_recall_10", "knn_1")
+    alone = evaluated(student, given._replace(bank=None), figures=names)
+    whole = evaluated(student, given, figures=names)
+    assert alone.figures[1:] == whole.figures[1:]
+    assert alone["own_row_recall_10"].value is not None
+    assert alone["knn_1"].reason == "there is no bank of the teacher's rows"
+
+
+def test_convolutions_are_deterministic_within_an_evaluation_only(tmp_path: Path) -> None:
+    student, seen, cudnn = student_with("head"), set(), torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    student.model.register_forward_hook(lambda *_: seen.add((cudnn.benchmark, cudnn.deterministic)))
+    evaluated(student, setting(tmp_path), figures=("class_head",))
+    assert seen == {(False, True)}
+    assert before == (cudnn.benchmark, cudnn.deterministic) != (False, True)
+
+
 def test_equal_evaluations_give_equal_reports(tmp_path: Path) -> None:
     given, student = setting(tmp_path, train=300, test=300), student_with("head")
     first = evaluated(student, given).to_dict()

@@ -13,8 +13,9 @@ import torch
 
 import labels
 from ckd import data, models
+from ckd.eval import Report
 from ckd.train import Config
-from students import table
+from students import table, trial
 from students.cells import HEADLINE, PERCENTS, PLAIN, SETTINGS, Cell, ordered
 from students.material import labelled_images, write_banks, write_images
 from students.teachers import EFFICIENTNET, teacher
@@ -77,6 +78,48 @@ def test_plain_trains_on_the_images_that_have_a_label_elsewhere(tmp_path: Path) 
     counts = torch.unique(plain.images.flatten(1), dim=0, return_counts=True)[1]
     assert counts.max() - counts.min() <= 1
     assert labelled_images(images, 100, 1) == images
+
+
+def plan(folder: Path) -> trial.Plan:
+    options: dict[str, Any] = {"student": SPEC, "epochs": 3, "batch_size": 8, "lr": 1e-3}
+    options |= {"amp": "off", "device": "cpu", "threads": 1, "end": 0.0, "reference": "soft"}
+    return trial.Plan(folder, **options)
+
+
+def test_a_student_is_measured_with_the_labels_that_it_was_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, Any] = {}
+
+    def evaluate(*_: Any, **options: Any) -> Report:
+        used.update(options)
+        return Report((), {})
+
+    monkeypatch.setattr(trial, "evaluate_student", evaluate)
+    monkeypatch.setattr(trial.ckd, "load_student", lambda _: torch.nn.Identity())
+    for name in ("_images", "_bank"):
+        monkeypatch.setattr(trial, name, lambda *_: None)
+    for percent, seed in ((0, 1), (5, 3), (100, 2)):
+        one = Cell(KNOWS, "cosine", percent, seed)
+        trial.measure(plan(tmp_path), one, {})
+        config = plan(tmp_path).config(one)
+        assert (used["label_fraction"], used["seed"]) == (percent / 100, seed)
+        assert (config.label_fraction, config.seed) == (percent / 100, seed)
+
+
+def test_plain_longer_differs_from_plain_by_its_epochs(tmp_path: Path) -> None:
+    found = [plan(tmp_path).config(Cell("", name, 100, 0)).to_dict() for name in PLAIN]
+    assert [config.pop("epochs") for config in found] == [3, 6]
+    assert len({config.pop("out") for config in found}) == 2
+    assert found[0] == found[1]
+
+
+def test_a_figure_shows_class_means_then_the_teachers_head_then_the_own_one() -> None:
+    every: dict[str, Any] = {"class_head": 0.3, "teacher_head": 0.2, "class_means": 0.1}
+    assert table.best(every) == 0.1
+    assert table.best({**every, "class_means": None}) == 0.2
+    assert table.best({"class_head": 0.3}) == 0.3
+    assert table.best({"class_head": None}) is None
 
 
 def cell(setting: str, percent: float, seed: int, **shares: float) -> dict[str, Any]:

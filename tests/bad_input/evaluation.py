@@ -121,6 +121,8 @@ CASES = [
          ("the bank of texts", "width 5", "of 12")),
     Case("splits of other classes", changed(other_classes), DataError, ("have other classes",)),
     Case("several maps fit the bank", several_maps, ConfigError, ("2 maps", "width 12", "teacher")),
+    Case("several maps of the bank's teacher", lambda tmp_path: several_maps(tmp_path, "tt"),
+         ConfigError, ("2 maps", "width 12", "teacher")),
     Case("number of no map", lambda tmp_path: several_maps(tmp_path, teacher=2), ConfigError,
          ("from 0 and below 2, got 2",)),
     Case("number of a map of a student without one",
