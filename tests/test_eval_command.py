@@ -121,11 +121,16 @@ def test_the_json_takes_the_place_of_no_device_and_no_link(
         assert "it is no regular file" in err
 
 
-def test_a_runs_own_images_have_the_size_of_the_run(tmp_path: Path) -> None:
-    config, out = trained(tmp_path, method="plain", distill=None, image_size=4), tmp_path / "x.json"
-    assert cli.main(["eval", str(config.folder), "--figures", "class_head", "--out", str(out)]) == 0
-    used = data.load(config.data, "test", image_size=4)
-    assert parse_object(out.read_bytes())["test"]["fingerprint"] == used.fingerprint
+def test_a_runs_own_images_have_the_size_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = trained(tmp_path, method="plain", distill=None, image_size=4)
+    spy = Mock(side_effect=data.load)
+    monkeypatch.setattr(data, "load", spy)
+    for argv, size in (([], 4), (["--image-size", "6"], 6), (["--data", config.data], None)):
+        spy.reset_mock()
+        assert cli.main(["eval", str(config.folder), "--figures", "class_head", *argv]) == 0
+        assert [call.kwargs["image_size"] for call in spy.call_args_list] == [size] * 2
 
 
 def test_a_file_or_a_named_model_is_evaluated_on_the_data_that_is_named(
