@@ -59,7 +59,8 @@ def evaluate_student(
 
     Raises BankError for a bank of other data, other classes or another width; ConfigError for the
     number of no map, if several maps fit, or for the name of no figure; DataError if the two sets
-    have other classes; ModelError for images that the student does not take.
+    have other classes; ModelError for images that the student does not take, and for an
+    embedding that is not finite.
 
     >>> student = ckd.load_student("runs/embed-kd")
     >>> train, test = ckd.data.load("cifar10", "train"), ckd.data.load("cifar10", "test")

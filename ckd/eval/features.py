@@ -63,11 +63,16 @@ def outputs_of(
                 bar.update(len(images))
     finally:
         student.train(was_training)
-    finite = features.isfinite().all(dim=1)
+    check_finite(features, dataset, positions)
+    return Outputs(features, torch.cat(chosen).cpu() if chosen else None)
+
+
+def check_finite(embeddings: Tensor, dataset: Dataset, positions: Tensor) -> None:
+    """Raise ModelError that names the first image whose embedding is not finite."""
+    finite = embeddings.isfinite().all(dim=1)
     if not bool(finite.all()):
         first = int(dataset.sample_ids[positions[int((~finite).nonzero()[0])]])
         raise ModelError(
             f"the student's embedding of sample_id {first} of {dataset.name} ({dataset.split}) is "
             f"not finite, like those of {int((~finite).sum())} images; it cannot be compared"
         )
-    return Outputs(features, torch.cat(chosen).cpu() if chosen else None)

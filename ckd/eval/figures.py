@@ -15,7 +15,7 @@ from torch import Tensor
 from ckd.bank import EmbeddingBank
 from ckd.data import Dataset
 from ckd.eval.comparison import NEIGHBOURS, RECALLS, Comparison, Labels, Missing
-from ckd.eval.features import Outputs, outputs_of
+from ckd.eval.features import Outputs, check_finite, outputs_of
 from ckd.eval.inputs import class_order
 from ckd.eval.report import Figure
 from ckd.eval.rows import Rows, nearest
@@ -106,7 +106,7 @@ class Evaluation:
         bank, number = self._bank, self._map
         self.labels.check_queries()
         comparable = partial(self.student.comparable, teacher=number)
-        queries = self.student.to_embedding(self._features[self._asked], number).float()
+        queries = self._embeddings[self._asked]
         rows = _rows_of(bank, self.train, self._known, comparable)
         has_head = self.student.teachers[number].head is not None
         return self._comparison(queries, rows, comparable, has_head)
@@ -173,9 +173,8 @@ class Evaluation:
             raise Missing("there is no test bank")
         number, every = self._map, torch.arange(len(self.test))
         comparable = partial(self.student.comparable, teacher=number)
-        queries = self.student.to_embedding(self._features, number).float()
         rows = _rows_of(self.test_bank, self.test, every, comparable)
-        return nearest(queries, rows, max(RECALLS), progress=self.options["progress"]).rows
+        return nearest(self._embeddings, rows, max(RECALLS), progress=self.options["progress"]).rows
 
     @cached_property
     def labels(self) -> Labels:
@@ -196,6 +195,13 @@ class Evaluation:
     def _features(self) -> Tensor:
         """Of all test images."""
         return self._test_outputs.features
+
+    @cached_property
+    def _embeddings(self) -> Tensor:
+        """Of all test images, as they are compared with the teacher's rows."""
+        embeddings = self.student.to_embedding(self._features, self._map).float()
+        check_finite(embeddings, self.test, torch.arange(len(self.test)))
+        return embeddings
 
     @cached_property
     def _test_outputs(self) -> Outputs:

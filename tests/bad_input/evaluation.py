@@ -84,6 +84,12 @@ def not_finite(tmp_path: Path) -> Any:
     return evaluated(student, setting(tmp_path))
 
 
+def not_finite_in_the_teachers_space(tmp_path: Path) -> Any:
+    student = student_with("head")
+    student.teachers[0].head.sigma.fill_(3e38)
+    return evaluated(student, setting(tmp_path), figures=("own_row_recall_1",))
+
+
 def command(*argv: str) -> Callable[[Path], Any]:
     """`ckd eval` of a student's file."""
 
@@ -133,6 +139,8 @@ CASES = [
          DataError, ("fraction must be from 0 to 1, got 1.5",)),
     Case("embeddings that are not finite", not_finite, ModelError,
          ("memory (test) is not finite", "sample_id")),
+    Case("embeddings that are not finite in the teacher's space", not_finite_in_the_teachers_space,
+         ModelError, ("memory (test) is not finite", "sample_id")),
     Case("a file without data", command(), ConfigError, ("teacher.safetensors", "--data")),
     Case("a place for the JSON that is not there", command("--out", "TMP/no/x.json"), ConfigError,
          ("--out", "there is no folder", "make it")),
