@@ -138,6 +138,8 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             try:
                 Config.load(folder / CONFIG)
             except (ConfigError, FileNotFoundError):
+                if (folder / CONFIG).is_symlink():  # to a device, say: it is not written to
+                    (folder / CONFIG).unlink()
                 config.save(folder / CONFIG)
         else:
             raise ConfigError(
