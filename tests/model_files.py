@@ -62,6 +62,7 @@ def main(folder: Path) -> None:
     torch.save(load(folder / "good.safetensors").state_dict(), folder / "good.pt")
     for name in ("good.safetensors", "good.pt"):
         load(SPECS["vit"], weights=folder / name)
+    load(saved(folder / "resnet.safetensors", "resnet"))
     before, outcomes = _peak(), {}
     for file in files:
         spec = file.name.partition("@")[0] if "@" in file.name else None
