@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ckd
+from ckd.backends import triton
 from ckd.backends.interface import INVALID_WEIGHT, Keep, Plan, Targets
 from ckd.backends.targets import split_targets
 from tests import oracle
@@ -168,11 +169,11 @@ def test_weights_may_be_omitted_and_rows_may_repeat(backend: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str) -> None:
-    """Zeros exactly: at this scale, a sum of their shifts that is 1e-8 off gives 10^22 instead.
-    (Kernels with and without a shift round differently.)"""
+    """Exactly: at this scale, a sum of their shifts that is 1e-8 off changes the loss by 10^22. On a
+    GPU Triton compiles the kernels with and without a shift to roundings of their own."""
     case = make_case(20, 70, 24, 16, tau=1e30, learned=100.0)
     target = case.target
-    weight = torch.rand(20, 7).softmax(1)
+    weight = torch.randint(1, 64, (20, 7)) / 64  # whose sums are exact in any order
     case.target = target.unsqueeze(1).expand(20, 7)
     split = split_targets(case.target, weight, 70, -100, label_smoothing, torch.float32)
     assert split.shift is not None
@@ -180,12 +181,12 @@ def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str)
     several = by_op(case, weight, backend, label_smoothing=label_smoothing)
     case.target = target
     one = by_op(case, weight.sum(1), backend, label_smoothing=label_smoothing)
+    compiled = backend == "triton" and not triton.interpreted()
     for name, value in one.items():
-        if label_smoothing == 0:
-            assert value.eq(0).all(), name
-            assert several[name].eq(0).all(), name
-        else:
+        if compiled and label_smoothing:
             within(relative_error(several[name], value), 1e-6, f"{name}, one row", backend)
+        else:
+            torch.testing.assert_close(several[name], value, rtol=0, atol=0)
 
 
 def test_targets_and_weights_of_any_strides(backend: str) -> None:
