@@ -137,6 +137,20 @@ class EmbeddingBank:
             )
         return found
 
+    def check_rows(self, sample_ids: Tensor, labels: Tensor, name: str) -> None:
+        """Raise BankError unless each image of the data set `name` has a row, of its own class as
+        far as both labels are known (>= 0)."""
+        stored = self.labels[self.positions(sample_ids)]
+        others = (stored >= 0) & (labels >= 0) & (stored != labels)
+        if bool(others.any()):
+            first = int(others.nonzero()[0])
+            raise BankError(
+                f"the bank {self.path} has other ids than {name}: sample_id "
+                f"{int(sample_ids[first])} is of class {int(stored[first])} there and of class "
+                f"{int(labels[first])} in the data; build the bank from this data, or give the "
+                "ids with --ids"
+            )
+
     def rows(self, sample_ids: Any) -> Tensor:
         """Embeddings float16 [n, D] of these sample ids [n], in order. Errors as in `positions`."""
         positions = self.positions(sample_ids)

@@ -20,15 +20,7 @@ def check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
     """Raise BankError unless the bank has a row of every image, and its label where both have one,
     and is not known to be made of other data."""
     bank.check(class_names=dataset.class_names, fingerprint=dataset.fingerprint)
-    labels = bank.labels[bank.positions(dataset.sample_ids)]
-    others = (labels >= 0) & (dataset.labels >= 0) & (labels != dataset.labels)
-    if bool(others.any()):
-        first = int(others.nonzero()[0])
-        raise BankError(
-            f"the bank {bank.path} has other ids than {dataset.name} ({dataset.split}): sample_id "
-            f"{int(dataset.sample_ids[first])} is of class {int(labels[first])} there and of class "
-            f"{int(dataset.labels[first])} in the data; build the bank from this data"
-        )
+    bank.check_rows(dataset.sample_ids, dataset.labels, f"{dataset.name} ({dataset.split})")
 
 
 def check_fits(

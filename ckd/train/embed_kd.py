@@ -123,18 +123,8 @@ class EmbedKD(Method):
 
 def _check_rows(bank: EmbeddingBank, dataset: Dataset) -> None:
     """Raise ConfigError unless every image has a row of its own in the bank, by id and by class."""
-    remedy = "--distill contrastive --targets centroids needs no row for every image"
     try:
-        positions = bank.positions(dataset.sample_ids)
+        bank.check_rows(dataset.sample_ids, dataset.labels, dataset.name)
     except BankError as error:
+        remedy = "--distill contrastive --targets centroids needs no row for every image"
         raise ConfigError(f"{error}; {remedy}") from error
-    labels = bank.labels[positions]
-    others = (labels >= 0) & (dataset.labels >= 0) & (labels != dataset.labels)
-    if bool(others.any()):
-        first = int(others.nonzero()[0])
-        raise ConfigError(
-            f"the bank {bank.path} has other ids than {dataset.name}: sample_id "
-            f"{int(dataset.sample_ids[first])} is of class {int(labels[first])} there and of class "
-            f"{int(dataset.labels[first])} in the data; build the bank from this data, or give the "
-            f"ids with --ids; {remedy}"
-        )
