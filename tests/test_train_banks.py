@@ -19,9 +19,9 @@ from ckd.train import CheckpointError, Config, ConfigError, Interrupted, checkpo
 from ckd.train.__main__ import parse
 from ckd.train.methods import method_class
 from tests.test_train_methods import CPU, Setting
-from tests.test_train_resume import interrupt_at
+from tests.test_train_resume import check_resumes, interrupt_at
 from tests.test_train_terms import bank_with_head
-from tests.train_runs import outcome, tiny_config
+from tests.train_runs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -155,17 +155,7 @@ def test_a_student_keeps_a_map_to_each_teacher(tmp_path):
 )
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, settings):
     config = tiny_config(tmp_path, bank=two_banks(tmp_path), **settings)
-    whole = replace(config, out=str(tmp_path / "whole"))
-    train(whole, verbose=False)
-    interrupt_at(monkeypatch, {1, 8})
-    for count in range(3):
-        try:
-            train(config, resume=count > 0, verbose=False)
-            break
-        except Interrupted:
-            pass
-    assert count == 2
-    assert outcome(config.folder) == outcome(whole.folder)
+    check_resumes(config, monkeypatch, {1, 8})
 
 
 @pytest.mark.parametrize("number", [1, 2])

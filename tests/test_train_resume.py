@@ -24,6 +24,7 @@ from ckd import _lock
 from ckd._json import sealed
 from ckd.train import (
     CheckpointError,
+    Config,
     ConfigError,
     Interrupted,
     TrainError,
@@ -68,6 +69,21 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         return original(seed, step, device)
 
     monkeypatch.setattr(loop_module, "step_generator", step_generator)
+
+
+def check_resumes(config: Config, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """A run that is interrupted in these two steps, and resumed, ends as one that is not."""
+    whole = replace(config, out=str(config.folder.with_name("whole")))
+    train(whole, verbose=False)
+    interrupt_at(monkeypatch, steps)
+    for count in range(3):
+        try:
+            train(config, resume=count > 0, verbose=False)
+            break
+        except Interrupted:
+            pass
+    assert count == 2
+    assert outcome(config.folder) == outcome(whole.folder)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

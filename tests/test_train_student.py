@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from ckd.bank import EmbeddingBank
 from ckd.neighbours import build_neighbours
 from ckd.train import CheckpointError, Config, Interrupted, checkpoint, train
 from tests.model_files import description
-from tests.test_train_resume import interrupt_at
+from tests.test_train_resume import check_resumes, interrupt_at
 from tests.test_train_terms import bank_with_head
-from tests.train_runs import outcome, tiny_config
+from tests.train_runs import tiny_config
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -158,17 +157,7 @@ def test_an_average_is_what_its_formula_says(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("mix", ["cosine", "contrastive,mse"])
 def test_a_resumed_run_with_an_average_exports_the_same_bytes(tmp_path, monkeypatch, mix) -> None:
     config = tiny_config(tmp_path, ema=0.9, distill=mix)
-    whole = replace(config, out=str(tmp_path / "whole"))
-    train(whole, verbose=False)
-    interrupt_at(monkeypatch, {1, 6})
-    for count in range(3):
-        try:
-            train(config, resume=count > 0, verbose=False)
-            break
-        except Interrupted:
-            pass
-    assert count == 2
-    assert outcome(config.folder) == outcome(whole.folder)
+    check_resumes(config, monkeypatch, {1, 6})
 
 
 def test_a_checkpoint_without_the_maps_average_is_refused(tmp_path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from ckd.train.mix import HEAD_TERMS, TERM_NAMES
 from ckd.train.terms import TERMS
 from tests.test_bank_statistics import as_version_1
 from tests.test_train_methods import CPU, Setting
-from tests.test_train_resume import interrupt_at
+from tests.test_train_resume import check_resumes, interrupt_at
 from tests.train_runs import outcome, tiny_config
 
 NAMES = ("class 0", "class 1", "class 2")
@@ -358,17 +358,7 @@ MIXES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("exact", [True], indirect=True)
 def test_interrupted_and_resumed_equals_undisturbed(tmp_path, monkeypatch, exact, name):
     config = tiny_config(tmp_path, bank=bank_with_head(tmp_path), **MIXES[name])
-    whole = replace(config, out=str(tmp_path / "whole"))
-    train(whole, verbose=False)
-    interrupt_at(monkeypatch, {1, 4})
-    for count in range(3):
-        try:
-            train(config, resume=count > 0, verbose=False)
-            break
-        except Interrupted:
-            pass
-    assert count == 2
-    assert outcome(config.folder) == outcome(whole.folder)
+    check_resumes(config, monkeypatch, {1, 4})
     names = checkpoint.load(checkpoint.latest(config.folder)).tensors
     has_head = any(name.startswith("method.head.net.") for name in names)
     assert has_head == (name != "logits")

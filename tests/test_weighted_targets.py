@@ -169,8 +169,8 @@ def test_weights_may_be_omitted_and_rows_may_repeat(backend: str) -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_entries_of_one_row_are_one_target(label_smoothing: float, backend: str) -> None:
-    """Exactly: at this scale, a sum of their shifts that is 1e-8 off changes the loss by 10^22. On a
-    GPU Triton compiles the kernels with and without a shift to roundings of their own."""
+    """Exactly: at this scale, a sum of their shifts that is 1e-8 off changes the loss by 10^22.
+    (Triton compiles kernels with and without a shift to roundings of their own.)"""
     case = make_case(20, 70, 24, 16, tau=1e30, learned=100.0)
     target = case.target
     weight = torch.randint(1, 64, (20, 7)) / 64  # whose sums are exact in any order
