@@ -30,6 +30,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "teacher-kd": ("--method", "teacher-kd", *TEACHER),
     "centroids": CENTROIDS,
     "samples": SAMPLES,
+    "mse": (*EMBED, "--distill", "mse=2"),
     "scale-1": (*CENTROIDS, "--logit-scale", "1", "--no-learn-logit-scale"),
     "scale-14": (*CENTROIDS, "--logit-scale", "14.2857", "--no-learn-logit-scale"),
     "published": (*CENTROIDS, "--paper-compat"),

@@ -46,8 +46,8 @@ def test_paper_compat_fills_in_what_was_left_at_its_default():
     assert config.epochs == 3
     assert (config.logit_scale, config.learn_logit_scale) == (1.0, False)
     assert (config.centroids_per_class, config.crop_padding, config.flip) == (100, 0, True)
-    published = (config.batch_size, config.lr, config.weight_decay, config.distill_weight)
-    assert published == (64, 1e-4, 0.1, 0.5)
+    published = (config.batch_size, config.lr, config.weight_decay, config.mix)
+    assert published == (64, 1e-4, 0.1, {"contrastive": 0.5})
     assert Config(paper_compat=True).epochs == 200
     assert Config(paper_compat=True).targets == "centroids"
     assert Config(paper_compat=True, targets="samples").targets == "samples"

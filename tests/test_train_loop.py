@@ -56,7 +56,7 @@ def test_leaves_the_files_that_are_promised(tmp_path):
     assert [line["epoch"] for line in lines] == [1, 2]
     assert [line["step"] for line in lines] == [7, 14]
     for line in lines:
-        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["contrastive"])
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 2 * line["mse"])
         assert line["images_per_s"] == pytest.approx(90 / line["time_s"])
         assert line["peak_rss_mib"] >= line["start_rss_mib"] > 0
     assert result["test_accuracy"] == lines[-1]["test_accuracy"]

@@ -123,7 +123,7 @@ def test_centroids_too_small_for_float16_keep_their_direction(tmp_path):
 
 
 def test_embed_kd_contrasts_with_each_samples_own_row(tmp_path):
-    setting = Setting(tmp_path, method="embed-kd")  # the default
+    setting = Setting(tmp_path, method="embed-kd", distill="contrastive")
     bank = EmbeddingBank.open(*setting.config.bank)
     _, terms = setting.loss()
     own = bank.positions(setting.batch.sample_ids)

@@ -45,6 +45,7 @@ REPOSITORY = Path(__file__).parents[1]
 # that adds state.
 VARIANTS: dict[str, dict[str, Any]] = {
     "embed-kd": {},
+    "contrast with all rows": {"targets": "samples"},
     "ema, accumulate, bf16": {"ema": 0.9, "accumulate": 2, "amp": "bf16"},
     "batch norm, clipping, centroids": {
         "student": "resnet8",

@@ -68,7 +68,7 @@ def test_with_a_head_a_student_is_compared_with_rows_as_they_are(tmp_path: Path,
 
 
 def test_contrastive_alone_keeps_its_projection(tmp_path: Path) -> None:
-    config = run(tmp_path)
+    config = run(tmp_path, distill="contrastive")
     student, tensors = ckd.load_student(config.folder), tensors_of(config)
     found = map_of(student)
     assert found.keys() == {"weight", "bias"}

@@ -342,7 +342,7 @@ def test_without_label_weight_no_label_has_any_influence(tmp_path):
     train(config, verbose=False)
     line = json.loads((config.folder / "metrics.jsonl").read_text())
     assert "cross_entropy" not in line
-    assert line["loss"] == pytest.approx(0.5 * line["cosine"])
+    assert line["loss"] == pytest.approx(5 * line["cosine"])
 
 
 MIXES: dict[str, dict[str, Any]] = {
@@ -433,7 +433,13 @@ def test_a_head_lets_the_student_take_the_teachers_place(tmp_path):
         ({"distill": "cosine", "method": "plain"}, "--distill goes with --method embed-kd"),
         ({"distill": "contrastive", "method": "teacher-kd"}, "--distill goes with --method embed"),
         ({"distill": "cosine", "paper_compat": True}, "--paper-compat trains by the published"),
-        ({"head": "mlp"}, "--head goes with --distill cosine, mse or soft"),
+        ({"head": "mlp", "targets": "samples"}, "--head goes with --distill cosine, mse or soft"),
+        (
+            {"logit_scale": 2.0},
+            "--logit-scale and --no-learn-logit-scale go with the term contrast",
+        ),
+        ({"learn_logit_scale": False, "distill": "mse,soft"}, "(its terms: mse, soft): name it in"),
+        ({"distill": 5}, "--distill must be a string, as in contrastive=0.2,mse=2, got 5"),
         ({"head": "mlp", "distill": "logits,contrastive"}, "--head goes with"),
         ({"head": "conv", "distill": "cosine"}, "unknown head 'conv'; --head takes"),
         ({"distill": "cosine", "targets": "centroids"}, "--targets goes with the term contrastive"),
@@ -454,7 +460,21 @@ def test_mixes_that_cannot_work_are_refused_before_anything_is_made(tmp_path, se
 def test_a_weight_is_parsed_as_python_does(tmp_path):
     mix = tiny_config(tmp_path, distill=" mse = 1e-3 ,contrastive=.5").mix
     assert mix == {"contrastive": 0.5, "mse": 1e-3}
-    assert tiny_config(tmp_path, distill_weight=0.3).mix == {"contrastive": 0.3}
+
+
+def test_a_term_named_alone_has_its_own_weight_or_the_distill_weight(tmp_path):
+    every = ",".join(TERMS)
+    own = {"contrastive": 0.5, "cosine": 5, "mse": 2, "soft": 1, "logits": 1}
+    assert tiny_config(tmp_path, distill=every).mix == own
+    assert tiny_config(tmp_path, distill=every, distill_weight=2.0).mix == dict.fromkeys(own, 2)
+
+
+def test_without_a_mix_the_term_is_mse_or_what_targets_goes_with(tmp_path):
+    assert tiny_config(tmp_path).mix == {"mse": 2}
+    assert tiny_config(tmp_path, distill_weight=0.3).mix == {"mse": 0.3}
+    assert tiny_config(tmp_path, targets="samples").mix == {"contrastive": 0.5}
+    assert tiny_config(tmp_path, targets="centroids", distill_weight=2.0).mix == {"contrastive": 2}
+    assert tiny_config(tmp_path, logit_scale=3.0, targets="samples").mix == {"contrastive": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ LONGER = 2.0
 PLAIN = {"plain": 1.0, "plain-longer": LONGER}
 # The fields of ckd.train.Config of each setting with a bank.
 BANK: Mapping[str, Mapping[str, Any]] = {
+    "mse": {"distill": "mse=2"},
     "cosine": {"distill": "cosine=5"},
     "cosine-mlp": {"distill": "cosine=5", "head": "mlp"},
     "contrastive": {"distill": "contrastive=1"},
+    "contrastive-0.2": {"distill": "contrastive=0.2"},
     "centroids": {"distill": "contrastive=1", "targets": "centroids"},
-    "mse": {"distill": "mse=1", "head": "mlp"},
     "soft": {"distill": "soft=1"},
     "logits": {"distill": "logits=1"},
     "cosine+contrastive": {"distill": "cosine=5,contrastive=1"},
@@ -24,7 +25,7 @@ BANK: Mapping[str, Mapping[str, Any]] = {
     "soft+logits": {"distill": "soft=1,logits=1"},
 }
 SETTINGS = (*PLAIN, *BANK)
-HEADLINE = (*PLAIN, "cosine", "cosine-mlp", "contrastive", "soft", "logits", "cosine+soft")
+HEADLINE = (*PLAIN, "mse", "cosine", "cosine-mlp", "contrastive", "soft", "logits", "cosine+soft")
 
 # Figures of ckd.eval, and the heads of their columns.
 FIGURES = {

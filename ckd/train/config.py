@@ -19,7 +19,7 @@ from ckd.data import MAX_PIXELS
 from ckd.losses import HeadKind
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
-from ckd.train.mix import HEAD_TERMS, parse_mix
+from ckd.train.mix import HEAD_TERMS, WEIGHTS, parse_mix
 
 MethodName = Literal["plain", "logit-kd", "teacher-kd", "embed-kd"]
 Targets = Literal["samples", "centroids"]
@@ -111,23 +111,25 @@ class Config:
     label_weight: float = 1.0
     """Weight of the cross-entropy against the labels: the sum over the images that have one,
     divided by the number of all images."""
-    distill_weight: float = 0.5
-    """Weight of the distillation term, and of a term of --distill without a weight of its own."""
+    distill_weight: float | None = None
+    """Weight of the distillation term, and of terms of --distill without a weight of their own;
+    default: mse 2, cosine 5, soft and logits 1; contrastive, logit-kd, teacher-kd 0.5."""
     distill: str | None = None
-    """embed-kd: the terms with their weights, as in contrastive=0.5,cosine=1. contrastive: with
-    the projected bank (the default, alone); cosine, mse: with the image's own row, through a --head
-    into the teacher's space; soft: KL of the similarities to all rows (needs `ckd bank
-    neighbours`); logits: KL with the logits of the bank's class head at --temperature."""
+    """embed-kd: the terms with their weights, as in contrastive=0.5,mse=2. mse, cosine: with the
+    image's own row, through a --head into the teacher's space; soft: KL of the similarities to all
+    rows (needs `ckd bank neighbours`); logits: KL with the logits of the bank's class head at
+    --temperature; contrastive: with the projected bank. Default: mse; contrastive with --targets
+    or --paper-compat."""
     head: HeadKind = "linear"
     """The head that cosine, mse and soft share: linear, or mlp with a hidden layer."""
     targets: Targets | None = None
-    """embed-kd, samples: contrast with all rows of the bank; the image's own is the target.
-    centroids: with the mean row of each class, as published; cheaper, less accurate
+    """embed-kd, the term contrastive: samples: with all rows of the bank; the image's own is the
+    target. centroids: with the mean row of each class, as published; cheaper, less accurate
     (docs/results/accuracy.md). Default: samples; centroids under --paper-compat."""
     centroids_per_class: int | None = None
     """embed-kd: average this many rows per class, drawn by seed, in a centroid; default: all."""
     logit_scale: float = 14.2857
-    """teacher-kd and embed-kd: the initial scale of the cosines (1 / temperature)."""
+    """teacher-kd and the term contrastive: the initial scale of the cosines (1 / temperature)."""
     learn_logit_scale: bool = True
     """Whether the logit scale is trained."""
     temperature: float = 4.0
@@ -175,16 +177,22 @@ class Config:
     @property
     def mix(self) -> dict[str, float]:
         """embed-kd: the weight of each term, by name. Raises ConfigError for a bad --distill."""
-        if self.distill is None:
-            return {"contrastive": self.distill_weight}
-        return parse_mix(self.distill, self.distill_weight)
+        if self.distill is not None:
+            return parse_mix(self.distill, self.distill_weight)
+        name = "mse" if self.targets is None else "contrastive"
+        return {name: WEIGHTS[name] if self.distill_weight is None else self.distill_weight}
+
+    @property
+    def term_weight(self) -> float:
+        """logit-kd, teacher-kd: the weight of their one term."""
+        return WEIGHTS["contrastive"] if self.distill_weight is None else self.distill_weight
 
     @property
     def distils(self) -> bool:
         """Whether the loss has a term beside the cross-entropy against the labels."""
         if self.method == "embed-kd":
             return any(self.mix.values())
-        return self.method != "plain" and self.distill_weight > 0
+        return self.method != "plain" and self.term_weight > 0
 
     def check(self) -> None:
         """Raise ConfigError for the first setting that cannot work.

@@ -24,7 +24,7 @@ class Method(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.distill_weight, self.label_weight = config.distill_weight, config.label_weight
+        self.distill_weight, self.label_weight = config.term_weight, config.label_weight
         self.label_smoothing = config.label_smoothing
         self.softmax_twice = config.paper_compat
         self.inputs: dict[str, str] = {}  # hash of the teacher or bank, checked on a resume

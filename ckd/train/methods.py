@@ -48,7 +48,7 @@ class LogitKD(Method):
 
     @classmethod
     def trains_class_head(cls, config: Config, dataset: Dataset) -> bool:
-        distils = config.distill_weight > 0 and len(dataset.class_names) > 0
+        distils = config.distils and len(dataset.class_names) > 0
         return distils or super().trains_class_head(config, dataset)
 
     @classmethod
@@ -125,14 +125,24 @@ METHODS: dict[str, type[Method]] = {
 }
 
 
+_SCALE = (Config.logit_scale, Config.learn_logit_scale)  # the defaults
+
+
 def method_class(config: Config) -> type[Method]:
     """The class of `config.method`, for a checked config. Raises ConfigError if the --bank or
-    --teacher that it needs is missing, or the batches are too small for it."""
+    --teacher that it needs is missing, the batches are too small for it, or a setting of the term
+    contrastive would be passed over."""
     method = METHODS[config.method]
     if method.needs == "bank" and not config.bank:
         raise ConfigError(
             f"--method {config.method} needs --bank FOLDER; make one with: "
             f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
+        )
+    scale = (config.logit_scale, config.learn_logit_scale)
+    if method.needs == "bank" and "contrastive" not in config.mix and scale != _SCALE:
+        raise ConfigError(
+            "--logit-scale and --no-learn-logit-scale go with the term contrastive, which the "
+            f"run leaves out (its terms: {', '.join(config.mix)}): name it in --distill"
         )
     if config.method == "teacher-kd" and config.batch_size == 1:
         raise ConfigError(

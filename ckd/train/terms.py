@@ -1,7 +1,8 @@
 """The terms of embed-kd: each a loss of `ckd.losses`, with what it compares of a batch.
 
-To add one, write a class with `build` and `of`, and put it into TERMS and its name into
-`ckd.train.mix.TermName`. The mean over the batch that `of` gives is logged under that name.
+To add one, write a class with `build` and `of`, and put it into TERMS, its name into
+`ckd.train.mix.TermName` and its weight into `ckd.train.mix.WEIGHTS`. The mean over the batch that
+`of` gives is logged under that name.
 """
 
 from __future__ import annotations

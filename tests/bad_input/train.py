@@ -253,7 +253,7 @@ CASES = [
          ("the weight of cosine must be a number above 0, got '-1'",)),
     Case("terms without a bank's method", set_to(distill="cosine", method="plain"), ConfigError,
          ("--distill goes with --method embed-kd",)),
-    Case("a head that no term uses", set_to(head="mlp"), ConfigError,
+    Case("a head that no term uses", set_to(head="mlp", targets="samples"), ConfigError,
          ("--head goes with --distill cosine, mse or soft",)),
     Case("nothing to learn from", set_to(method="plain", label_weight=0.0), ConfigError,
          ("--label-weight 0 leaves nothing to learn from", "--bank")),

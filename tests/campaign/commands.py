@@ -56,7 +56,7 @@ def commands(inputs: Path) -> list[Command]:
     for name, values in (("ids", ids), ("rows", rows), ("labels", labels)):
         np.save(inputs / f"{name}.npy", values.numpy())
     (inputs / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    config = tiny_config(inputs, checkpoint_steps=3, ema=0.9)
+    config = tiny_config(inputs, checkpoint_steps=3, ema=0.9, distill="contrastive,mse")
     teacher = models.load(inputs / "teacher.safetensors")
     images = load(config.data)
     return [

@@ -162,7 +162,8 @@ def _train(until: int = 1000) -> None:
     loop.step_generator = dying
     time.monotonic = lambda: next(ticks) / 64
     report.PeakMemory.read = lambda _: {"peak_rss_mib": 90.0, "start_rss_mib": 50.0}
-    resume(tiny_config(INPUTS, out=str(CASE), checkpoint_steps=3, ema=0.9))
+    settings = {"checkpoint_steps": 3, "ema": 0.9, "distill": "contrastive,mse"}
+    resume(tiny_config(INPUTS, out=str(CASE), **settings))
 
 
 def _files(folder: Path) -> list[str]:
