@@ -151,6 +151,30 @@ def test_the_table_has_means_over_seeds() -> None:
     assert len(found) == 6
 
 
+def test_a_figure_over_the_shares_of_labels() -> None:
+    rows = table.over_shares(
+        KNOWS,
+        "class_means",
+        [
+            cell("plain", 25, 0, class_head=0.25),
+            cell("cosine", 1, 0, class_means=0.5),
+            cell("cosine", 1, 1, class_means=0.6),
+            cell("cosine", 100, 1, class_means=0.7),
+            {**cell("soft", 1, 0, class_means=0.4), "teacher": OTHER},
+            {**cell("cosine", 1, 0, class_means=0.5), "setting": "mse"},  # the teacher's own again
+        ],
+    ).splitlines()
+    found = [[word.strip() for word in row.strip("|").split("|")] for row in rows]
+    assert found[0] == ["setting", "1 %", "100 %"]
+    assert found[2:] == [
+        ["mse", "50.0 (1)", "-"],
+        ["cosine", "55.0 ± 7.1", "70.0 (1)"],
+        ["the teacher itself", "80.5 ± 0.7", "81.0 (1)"],
+    ]
+    plain = [cell("plain", 1, 0, class_head=0.25), cell("cosine", 1, 0, class_means=0.5)]
+    assert table.over_shares(KNOWS, "class_head", plain) == ""
+
+
 def test_the_teachers_own_figures_count_once_a_seed() -> None:
     """Commands with other settings measure them in cells of another setting."""
     cells = [cell("cosine", 1, seed) for seed in (0, 1)]

@@ -6,11 +6,12 @@ import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ckd.train import figures
 from ckd.train.report import markdown
 from common.report import Record, show_machine
-from students.cells import FIGURES, PLAIN, SETTINGS
+from students.cells import BANK, FIGURES, PLAIN, SETTINGS
 
 COLOURS = (
     *(figures.GREY, figures.BLUE, figures.ORANGE, figures.GREEN, figures.VERMILION),
@@ -18,13 +19,23 @@ COLOURS = (
 )
 
 
+# Figures with a table over the shares of labels.
+OVER_SHARES = ("class_head", "teacher_head", "class_means", "asymmetric_recall_10")
+
+
 def show(record: Record) -> None:
-    """Print a table for each teacher and share of labels."""
+    """Print the tables of each teacher: figures over the shares of labels, and all figures of each
+    share."""
     show_machine(record["machine"])
     print(settings_line(record["settings"]))
     cells = record["cells"]
+    percents = sorted({cell["percent"] for cell in cells})
     for teacher in record["settings"]["teachers"]:
-        for percent in sorted({cell["percent"] for cell in cells}):
+        for key in OVER_SHARES if len(percents) > 1 else ():
+            rows = over_shares(teacher, key, cells)
+            if rows:
+                print(f"\n### {teacher}, {FIGURES[key]}\n\n{rows}")
+        for percent in percents:
             rows = table(teacher, percent, cells)
             if rows:
                 print(f"\n### {teacher}, labels of {percent:g} % of the images\n\n{rows}")
@@ -62,6 +73,40 @@ def table(teacher: str, percent: float, cells: Sequence[Record]) -> str:
         means = _means(measured.values(), "teachers_own")
         rows.append(["the teacher itself", str(len(measured)), *means, ""])
     return markdown(["setting", "seeds", *FIGURES.values(), "s"], rows)
+
+
+def over_shares(teacher: str, key: str, cells: Sequence[Record]) -> str:
+    """A figure of the settings with this teacher, and of plain ones, by the share of labels; "" if
+    no student of the teacher has it.
+
+    Percentages are means over the seeds, with the sample standard deviation, and with their number
+    in parentheses where it is less than the record's.
+    """
+    seeds = len({cell["seed"] for cell in cells})
+    found: dict[str, dict[float, dict[int, float]]] = {}  # by setting, share and seed
+    for cell in cells:
+        if cell["teacher"] in ("", teacher):
+            where = cell["percent"], cell["seed"]
+            _put(found, cell["setting"], *where, cell["figures"].get(key))
+            _put(found, "the teacher itself", *where, cell["teachers_own"].get(key))
+    if not any(setting in BANK for setting in found):
+        return ""
+    percents = sorted({percent for shares in found.values() for percent in shares})
+    rows = []
+    for setting in (*SETTINGS, "the teacher itself"):
+        row = [setting]
+        for percent in percents:
+            values = found.get(setting, {}).get(percent, {})
+            fewer = f" ({len(values)})" if 0 < len(values) < seeds else ""
+            row.append(spread([*values.values()]) + fewer)
+        if setting in found:
+            rows.append(row)
+    return markdown(["setting", *(f"{percent:g} %" for percent in percents)], rows)
+
+
+def _put(found: Any, setting: str, percent: float, seed: int, value: float | None) -> None:
+    if value is not None:
+        found.setdefault(setting, {}).setdefault(percent, {})[seed] = value
 
 
 def _means(cells: Iterable[Record], of: str) -> list[str]:
