@@ -19,10 +19,6 @@ COLOURS = (
 )
 
 
-# Figures with a table over the shares of labels.
-OVER_SHARES = ("class_head", "teacher_head", "class_means", "asymmetric_recall_10")
-
-
 def show(record: Record) -> None:
     """Print the tables of each teacher: figures over the shares of labels, and all figures of each
     share."""
@@ -31,10 +27,10 @@ def show(record: Record) -> None:
     cells = record["cells"]
     percents = sorted({cell["percent"] for cell in cells})
     for teacher in record["settings"]["teachers"]:
-        for key in OVER_SHARES if len(percents) > 1 else ():
+        for key, head in FIGURES.items() if len(percents) > 1 else ():
             rows = over_shares(teacher, key, cells)
             if rows:
-                print(f"\n### {teacher}, {FIGURES[key]}\n\n{rows}")
+                print(f"\n### {teacher}, {head}\n\n{rows}")
         for percent in percents:
             rows = table(teacher, percent, cells)
             if rows:

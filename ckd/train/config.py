@@ -185,7 +185,7 @@ class Config:
     @property
     def term_weight(self) -> float:
         """logit-kd, teacher-kd: the weight of their one term."""
-        return WEIGHTS["contrastive"] if self.distill_weight is None else self.distill_weight
+        return 0.5 if self.distill_weight is None else self.distill_weight
 
     @property
     def distils(self) -> bool:

@@ -27,7 +27,7 @@ WEIGHTS: Mapping[str, float] = {
 
 def parse_mix(text: str, default_weight: float | None = None) -> dict[str, float]:
     """Weights by name of "contrastive=0.5,cosine", in the order of TERM_NAMES; a name alone has the
-    default weight, or without one its own of WEIGHTS.
+    default weight, or its own in WEIGHTS if that is None.
 
     Raises ConfigError for names that are unknown, empty or repeated, and for weights that are not
     above 0.
