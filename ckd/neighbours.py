@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ckd._console import bar, say
 from ckd.backends.reference import MIN_NORM
 from ckd.bank import EmbeddingBank, Neighbours
 from ckd.bank.neighbours import ROWS_PER_PART, Manifest, new_manifest
@@ -55,16 +56,18 @@ def build_neighbours(
     )
     writer = NeighboursWriter(bank.path, manifest, replace=replace)
     if writer.is_complete():
-        if progress:
-            print(f"{writer.path} is complete already, with the same settings: nothing to do")
+        say(
+            f"{writer.path} is complete already, with the same settings: nothing to do",
+            shown=progress,
+        )
     else:
         _compute(bank, writer, device, progress=progress)
     found = bank.neighbours()
-    if progress:
-        print(
-            f"the {found.k} rows nearest to a row leave out {percent(found.left_out_mean)} of its "
-            f"softmax on average, at most {percent(found.left_out_max)}"
-        )
+    say(
+        f"the {found.k} rows nearest to a row leave out {percent(found.left_out_mean)} of its "
+        f"softmax on average, at most {percent(found.left_out_max)}",
+        shown=progress,
+    )
     return found
 
 
@@ -72,29 +75,30 @@ def _compute(
     bank: EmbeddingBank, writer: NeighboursWriter, device: str | torch.device, *, progress: bool
 ) -> None:
     manifest = writer.manifest
-    if progress:
-        size = len(bank) * (6 * manifest.k + 4 + 2 * bank.dim * manifest.exact)
-        print(
-            f"{writer.path}: the nearest of {len(bank):,} rows to each, {manifest.settings}, about "
-            f"{human_bytes(size)}",
-            flush=True,
-        )
+    size = len(bank) * (6 * manifest.k + 4 + 2 * bank.dim * manifest.exact)
+    say(
+        f"{writer.path}: the nearest of {len(bank):,} rows to each, {manifest.settings}, about "
+        f"{human_bytes(size)}",
+        shown=progress,
+    )
     with writer:
         done, step = writer.manifest.rows_done, writer.manifest.rows_per_part
-        if done and progress:
-            print(f"resuming: {done:,} rows are stored already", flush=True)
-        bar = tqdm(
+        if done:
+            say(f"resuming: {done:,} rows are stored already", shown=progress)
+        pairs = bar(
+            "nearest rows",
             total=len(bank) ** 2,
             initial=done * len(bank),
-            unit=" pairs",
+            unit="pairs",
             unit_scale=True,
-            disable=not progress,
+            shown=progress,
+            leave=True,
         )
-        with bar:
+        with pairs:
             for first in range(done, len(bank), step):
                 part = bank.rows(bank.sample_ids[first : first + step])
                 blocks = [
-                    _nearest(block.to(device, torch.float32), bank, manifest, bar)
+                    _nearest(block.to(device, torch.float32), bank, manifest, pairs)
                     for block in part.split(STUDENTS)
                 ]
                 rows, weights, lse, mean, left_out = map(torch.cat, zip(*blocks))
@@ -102,7 +106,7 @@ def _compute(
 
 
 def _nearest(
-    block: Tensor, bank: EmbeddingBank, manifest: Manifest, bar: tqdm[NoReturn]
+    block: Tensor, bank: EmbeddingBank, manifest: Manifest, pairs: tqdm[NoReturn]
 ) -> tuple[Tensor, ...]:
     """rows, weights, lse, mean (empty unless exact) and left_out of a block [B, D] of the bank."""
     scale = 1 / manifest.temperature
@@ -118,7 +122,7 @@ def _nearest(
         total += odds.sum(1, keepdim=True)
         if manifest.exact:
             mean += odds @ _unit(rows)
-        bar.update(odds.numel())
+        pairs.update(odds.numel())
     best = running.result()
     weights = ((best.values - largest).double() * scale).exp() / total
     lse = scale * largest + total.log()

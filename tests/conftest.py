@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -132,3 +133,10 @@ def quick_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(loop, "draw_curves", lambda *args: None)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress is shown, at once, as on a terminal."""
+    monkeypatch.setattr("ckd._console.DELAY_S", 0.0)
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True)

@@ -155,7 +155,9 @@ def test_a_disk_that_is_too_small_is_found_before_the_teacher_runs(
         build(digits, teacher, tmp_path / "bank", prepare=prepare_until(0))
 
 
-def test_progress_tells_the_estimate_and_the_teachers_accuracy(tmp_path, teacher, digits, capsys):
+def test_progress_tells_the_estimate_and_the_teachers_accuracy(
+    tmp_path, teacher, digits, capsys, terminal
+):
     with pytest.raises(Killed):
         build(digits, teacher, tmp_path / "bank", prepare=prepare_until(4))
     build(digits, teacher, tmp_path / "bank", progress=True)

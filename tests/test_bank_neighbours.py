@@ -251,7 +251,7 @@ def stop_after(parts: int, path: Path, **options: Any) -> None:
 
 
 def test_an_interrupted_one_is_incomplete_and_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], terminal: None
 ) -> None:
     bank = write_bank(tmp_path / "bank")
     stop_after(2, bank.path)

@@ -16,10 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "ckd"
 
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
 BASE = {
-    *("ckd._device", "ckd._errors", "ckd._files", "ckd._fit", "ckd._hints"),
+    *("ckd._console", "ckd._device", "ckd._errors", "ckd._files", "ckd._fit", "ckd._hints"),
     *("ckd._json", "ckd._lock", "ckd._npy", "ckd._version"),
 }
 LAYERS: dict[str, set[str]] = {
+    "ckd._console": set(),
     "ckd._errors": set(),
     "ckd._device": {"ckd._errors"},
     "ckd._hints": {"ckd._errors"},
@@ -38,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.bank": BASE,
     "ckd.data": BASE,
     "ckd.models": BASE | {"ckd.heads"},
-    "ckd.neighbours": {"ckd.ops", "ckd.backends", "ckd.bank"},
+    "ckd.neighbours": {"ckd._console", "ckd.ops", "ckd.backends", "ckd.bank"},
     # Programs, at the top.
     "ckd.bank.build": {"ckd"},
     "ckd.bank.__main__": {"ckd"},

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ckd import models
+from ckd._console import bar, say
 from ckd.bank.class_head import ClassHead
 from ckd.bank.reader import EmbeddingBank
 from ckd.bank.summary import human_bytes
@@ -55,7 +55,6 @@ def build_bank(
     on the other images of a batch; BankError as `BankWriter` does; and OSError before it starts if
     the disk has too little space for the bank.
     """
-    say = print if progress else _silent
     models.check_teacher(model)
     head = None if normalize else _class_head(model, dataset)
     writer = BankWriter(
@@ -72,14 +71,17 @@ def build_bank(
         rows=len(dataset),
     )
     if writer.is_complete():
-        say(f"{writer.path} is complete already, with the same settings: nothing to do", flush=True)
+        say(
+            f"{writer.path} is complete already, with the same settings: nothing to do",
+            shown=progress,
+        )
         return EmbeddingBank.open(writer.path)
     bytes_per_row = 2 * model.embedding_dim + _BYTES_BESIDE_A_ROW
     some = "" if dataset.labelled == len(dataset) else f", {dataset.labelled:,} labelled"
     say(
         f"{writer.path}: {len(dataset):,} rows x {model.embedding_dim} float16 of {dataset.name} "
         f"({dataset.split}){some}, about {human_bytes(len(dataset) * bytes_per_row)}",
-        flush=True,
+        shown=progress,
     )
     if model.num_classes is not None and head is None:
         why = (
@@ -87,7 +89,7 @@ def build_bank(
             if normalize
             else "its logits are not known to be a linear map of the embedding"
         )
-        say(f"the teacher's class head is not stored: {why}", flush=True)
+        say(f"the teacher's class head is not stored: {why}", shown=progress)
     model.to(device)
     if torch.device(device).type == "cpu":
         # ResNet-56 at 32 px on one core (AMD EPYC): 280 images/s instead of 180.
@@ -96,23 +98,28 @@ def build_bank(
     with writer, _evaluation_mode(model):
         done = writer.rows_done
         if done:
-            say(f"resuming: {done:,} rows are stored already", flush=True)
+            say(f"resuming: {done:,} rows are stored already", shown=progress)
         _check_space(writer.path, (len(dataset) - done) * bytes_per_row)
         order = _class_order(model, dataset)
         correct = counted = 0
-        bar = tqdm(total=len(dataset), initial=done, unit=" images", disable=not progress)
-        with bar:
+        images_done = bar(
+            "teacher", total=len(dataset), initial=done, unit="images", shown=progress, leave=True
+        )
+        with images_done:
             for batch in _batches(images, done, rows_per_shard, batch_size, device, workers):
                 embedding, logits = _forward(model, prepare(model, batch.images))
                 writer.write(batch.sample_ids, embedding, batch.labels)
                 if logits is not None and order is not None:
                     correct += int((logits[:, order].argmax(1) == batch.labels).sum())
                     counted += int((batch.labels >= 0).sum())
-                bar.update(len(batch.labels))
+                images_done.update(len(batch.labels))
     if counted:
         share = 100 * correct / counted
         which = "labelled rows" if some else "rows"
-        say(f"the teacher's own accuracy on the {counted:,} {which} of this run: {share:.2f} %")
+        say(
+            f"the teacher's own accuracy on the {counted:,} {which} of this run: {share:.2f} %",
+            shown=progress,
+        )
     return EmbeddingBank.open(writer.path)
 
 
@@ -207,7 +214,3 @@ def _check_space(folder: os.PathLike[str], needed: int) -> None:
             f"the bank needs {human_bytes(needed)} more, the disk has {human_bytes(free)} left",
             os.fspath(folder),
         )
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """`print`, without output."""

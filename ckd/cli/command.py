@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ckd._console import console
 from ckd._files import user_path
 from ckd.cli.status import exit_status, printable_output
 
@@ -18,6 +20,20 @@ class Command(Protocol):
     """A parsed command line."""
 
     def run(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """The flags of every command on what it prints; a command's dataclass derives from it.
+
+    Notes are printed by `ckd._console.say`, progress is shown by `ckd._console.bar`, and the result
+    by `print`: one JSON document if `json`.
+    """
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the result as one JSON document; notes go to stderr."""
+    quiet: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the result and errors only: no notes, no progress."""
 
 
 def run(
@@ -30,7 +46,8 @@ def run(
 
     def call() -> None:
         command = parse(sys.argv[1:] if argv is None else argv)  # prints --help, in colours
-        with printable_output():
+        quiet, as_json = (getattr(command, name, False) for name in ("quiet", "json"))
+        with printable_output(), console(quiet=quiet, json=as_json):
             command.run()
 
     return exit_status(call, **interruption)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ckd._console import bar
 from ckd.data import Dataset
 from ckd.models import ModelError, Student
 
@@ -41,17 +41,13 @@ def outputs_of(
     device = model.channel_mean.device
     features = torch.empty(len(positions), model.embedding_dim, device=device)
     chosen, done = [], 0
-    bar = tqdm(
-        desc=f"{dataset.split} images",
-        total=len(positions),
-        unit="image",
-        leave=False,
-        disable=None if progress else True,  # None: shown on a terminal only
+    images_done = bar(
+        f"{dataset.split} images", total=len(positions), unit="images", shown=progress
     )
     was_training = student.training
     student.eval()
     try:
-        with bar:
+        with images_done:
             for batch in dataset.batches(positions, batch_size, device, workers):
                 images = student.preprocess(batch.images)
                 # Faster for convolutions on the CPU, as in training.
@@ -60,7 +56,7 @@ def outputs_of(
                 if logits is not None:
                     chosen.append(output.logits[:, logits.to(device)].argmax(dim=1))
                 done += len(images)
-                bar.update(len(images))
+                images_done.update(len(images))
     finally:
         student.train(was_training)
     check_finite(features, dataset, positions)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from ckd._console import bar
 from ckd.eval.rows import CHUNK, Rows
 
 TOLERANCE = 1e-5  # of the largest entry of the gradient
@@ -51,12 +51,7 @@ def linear_probe(rows: Rows, labels: Tensor, *, progress: bool = False) -> Probe
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    bar = tqdm(
-        desc="linear probe",
-        unit=" passes",
-        leave=False,
-        disable=None if progress else True,  # None: shown on a terminal only
-    )
+    passes = bar("linear probe", total=None, unit="passes", shown=progress)
 
     def loss() -> float:
         """The objective; its gradient goes to the parameters."""
@@ -70,10 +65,10 @@ def linear_probe(rows: Rows, labels: Tensor, *, progress: bool = False) -> Probe
             error = logits.softmax(dim=1) - F.one_hot(places, len(classes))
             gradient += torch.cat([error.T @ x, error.sum(dim=0)[:, None]], dim=1)
         parameters.grad = gradient / len(rows)
-        bar.update()
+        passes.update()
         return total.item() / len(rows)
 
-    with bar:
+    with passes:
         optimizer.step(loss)
         loss()
     assert parameters.grad is not None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ckd._console import bar
 from ckd.ops import TopK, normalized_similarity
 from ckd.ops.top_k import STUDENTS, RunningTopK
 
@@ -51,19 +51,18 @@ def nearest(queries: Tensor, rows: Rows, k: int, *, progress: bool = False) -> T
     """
     blocks = queries.split(STUDENTS)
     best = [RunningTopK(min(k, len(rows))) for _ in blocks]
-    bar = tqdm(
-        desc="nearest rows",
+    pairs = bar(
+        "nearest rows",
         total=len(queries) * len(rows),
-        unit=" pairs",
+        unit="pairs",
         unit_scale=True,
-        leave=False,
-        disable=None if progress else True,  # None: shown on a terminal only
+        shown=progress,
     )
-    with bar:
+    with pairs:
         for chunk in rows.chunks():
             chunk = chunk.to(queries.device)
             for block, running in zip(blocks, best):
                 running.add(normalized_similarity(block, chunk))
-                bar.update(len(block) * len(chunk))
+                pairs.update(len(block) * len(chunk))
     found = [running.result() for running in best]
     return TopK(*(torch.cat(parts).cpu() for parts in zip(*found)))

@@ -21,9 +21,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ckd import models
+from ckd._console import bar, say
 from ckd._device import pick_device
 from ckd._files import atomic_write
 from ckd.data import Batch, epoch_order, step_generator, training_batches
@@ -60,15 +60,13 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
         # Without its student a run is finished once more, from its last checkpoint.
         whole = (folder / STUDENT).exists() or checkpoint.latest(folder) is None
         if (folder / report.RESULT).exists() and whole:
-            if verbose:
-                print(f"{folder} is finished")
+            say(f"{folder} is finished", shown=verbose)
             return read_result(folder)
         run = set_up(config, device, method_type)
         if resume:
             restore(run)
-        if verbose:
-            for note in run.notes:
-                print(note, flush=True)
+        for note in run.notes:
+            say(note, shown=verbose)
         log = MetricsLog(
             folder,
             keep_bytes=run.progress.metrics_bytes,
@@ -82,8 +80,7 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
                 run.records.append(record)
                 run.progress.metrics_bytes, run.progress.metrics_xxh3 = log.write(record)
                 save(run)
-                if verbose:
-                    print(report.epoch_line(record, config.epochs), flush=True)
+                say(report.epoch_line(record, config.epochs), shown=verbose)
                 if stop():
                     interrupt(run)
         return finish(run)
@@ -101,23 +98,22 @@ def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
     batches = run.train_set.batches(order, sizes, run.device, config.workers)
     run.student.train()
     run.method.train()
-    bar = tqdm(
-        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+    images_done = bar(
+        f"epoch {progress.epoch + 1}/{config.epochs}",
         total=n,
         initial=progress.rows,
-        unit="image",
-        leave=False,
-        disable=None if verbose else True,  # None: shown on a terminal only
+        unit="images",
+        shown=verbose,
     )
     saved = mark = time.monotonic()
-    with bar:
+    with images_done:
         while group := list(itertools.islice(batches, config.accumulate)):
             values = optimizer_step(run, group)
             now = time.monotonic()
             progress.time_s += now - mark
             mark = now
-            bar.update(progress.rows - bar.n)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            images_done.update(progress.rows - images_done.n)
+            images_done.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if progress.rows == n:
                 break  # `train` saves after the evaluation
             every = config.checkpoint_steps
@@ -288,7 +284,7 @@ def finish(run: Run) -> dict[str, Any]:
     try:
         draw_curves(run.records, folder / "curves.png", title)
     except ImportError as error:
-        print(f"no curves.png: {error}")
+        say(f"no curves.png: {error}")
     parameters = models.parameter_count(student.model)
     result = report.summary(run.config, run.records, parameters, run.device)
     report.write_result(folder, result)

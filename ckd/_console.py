@@ -1,0 +1,52 @@
+"""What long work shows of itself: lines of notes, and bars with an estimate of the time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+DELAY_S = 2.0  # work that takes less shows no bar
+
+
+class _Mode(NamedTuple):
+    quiet: bool = False
+    json: bool = False
+
+
+_mode: ContextVar[_Mode | None] = ContextVar("console", default=None)
+
+
+@contextmanager
+def console(*, quiet: bool = False, json: bool = False) -> Iterator[None]:
+    """Within this block `say` and `bar` show nothing (quiet), or `say` writes to stderr, since
+    stdout takes one JSON document (json)."""
+    token = _mode.set(_Mode(quiet, json))
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def say(text: str, *, shown: bool = True) -> None:
+    """Print a line on the state of the work, which is not its result."""
+    mode = _mode.get() or _Mode()
+    if shown and not mode.quiet:
+        print(text, file=sys.stderr if mode.json else sys.stdout, flush=True)
+
+
+def bar(desc: str, *, total: int | None, unit: str, shown: bool = True, **options: Any) -> tqdm:
+    """A progress bar with an estimate of the time left, on stderr.
+
+    Shown on a terminal only, and only if the work takes longer than DELAY_S; removed at its end.
+    unit: of `total`, in the plural. options: further ones of tqdm.
+    """
+    mode = _mode.get() or _Mode()
+    # None: shown on a terminal only.
+    disable = None if shown and not mode.quiet else True
+    defaults: dict[str, Any] = {"delay": DELAY_S, "leave": False, "disable": disable}
+    return tqdm(desc=desc, total=total, unit=f" {unit}", **(defaults | options))
