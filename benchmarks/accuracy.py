@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "plain-longer": ("--method", "plain"),
     "centroids-longer": CENTROIDS,
     "samples-longer": SAMPLES,
+    "mse-longer": (*EMBED, "--distill", "mse=2"),
 }
 COMMON = [
     *("--batch-size", "128", "--lr", "2e-3", "--weight-decay", "0.05"),
