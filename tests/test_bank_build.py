@@ -151,7 +151,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_teacher_runs(
 ):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match=r"needs 4\.8 kB more, the disk has 1 kB left"):
+    with pytest.raises(OSError, match=r"needs 4\.69 KiB more, the disk has 0\.977 KiB left"):
         build(digits, teacher, tmp_path / "bank", prepare=prepare_until(0))
 
 
@@ -162,7 +162,7 @@ def test_progress_tells_the_estimate_and_the_teachers_accuracy(
         build(digits, teacher, tmp_path / "bank", prepare=prepare_until(4))
     build(digits, teacher, tmp_path / "bank", progress=True)
     out, err = capsys.readouterr()
-    assert "100 rows x 16 float16 of digits (train), about 4.8 kB" in out
+    assert "100 rows x 16 float16 of digits (train), about 4.69 KiB" in out
     assert "resuming: 32 rows are stored already" in out
     assert "accuracy on the 68 rows of this run" in out
     assert "100/100" in err

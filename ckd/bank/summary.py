@@ -60,8 +60,8 @@ def describe(bank: EmbeddingBank) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """Decimal units, three significant digits: 7.20 MB."""
-    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+    """Binary units, three significant digits: 7.21 MiB."""
+    return _scaled(count, ("bytes", "KiB", "MiB", "GiB", "TiB"), 1024)
 
 
 def percent(share: float) -> str:
@@ -69,11 +69,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def _scaled(value: float, units: tuple[str, ...]) -> str:
+def _scaled(value: float, units: tuple[str, ...], step: int = 1000) -> str:
     for unit in units[:-1]:
         if value < 999.5:
             return f"{value:.3g} {unit}"
-        value /= 1000
+        value /= step
     return f"{value:.3g} {units[-1]}"
 
 
