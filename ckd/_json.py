@@ -1,8 +1,10 @@
-"""JSON objects on disk: limits on what is parsed, a checksum, and a check of the fields' types."""
+"""JSON objects on disk (limits on what is parsed, a checksum, a check of the fields' types) and as
+the output of commands."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,6 +91,20 @@ def unsealed(values: dict[str, Any], data: bytes) -> dict[str, Any]:
         given = f"{values[CHECKSUM]!r:.40}"
         raise JsonError(f"its content does not match its own checksum {given}")
     return rest
+
+
+def document(values: Mapping[str, Any]) -> str:
+    """The values as one JSON object for other programs, in ASCII; NaN and infinity, which JSON does
+    not have, are null."""
+    return json.dumps(_without_nan(values), indent=2, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return [*map(_without_nan, value)] if isinstance(value, list | tuple) else value
 
 
 def is_number(value: Any) -> bool:

@@ -219,6 +219,9 @@ class Command:
             print(f"\nfigure: {self.out}")
 
 
+COMMAND = Command
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.compare") -> int:
     """Run the command line; returns the exit status."""
     return run(lambda given: parse(Command, given, prog), argv)

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import ckd
-from ckd.backends import cpu
-from ckd.cli.command import parse, run
+from ckd._json import document
+from ckd.backends import Explanation, cpu
+from ckd.cli.command import Output, parse, run
 
 CORE = (
     *("torch", "triton", "numpy", "safetensors", "xxhash", "tqdm", "pillow"),
@@ -34,10 +36,13 @@ EXTRAS = {
 def native_module() -> str:
     """One line on `ckd._C`: how it was compiled, or why it is missing."""
     if importlib.util.find_spec("ckd._C") is None:
-        report = Path(__file__).with_name("_build.json")
-        if not report.exists():
+        path = Path(__file__).with_name("_build.json")
+        if not path.exists():
             return "missing: never built here; install with pip install -e ."
-        return f"missing: {json.loads(report.read_text())['reason']}"
+        built = json.loads(path.read_text())
+        if built.get("built"):
+            return f"missing: it was {built['reason']}, and is gone; install with pip install -e ."
+        return f"missing: {built['reason']}"
     try:
         from ckd import _C
     except ImportError as error:
@@ -58,11 +63,11 @@ def cuda_kernels() -> str:
     return "none" if cpu.missing() is not None else cpu._C.build_info()["cuda"]
 
 
-def devices() -> str:
+def gpus() -> list[str]:
+    """The names of the GPUs that torch sees."""
     if not torch.cuda.is_available():
-        return "no GPU"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join(names)
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def version(distribution: str) -> str | None:
@@ -72,13 +77,59 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def explanations() -> dict[str, Explanation]:
+    """For a bank on the CPU, and on the GPU if there is one: the backend that `auto` takes for
+    float32 tensors, and why not the others."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        device: ckd.backends.explain(*torch.zeros(2, 1, 1, device=device).unbind())
+        for device in devices
+    }
+
+
+def remedy() -> str | None:
+    """What to do about missing CPU kernels, or None if they are there."""
+    if cpu.missing() is None:
+        return None
+    return (
+        f"the loss runs in plain PyTorch, with the same results but more slowly. This ckd is "
+        f"{Path(ckd.__file__).parent}: if it is a source tree, install a C++ compiler (g++ or "
+        "clang++) and run pip install -e . in it; if you meant an installed ckd, start Python in "
+        "another folder than that source tree"
+    )
+
+
+def facts() -> dict[str, Any]:
+    """The report in plain JSON values."""
+    return {
+        "ckd": ckd.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus(),
+        "native_module": native_module(),
+        "cpu_kernels": [*cpu.TIERS],
+        "cuda_kernels": cuda_kernels(),
+        "packages": {name: version(name) for name in CORE},
+        "extras": {extra: {name: version(name) for name in EXTRAS[extra]} for extra in EXTRAS},
+        "backends": [*ckd.backends.available()],
+        "auto": {
+            device: {"backend": found.chosen, "reasons": found.reasons}
+            for device, found in explanations().items()
+        },
+        "remedy": remedy(),
+    }
+
+
 def report() -> str:
     """The report, one fact per line."""
     rows = [
         ("ckd", ckd.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"),
-        ("gpu", devices()),
+        ("gpu", ", ".join(gpus()) or "no GPU"),
         ("ckd._C", native_module()),
         ("cpu kernels", cpu_tiers()),
         ("cuda kernels", cuda_kernels()),
@@ -86,22 +137,29 @@ def report() -> str:
     rows += [(name, version(name) or "missing") for name in CORE]
     for extra, distributions in EXTRAS.items():
         found = [f"{name} {version(name) or 'missing'}" for name in distributions]
-        rows.append((f"[{extra}]", ", ".join(found)))
+        missing = any(version(name) is None for name in distributions)
+        install = f"; pip install 'ckd[{extra}]'" if missing else ""
+        rows.append((f"[{extra}]", ", ".join(found) + install))
     rows.append(("backends", ", ".join(ckd.backends.available())))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
+    if remedy() is not None:
+        lines += ["", f"The CPU kernels are missing: {remedy()}."]
+    for device, explanation in explanations().items():
+        where = {"cpu": "CPU", "cuda": "GPU"}[device]
+        lines += ["", f"for float32 tensors on the {where}:", str(explanation)]
+    return "\n".join(lines)
 
-    student, bank = torch.zeros(1, 1), torch.zeros(1, 1)
-    explanation = str(ckd.backends.explain(student, bank))
-    return "\n".join([*lines, "", "for float32 tensors on the CPU:", explanation])
 
-
-@dataclass(frozen=True)
-class Command:
+@dataclass(frozen=True, kw_only=True)
+class Command(Output):
     """Show what is installed, which backends work, and why the others do not."""
 
     def run(self) -> None:
-        print(report())
+        print(document(facts()) if self.json else report())
+
+
+COMMAND = Command
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.info") -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_the_list_of_commands_has_a_line_for_each(
     assert cli.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "usage: ckd COMMAND ..."
-    listed = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    listed = [line.split(maxsplit=1) for line in lines if re.match(r"  \S", line)]
     assert listed == [[name, summary] for name, (_, summary) in cli.COMMANDS.items()]
     assert {"train", "demo", "bank", "compare", "info"} <= {name for name, _ in listed}
 

@@ -3,25 +3,27 @@ the nearest rows of its rows."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from ckd import data, models
+from ckd._console import say
 from ckd._device import pick_device
 from ckd._hints import check_choices, flag
+from ckd._json import document
 from ckd.bank import BankError, EmbeddingBank
 from ckd.bank.build import build_bank
+from ckd.bank.neighbours import Neighbours as StoredNeighbours
 from ckd.bank.neighbours import exist
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import Projection, draw_bank
 from ckd.bank.summary import describe, human_bytes, summarize
-from ckd.cli.command import parse, run
+from ckd.cli.command import Output, parse, run
 from ckd.data import MAX_PIXELS
 from ckd.neighbours import build_neighbours
 
@@ -34,11 +36,15 @@ _TEACHER_FLAGS = {
 _IMPORT_FLAGS = {"labels", "ids", "class_names", "teacher_name"}
 
 
-@dataclass(frozen=True)
-class Build:
+@dataclass(frozen=True, kw_only=True)
+class Build(Output):
     """Run a teacher over a data set (--teacher, --data), or import embeddings (--from-npy).
 
     After a kill, the same command goes on from the last full shard.
+
+    Example:
+        ckd bank build --data photos --teacher timm:resnet50 --out bank
+        ckd bank build --from-npy rows.npy --labels y.npy --out bank
     """
 
     out: Path
@@ -86,6 +92,9 @@ class Build:
     def run(self) -> None:
         check_choices(self)
         bank = self._import() if self.from_npy is not None else self._build()
+        if self.json:
+            print(document(summarize(bank)))
+            return
         print(
             f"{bank.path} is complete: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
             f"see python -m ckd.bank info {bank.path}"
@@ -133,14 +142,16 @@ class Build:
         )
 
 
-@dataclass(frozen=True)
-class Info:
-    """Describe a bank, and what it saves compared with running the teacher."""
+@dataclass(frozen=True, kw_only=True)
+class Info(Output):
+    """Describe a bank, and what it saves compared with running the teacher.
+
+    Example:
+        ckd bank info bank --plot bank.png
+    """
 
     bank: tyro.conf.Positional[Path]
     """The folder of the bank."""
-    json: bool = False
-    """Print JSON."""
     plot: Path | None = None
     """Also draw its rows and class centroids into this image file (.png, .pdf, .svg)."""
     method: Projection = "pca"
@@ -153,17 +164,20 @@ class Info:
             _refuse(self, {"method", "per_class"}, "has no effect without --plot")
         check_choices(self)
         bank = EmbeddingBank.open(self.bank)
-        print(json.dumps(summarize(bank), indent=2) if self.json else describe(bank))
+        print(document(summarize(bank)) if self.json else describe(bank))
         if self.plot is not None:
             draw_bank(bank, self.plot, method=self.method, per_class=self.per_class)
-            # Not to stdout, which may be JSON for another program.
-            print(f"wrote {self.plot}", file=sys.stderr)
+            say(f"wrote {self.plot}")
 
 
-@dataclass(frozen=True)
-class Verify:
+@dataclass(frozen=True, kw_only=True)
+class Verify(Output):
     """Check every file of a bank, its neighbours included, against the stored hashes (xxh3; --full:
-    sha256 too)."""
+    sha256 too).
+
+    Example:
+        ckd bank verify bank --full
+    """
 
     bank: tyro.conf.Positional[Path]
     """The folder of the bank."""
@@ -171,22 +185,40 @@ class Verify:
     """Check the sha256 of every file too."""
 
     def run(self) -> None:
-        bank = EmbeddingBank.open(self.bank, verify="full" if self.full else "fast")
+        mode = "full" if self.full else "fast"
         hashes = "xxh3 and sha256 match" if self.full else "xxh3 matches"
-        print(
-            f"{bank.path} is whole: {len(bank):,} rows in {len(bank.meta['shards'])} shards, "
-            f"{human_bytes(bank.nbytes)}, {hashes}"
-        )
-        if exist(bank.path):
-            found = bank.neighbours("full" if self.full else "fast")
+        bank = EmbeddingBank.open(self.bank, verify=mode)
+        if not self.json:
+            print(
+                f"{bank.path} is whole: {len(bank):,} rows in {len(bank.meta['shards'])} shards, "
+                f"{human_bytes(bank.nbytes)}, {hashes}"
+            )
+        found = bank.neighbours(mode) if exist(bank.path) else None
+        if self.json:
+            print(document(self._facts(bank, found)))
+        elif found is not None:
             print(f"{found.path} is whole: {human_bytes(found.nbytes)}, {hashes}")
 
+    def _facts(self, bank: EmbeddingBank, found: StoredNeighbours | None) -> dict[str, Any]:
+        near = None if found is None else {"path": str(found.path), "bytes": found.nbytes}
+        return {
+            "path": str(bank.path),
+            "rows": len(bank),
+            "shards": len(bank.meta["shards"]),
+            "bytes": bank.nbytes,
+            "hashes": ["xxh3", "sha256"] if self.full else ["xxh3"],
+            "neighbours": near,
+        }
 
-@dataclass(frozen=True)
-class Neighbours:
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbours(Output):
     """Store the nearest rows of each row of a bank, with softmax weights, beside its shards.
 
     After a kill, the same command goes on from the last part.
+
+    Example:
+        ckd bank neighbours bank --k 32
     """
 
     bank: tyro.conf.Positional[Path]
@@ -203,7 +235,7 @@ class Neighbours:
     """Replace stored ones that have other settings, are damaged, or are those of another bank."""
 
     def run(self) -> None:
-        build_neighbours(
+        found = build_neighbours(
             self.bank,
             k=self.k,
             temperature=self.temperature,
@@ -211,14 +243,30 @@ class Neighbours:
             device=pick_device(self.device),
             replace=self.replace,
         )
+        if self.json:
+            print(
+                document(
+                    {
+                        "path": str(found.path),
+                        "rows": len(found),
+                        "k": found.k,
+                        "temperature": found.temperature,
+                        "exact": found.exact,
+                        "bytes": found.nbytes,
+                        "left_out_mean": found.left_out_mean,
+                        "left_out_max": found.left_out_max,
+                    }
+                )
+            )
+
+
+COMMAND = Build | Info | Verify | Neighbours
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.bank") -> int:
     """Run the command line; returns the exit status."""
     return run(
-        lambda given: parse(
-            Build | Info | Verify | Neighbours, given, prog, description=DESCRIPTION
-        ),
+        lambda given: parse(COMMAND, given, prog, description=DESCRIPTION),
         argv,
         interrupted="interrupted; the same command goes on from the last full shard or part",
     )

@@ -43,12 +43,12 @@ def exit_status(
             for stream in streams:
                 stream.flush()
     except interruptions as stop:
-        _say(f"\n{str(stop) or interrupted}")
+        _print(f"\n{str(stop) or interrupted}")
         return 130
     except BrokenPipeError:
         return CLOSED_PIPE
     except USER_ERRORS as error:
-        _say(" ".join(["error:", *filter(None, map(str.strip, str(error).splitlines()))]))
+        say_error(str(error))
         return 2
     finally:
         for stream in streams:
@@ -82,7 +82,12 @@ class _Printable:
         return len(text)
 
 
-def _say(message: str) -> None:
+def say_error(message: str) -> None:
+    """Print an error on stderr, in one line."""
+    _print(" ".join(["error:", *filter(None, map(str.strip, message.splitlines()))]))
+
+
+def _print(message: str) -> None:
     with contextlib.suppress(OSError):  # stderr may be the same closed pipe
         print(printable(message), file=sys.stderr)
 

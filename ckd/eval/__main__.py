@@ -14,9 +14,9 @@ from ckd import data, models
 from ckd._device import pick_device
 from ckd._errors import ConfigError
 from ckd._files import atomic_write, user_path
-from ckd._json import sealed
+from ckd._json import document, sealed
 from ckd.bank import EmbeddingBank
-from ckd.cli.command import parse, run
+from ckd.cli.command import Output, parse, run
 from ckd.data import MAX_PIXELS
 from ckd.eval.evaluate import evaluate_student
 from ckd.eval.report import FIGURES
@@ -24,8 +24,8 @@ from ckd.train.config import Config
 from ckd.train.stored import is_run, stored_config
 
 
-@dataclass(frozen=True)
-class Eval:
+@dataclass(frozen=True, kw_only=True)
+class Eval(Output):
     """Measure what a trained student is good for: classification, search and a linear probe, in its
     own space and in its teacher's.
 
@@ -94,9 +94,13 @@ class Eval:
             batch_size=self.batch_size,
             workers=self.workers,
         )
+        values = {"student": self.student, **report.to_dict()}
         if self.out is not None:  # before the table, whose reader may close the pipe
-            atomic_write(self.out, sealed({"student": self.student, **report.to_dict()}))
-        print(f"{self.student} on {test.name}\n\n{report.table()}")
+            atomic_write(self.out, sealed(values))
+        if self.json:
+            print(document(values))
+        else:
+            print(f"{self.student} on {test.name}\n\n{report.table()}")
 
     def _defaults(self) -> tuple[str, int | None, int]:
         """Data, image size and seed: those that are given, else those of the run."""
@@ -121,6 +125,9 @@ def _check_output(path: Path) -> None:
         raise ConfigError(f"--out {path}: it is no regular file, which is replaced; name another")
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"--out {path}: the folder {path.parent} is read-only; name another")
+
+
+COMMAND = Eval
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.eval") -> int:

@@ -61,6 +61,9 @@ class Command:
         )
 
 
+COMMAND = Command
+
+
 def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     """Run the command line; returns the exit status."""
     return run(

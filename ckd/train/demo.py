@@ -67,6 +67,9 @@ class Demo:
         run_demo(self.out)
 
 
+COMMAND = Demo
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "ckd demo") -> int:
     """Run the command line; returns the exit status."""
     return run(
