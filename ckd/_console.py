@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +20,7 @@ class _Mode(NamedTuple):
 
 
 _mode: ContextVar[_Mode | None] = ContextVar("console", default=None)
+_stage: ContextVar[str] = ContextVar("stage", default="")
 
 
 @contextmanager
@@ -49,4 +51,48 @@ def bar(desc: str, *, total: int | None, unit: str, shown: bool = True, **option
     # None: shown on a terminal only.
     disable = None if shown and not mode.quiet else True
     defaults: dict[str, Any] = {"delay": DELAY_S, "leave": False, "disable": disable}
-    return tqdm(desc=desc, total=total, unit=f" {unit}", **(defaults | options))
+    return tqdm(
+        desc=_stage.get() + desc, total=total, **(defaults | {"unit": f" {unit}"} | options)
+    )
+
+
+def byte_bar(desc: str, *, total: int, shown: bool = True) -> tqdm:
+    """A `bar` that counts bytes, in KiB, MiB and GiB."""
+    options: dict[str, Any] = {"unit_scale": True, "unit_divisor": 1024}
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}iB/{total_fmt}iB [{elapsed}<{remaining}]"
+    return bar(desc, total=total, unit="bytes", shown=shown, bar_format=form, **options)
+
+
+@contextmanager
+def clock(desc: str, *, shown: bool = True) -> Iterator[None]:
+    """A `bar` for one call that cannot say how far it is: it shows the time since its start."""
+    done = threading.Event()
+    progress = bar(desc, total=None, unit="", shown=shown, bar_format="{desc} [{elapsed}]")
+
+    def tick() -> None:
+        while not done.wait(0.2):
+            progress.update(0)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    with progress:
+        if not progress.disable:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if thread.is_alive():
+                thread.join()
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Within this block, the names of bars begin with `name`.
+
+    Instead of a second bar around them, which needs a terminal whose cursor moves up.
+    """
+    token = _stage.set(f"{name} ")
+    try:
+        yield
+    finally:
+        _stage.reset(token)

@@ -37,11 +37,7 @@ def commands() -> dict[str, Any]:
 
 
 def helped(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    try:
-        assert cli.main([*line.split(), "--help"]) == 0
-    except SystemExit as stop:
-        assert stop.code == 0
-    return capsys.readouterr().out
+    return cli_output([*line.split(), "--help"], capsys)
 
 
 def test_commands_stand_under_headings_with_an_example_each(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ckd._json import JsonError, as_dataclass, check_types, is_number, read_object, sealed, unsealed
 from ckd.bank.manifest import MANIFEST_NAME, BankError, ShardRecord, brief
 from ckd.bank.settings import positive
-from ckd.bank.shards import Layout, map_tensors
+from ckd.bank.shards import Layout, checking, map_tensors
 
 FOLDER = "neighbours"
 SCHEMA_VERSION = 1
@@ -259,10 +259,11 @@ def check_bank(folder: Path, manifest: Manifest, checksum: str) -> None:
 def map_parts(folder: Path, manifest: Manifest, verify: str) -> list[list[Tensor]]:
     """The tensors of all parts, in the order of `Neighbours`."""
     remedy = f"make them again with: {manifest.command(folder, '--replace')}"
-    return [
-        map_tensors(folder, part, _layout(manifest, part.rows), verify, remedy)
-        for part in manifest.parts
-    ]
+    with checking(manifest.parts, verify) as done:
+        return [
+            map_tensors(folder, part, _layout(manifest, part.rows), verify, remedy, done.update)
+            for part in manifest.parts
+        ]
 
 
 def _layout(manifest: Manifest, rows: int) -> Layout:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from ckd import _npy
+from ckd._console import bar, byte_bar
 from ckd._files import LFS_POINTER, holds_lfs_pointer, open_regular, read_lines, user_path
 from ckd.bank import arrays
 from ckd.bank.manifest import BankError, RowError
@@ -28,14 +30,17 @@ def import_npy(
     teacher: str | None = None,
     normalize: bool = False,
     rows_per_shard: int = 8192,
+    progress: bool = True,
 ) -> EmbeddingBank:
     """Make the bank `path` from the file `embeddings`, floating point [N, D].
 
     labels, ids: .npy files of integers [N]; default: no class, and row numbers as sample ids.
     class_names: a UTF-8 text file, one name per line. teacher: its name, for the manifest. In a
-    path, a leading `~` is the home folder. The embeddings are memory-mapped, and nothing is
-    unpickled. Safe to kill: the same call resumes. A complete bank is opened unchanged. Raises
-    BankError that names the invalid file (and row), and OSError if a file cannot be read.
+    path, a leading `~` is the home folder. progress: show progress bars.
+
+    The embeddings are memory-mapped, and nothing is unpickled. Safe to kill: the same call resumes.
+    A complete bank is opened unchanged. Raises BankError that names the invalid file (and row), and
+    OSError if a file cannot be read.
     """
     rows = _map(embeddings)
     if rows.ndim != 2 or rows.size == 0 or rows.dtype.kind != "f" or rows.dtype.itemsize > 8:
@@ -54,7 +59,7 @@ def import_npy(
     source = {
         "imported_from": os.path.basename(embeddings),
         # Hashes in the settings, so that a resume from changed files is refused.
-        "xxh3": [_xxh3(values) for values in (rows, row_labels, row_ids)],
+        "xxh3": _xxh3((rows, row_labels, row_ids), progress=progress),
     }
     writer = BankWriter(
         path,
@@ -69,7 +74,8 @@ def import_npy(
     if writer.is_complete():
         return EmbeddingBank.open(writer.path)
     files = {"sample_ids": ids, "embeddings": embeddings, "labels": labels}
-    with writer:
+    rows_done = bar("embeddings", total=len(rows), unit="rows", shown=progress)
+    with writer, rows_done:
         for start in range(0, len(rows), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             try:
@@ -77,6 +83,7 @@ def import_npy(
             except RowError as error:
                 where = f"row {start + error.row} of {files[error.argument]}"
                 raise error.found_at(where) from error
+            rows_done.update(len(rows[chunk]))
     return EmbeddingBank.open(writer.path)
 
 
@@ -100,8 +107,16 @@ def _integers(path: str | os.PathLike[str]) -> np.ndarray[Any, Any]:
     return arrays.integers(os.fspath(path), _map(path)).numpy()
 
 
-def _xxh3(values: np.ndarray[Any, Any]) -> str:
-    digest = xxhash.xxh3_64()
-    for start in range(0, len(values), _CHUNK_ROWS):
-        digest.update(np.ascontiguousarray(values[start : start + _CHUNK_ROWS]).data)
-    return digest.hexdigest()
+def _xxh3(files: Sequence[np.ndarray[Any, Any]], *, progress: bool) -> list[str]:
+    """The hash of each array."""
+    hashes = []
+    total = sum(values.nbytes for values in files)
+    with byte_bar("hashing the files", total=total, shown=progress) as done:
+        for values in files:
+            digest = xxhash.xxh3_64()
+            for start in range(0, len(values), _CHUNK_ROWS):
+                chunk = np.ascontiguousarray(values[start : start + _CHUNK_ROWS])
+                digest.update(chunk.data)
+                done.update(chunk.nbytes)
+            hashes.append(digest.hexdigest())
+    return hashes

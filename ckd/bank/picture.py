@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ckd._console import clock
 from ckd._files import atomic_write, user_path
 from ckd._hints import require, unknown
 from ckd.bank.manifest import BankError
@@ -120,7 +121,9 @@ def _tsne(points: Tensor, seed: int) -> Tensor:
         ) from error
     # scikit-learn's default perplexity is 30; it must be below the number of points.
     perplexity = min(30.0, (len(points) - 1) / 3)
-    plane = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points.numpy())
+    projection = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    with clock(f"t-SNE of {len(points):,} points"):
+        plane = projection.fit_transform(points.numpy())
     return torch.from_numpy(plane)
 
 

@@ -26,7 +26,7 @@ from ckd.bank.manifest import (
     read_manifest,
 )
 from ckd.bank.neighbours import Neighbours
-from ckd.bank.shards import Shard, map_shard
+from ckd.bank.shards import Shard, checking, map_shard
 from ckd.bank.statistics import Moments, Statistics, decode
 
 VERIFY_MODES = ("fast", "full", "off")
@@ -90,7 +90,11 @@ class EmbeddingBank:
                 f"{path} is incomplete: {manifest.rows} rows are stored so far; "
                 "run the same command again to resume it"
             )
-        shards = [map_shard(path, record, manifest.dim, verify) for record in manifest.shards]
+        with checking(manifest.shards, verify) as done:
+            shards = [
+                map_shard(path, record, manifest.dim, verify, done.update)
+                for record in manifest.shards
+            ]
         head = None
         if manifest.class_head is not None:
             head = map_head(path, manifest.class_head, manifest.dim, verify)

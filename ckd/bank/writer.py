@@ -32,7 +32,7 @@ from ckd.bank.manifest import (
 )
 from ckd.bank.reader import EmbeddingBank
 from ckd.bank.settings import new_manifest, positive
-from ckd.bank.shards import encode_shard, map_shard, record_of
+from ckd.bank.shards import checking, encode_shard, map_shard, record_of
 
 _OURS = re.compile(
     rf"({re.escape(TEMPORARY_PREFIX)})?"
@@ -232,7 +232,11 @@ class BankWriter:
             )
         self._manifest = replace(found, schema_version=SCHEMA_VERSION)
         self._remove_leftovers()
-        shards = [map_shard(self.path, record, found.dim, "fast") for record in found.shards]
+        with checking(found.shards, "fast") as done:
+            shards = [
+                map_shard(self.path, record, found.dim, "fast", done.update)
+                for record in found.shards
+            ]
         self._resumed = EmbeddingBank(self.path, found, shards)
         for shard in shards:
             self._moments.add(shard.embedding)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ckd._console import stage
 from ckd.bank import EmbeddingBank
 from ckd.data import Dataset
 from ckd.eval.comparison import NEIGHBOURS, RECALLS, Comparison, Labels, Missing
@@ -39,9 +40,11 @@ class Evaluation:
 
     def figures(self, names: Collection[str]) -> Iterator[Figure]:
         """The figures of these names, in the order of `ckd.eval.report.FIGURES`."""
-        for name, make in self._all():
-            if name in names:
-                yield make(name)
+        asked = [(name, make) for name, make in self._all() if name in names]
+        for number, (name, make) in enumerate(asked, start=1):
+            with stage(f"figure {number} of {len(asked)}:"):
+                figure = make(name)
+            yield figure
 
     def _all(self) -> Iterator[tuple[str, Callable[[str], Figure]]]:
         """Each figure's name, and a function that measures it."""
@@ -155,7 +158,8 @@ class Evaluation:
         """The mean of the teacher's rows of each class with a usable label, and these classes."""
         self.labels.check_used()
         rows = _rows_of(self._bank, self.train, self._known, lambda rows: rows)
-        return class_means(rows.where(self.labels.usable), self.labels.used)
+        progress = self.options["progress"]
+        return class_means(rows.where(self.labels.usable), self.labels.used, progress=progress)
 
     def _by_texts(self, side: Comparison) -> float:
         if self.texts is None:

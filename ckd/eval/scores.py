@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ckd._console import bar
 from ckd.eval.rows import CHUNK, Rows, nearest
 
 TEMPERATURE = 0.07  # of the votes, as in Wu et al. 2018 and DINO
@@ -39,17 +40,19 @@ def recall(found: Tensor, wanted: Tensor, k: int) -> float:
     return (found[:, :k] == wanted[:, None]).any(dim=1).double().mean().item()
 
 
-def class_means(rows: Rows, labels: Tensor) -> tuple[Tensor, Tensor]:
+def class_means(rows: Rows, labels: Tensor, *, progress: bool = False) -> tuple[Tensor, Tensor]:
     """(means float32 [C, D] of the rows of each class that occurs, these classes int64 [C]).
 
     Sums are float64, on the CPU, in the order of the rows.
     """
     classes, place = labels.unique(return_inverse=True)
     sums = None
-    for chunk, places in zip(rows.chunks(), place.split(CHUNK)):
-        if sums is None:
-            sums = torch.zeros(len(classes), chunk.shape[1], dtype=torch.float64)
-        sums.index_add_(0, places, chunk.cpu().double())
+    with bar("class means", total=len(rows), unit="rows", shown=progress) as rows_done:
+        for chunk, places in zip(rows.chunks(), place.split(CHUNK)):
+            if sums is None:
+                sums = torch.zeros(len(classes), chunk.shape[1], dtype=torch.float64)
+            sums.index_add_(0, places, chunk.cpu().double())
+            rows_done.update(len(chunk))
     assert sums is not None  # the caller has a row
     return (sums / place.bincount()[:, None]).float(), classes
 
