@@ -198,7 +198,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nearest first: --version" in capsys.readouterr().err
 
 
-def on_a_terminal(code: str, **variables: str) -> str:
+def on_a_terminal(code: str) -> str:
     """What a program prints to stdout and stderr, which are a pseudo-terminal."""
     master, slave = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM", "COLUMNS")}
@@ -208,7 +208,7 @@ def on_a_terminal(code: str, **variables: str) -> str:
         stdout=slave,
         stderr=slave,
         cwd=ROOT,
-        env={**environment, **variables},
+        env=environment,
     ):
         os.close(slave)
         return b"".join(_all_of(master)).decode()
@@ -227,33 +227,35 @@ def _all_of(master: int) -> Iterator[bytes]:
 
 
 BOLD = "\x1b[1m"
-LINES = "[['--help'], ['bank', '--help'], ['info', '--help'], ['info', '--nonsense'], ['trian']]"
-EVERYTHING = f"""
+LINES = [["--help"], ["bank", "--help"], ["info", "--help"], ["info", "--nonsense"], ["trian"]]
+VARIABLES: list[tuple[dict[str, str], bool]] = [
+    ({"TERM": "xterm-256color"}, True),
+    ({"TERM": "xterm-256color", "NO_COLOR": ""}, True),
+    ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
+    ({"TERM": "dumb"}, False),
+    ({}, False),
+]
+
+
+def test_a_terminal_shows_bold_headings_unless_plain_text_is_asked_for() -> None:
+    code = f"""
+import os
 from ckd import cli
-for line in {LINES}:
-    try: cli.main(line)
-    except SystemExit: pass
+for variables, _ in {VARIABLES}:
+    os.environ.update(variables)
+    for line in {LINES}:
+        try: cli.main(line)
+        except SystemExit: pass
+    for name in variables: del os.environ[name]
+    print("then", flush=True)
 """
-
-
-@pytest.mark.parametrize(
-    ("variables", "bold"),
-    [
-        ({"TERM": "xterm-256color"}, True),
-        ({"TERM": "xterm-256color", "NO_COLOR": ""}, True),
-        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
-        ({"TERM": "dumb"}, False),
-        ({}, False),
-    ],
-)
-def test_a_terminal_shows_bold_headings_unless_plain_text_is_asked_for(
-    variables: dict[str, str], bold: bool
-) -> None:
-    text = on_a_terminal(EVERYTHING, **variables)
-    assert "unknown command 'trian'" in text
-    assert "unknown flag '--nonsense'" in text
-    assert text.count(f"{BOLD}usage:") == 3 * bold
-    assert set(re.findall(r"\x1b[^m]*m", text)) == ({BOLD, "\x1b[0m"} if bold else set())
+    texts = on_a_terminal(code).split("then\r\n")
+    for text, (variables, bold) in zip(texts, VARIABLES, strict=False):
+        assert "unknown command 'trian'" in text
+        assert "unknown flag '--nonsense'" in text
+        assert text.count("usage:") == 3
+        assert text.count(f"{BOLD}usage:") == 3 * bold, variables
+        assert set(re.findall(r"\x1b[^m]*m", text)) == ({BOLD, "\x1b[0m"} if bold else set())
 
 
 def test_fields_keep_the_meaning_of_tyros_marks() -> None:

@@ -148,7 +148,11 @@ def _field_texts(command: type) -> Mapping[str, str]:
     for base in reversed(command.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
-        (tree,) = ast.parse(inspect.cleandoc("\n" + inspect.getsource(base))).body
+        try:
+            source = inspect.getsource(base)
+        except OSError:  # installed without it
+            continue
+        (tree,) = ast.parse(inspect.cleandoc("\n" + source)).body
         assert isinstance(tree, ast.ClassDef)
         for field, below in zip(tree.body, tree.body[1:]):
             if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
