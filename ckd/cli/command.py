@@ -149,7 +149,7 @@ _PLAINER = {
     r"invalid literal for int\(\) with base 10:": "expected an integer, got",
     r"could not convert string to float:": "expected a number, got",
     r"Could not find valid parse for arguments: \[(.*)\]": r"cannot be read: \1",
-    r"Missing value for argument '(.*?)'\. Expected \d+ values?\.": r"\1 needs a value",
+    r"Missing value for argument '(?:\(')?(.*?)(?:',\))?'\. Expected .*": r"\1 needs a value",
     r"no type matching .*INT could be instantiated from \[(.*)\]": r"expected an integer, got \1",
     r"no type matching .*FLOAT could be instantiated from \[(.*)\]": r"expected a number, got \1",
     r"Unrecognized options?:": "unexpected",
