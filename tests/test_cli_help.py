@@ -20,7 +20,7 @@ import ckd
 from ckd import cli
 from ckd.cli.command import Output, parse
 from ckd.cli.flags import flags, subcommands
-from ckd.cli.groups import GROUPS, OUTPUT_FLAGS, command_name
+from ckd.cli.headings import HEADINGS, OUTPUT_FLAGS, command_name
 from ckd.cli.help import command_help
 
 ROOT = Path(__file__).parents[1]
@@ -76,10 +76,10 @@ def test_the_flags_of_examples_exist(example: str) -> None:
     assert {word for word in words if word.startswith("--")} <= names
 
 
-@pytest.mark.parametrize("name", [*GROUPS])
+@pytest.mark.parametrize("name", [*HEADINGS])
 def test_every_flag_of_a_grouped_command_has_one_heading(name: str) -> None:
     own = [flag.field for flag in flags(commands()[name]) if flag.names]
-    grouped = [field for fields in GROUPS[name].values() for field in fields]
+    grouped = [field for fields in HEADINGS[name].values() for field in fields]
     assert sorted(grouped) == sorted(set(own) - {*OUTPUT_FLAGS})
 
 
@@ -135,7 +135,10 @@ def test_defaults_are_shown_unless_the_text_names_them_and_cannot_command_the_te
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("train --epoch 3", "unknown flag '--epoch'; known, nearest first: --epochs, "),
+        (
+            "train --epoch 3",
+            "; known, nearest first: --epochs, --warmup-epochs, --teacher, ...; see",
+        ),
         ("train --epochs x", "--epochs: expected an integer, got 'x'"),
         ("train --lr fast --no-flip", "--lr: expected a number, got 'fast'"),
         ("train --image-size big", "--image-size: expected an integer, got 'big'"),

@@ -19,7 +19,7 @@ from ckd._files import user_path
 from ckd._hints import unknown
 from ckd.cli import ENTRIES
 from ckd.cli.flags import Flag, flags, subcommands
-from ckd.cli.groups import GROUPS, command_name
+from ckd.cli.headings import HEADINGS, command_name
 from ckd.cli.help import HELP, command_help, union_help
 from ckd.cli.status import exit_status, printable_output, say_error
 
@@ -88,15 +88,14 @@ def parse(
         name = command_name(prog)
         example = ENTRIES[name].example if name in ENTRIES else ""
         print(
-            command_help(command, prog, default=default, groups=GROUPS.get(name), example=example)
+            command_help(command, prog, default=default, groups=HEADINGS.get(name), example=example)
         )
         raise SystemExit(0)
     known = flags(command, default)
     names = [name for one in known for name in one.names]
     for given in flagged:
         if given.startswith("--") and given.partition("=")[0].replace("_", "-") not in names:
-            nearest = unknown("flag", given.partition("=")[0], names).split(", ")
-            _misuse(prog, ", ".join(nearest[:4]))
+            _misuse(prog, _few(unknown("flag", given.partition("=")[0], names)))
     return _parsed(command, argv, prog, default, known)
 
 
@@ -120,8 +119,16 @@ def _parsed(command: Any, argv: list[str], prog: str, default: Any, known: list[
 
 def _misuse(prog: str, what: str) -> NoReturn:
     """End the program with status 2 and one line on stderr."""
-    say_error(f"{prog}: {what.rstrip('.')}; see {prog} --help")
+    what = what if what.endswith("...") else what.removesuffix(".")
+    say_error(f"{prog}: {what}; see {prog} --help")
     raise SystemExit(2)
+
+
+def _few(text: str, names: int = 3) -> str:
+    """A list without those of its names that are less near."""
+    head, colon, listed = text.rpartition(": ")
+    nearest = listed.split(", ")
+    return head + colon + ", ".join([*nearest[:names], *["..."] * (len(nearest) > names)])
 
 
 def _any_of(names: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckd._errors import printable
 from ckd.cli.flags import Flag, flags, subcommands
-from ckd.cli.groups import OUTPUT, OUTPUT_FLAGS
+from ckd.cli.headings import OUTPUT, OUTPUT_FLAGS
 from ckd.cli.style import bold
 
 _TEXT_COLUMN = 26

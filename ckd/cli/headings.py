@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 OUTPUT = "output"
 OUTPUT_FLAGS = ("json", "quiet")  # of every command, under the heading OUTPUT
 
-GROUPS: Mapping[str, Mapping[str, Sequence[str]]] = {
+HEADINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "train": {
         "method and run": ("method", "out", "resume", "eval", "seed"),
         "data": (
