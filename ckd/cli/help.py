@@ -104,6 +104,8 @@ def _default(one: Flag) -> str:
 def _about(command: Any) -> tuple[str, str]:
     """The docstring of a command, and its paragraph "Example:"."""
     doc = inspect.cleandoc(command.__doc__ or "")
+    if doc.startswith(f"{command.__name__}("):  # written by dataclass under python -OO
+        doc = ""
     about, _, example = doc.partition("\n\nExample:")
     return about, inspect.cleandoc(example)
 
