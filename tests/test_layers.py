@@ -40,6 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd.data": BASE,
     "ckd.models": BASE | {"ckd.heads"},
     "ckd.neighbours": {"ckd._console", "ckd.ops", "ckd.backends", "ckd.bank"},
+    "ckd.report": BASE,
     # Programs, at the top.
     "ckd.bank.build": {"ckd"},
     "ckd.bank.__main__": {"ckd"},
@@ -121,7 +122,7 @@ def test_no_circle_of_imports() -> None:
 def test_importing_the_package_loads_no_program_and_no_extra() -> None:
     heavy = ["ckd.train", "ckd.compare", "ckd.data", "ckd.models", "tyro", "pyarrow", "matplotlib"]
     heavy += ["timm", "transformers", "PIL", "tensorboard", "torchvision", "triton.language"]
-    heavy += ["ckd.cli", "ckd.info"]
+    heavy += ["ckd.cli", "ckd.info", "ckd.report", "jinja2"]
     code = "import torch, sys; before = set(sys.modules); import ckd; "
     code += f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

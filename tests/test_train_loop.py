@@ -50,7 +50,7 @@ def test_leaves_the_files_that_are_promised(tmp_path):
     result = train(config, verbose=False)
     names = {path.name for path in config.folder.iterdir()}
     expected = {"config.json", "metrics.jsonl", "curves.png", "student.safetensors", "checkpoint"}
-    assert names == expected | {"result.json"}
+    assert names == expected | {"report.html", "result.json"}
     assert read_result(config.folder) == result
     lines = [json.loads(x) for x in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]

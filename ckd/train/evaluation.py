@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ckd import data, models
 from ckd._device import pick_device
 from ckd._errors import warn
 from ckd._files import read_lines
-from ckd.data import Dataset
+from ckd.data import Batch, Dataset
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
 
@@ -46,24 +46,44 @@ def evaluate(
 
     order: the logit of each class of the data (see `logit_order`); None: the same order.
     """
-    labelled = torch.nonzero(dataset.labels >= 0).flatten()
-    n = len(labelled)
-    if model.num_classes is None or not n:
+    rows = labelled_rows(model, dataset)
+    n = len(rows)
+    if not n:
         return Scores(None, None, 0, 0)
-    was_training = model.training
-    model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch, logits in scored_batches(model, dataset, rows, batch_size, device, workers):
+        if order is not None:
+            logits = logits[:, order]
+        correct += (logits.argmax(dim=1) == batch.labels).sum()
+        loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+    return Scores(correct.item() / n, loss.item() / n, int(correct), n)
+
+
+def labelled_rows(model: Any, dataset: Dataset) -> Tensor:
+    """int64 [n]: the positions of the images that can be scored; none without a class head."""
+    known = dataset.labels >= 0
+    return torch.nonzero(known & (model.num_classes is not None)).flatten()
+
+
+@torch.inference_mode()
+def scored_batches(
+    model: Any,
+    dataset: Dataset,
+    rows: Tensor,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch of the images at `rows` with its logits [B, C], in evaluation mode and float32;
+    the model's training mode is restored at the end."""
+    was_training = model.training
+    model.eval()
     try:
-        for batch in dataset.batches(labelled, batch_size, device, workers):
-            logits = model(models.prepare(model, batch.images)).logits.float()
-            if order is not None:
-                logits = logits[:, order]
-            correct += (logits.argmax(dim=1) == batch.labels).sum()
-            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+        for batch in dataset.batches(rows, batch_size, device, workers):
+            yield batch, model(models.prepare(model, batch.images)).logits.float()
     finally:
         model.train(was_training)
-    return Scores(correct.item() / n, loss.item() / n, int(correct), n)
 
 
 def evaluate_source(config: Config, source: str) -> str:

@@ -36,6 +36,7 @@ from ckd.train.evaluation import Scores, evaluate
 from ckd.train.interrupt import stop_on_signals
 from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
+from ckd.train.page import write_page
 from ckd.train.run import Run, restore, run_folder, save, set_up
 from ckd.train.schedule import learning_rate
 from ckd.train.stored import STUDENT, read_result, resume_command
@@ -275,7 +276,8 @@ def interrupt(run: Run) -> NoReturn:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """Write student.safetensors, curves.png and, last, result.json, whose content is returned."""
+    """Write student.safetensors, curves.png, report.html and, last, result.json, whose content is
+    returned."""
     folder = run.config.folder
     student = run.exported
     classes = () if student.model.num_classes is None else run.train_set.class_names
@@ -287,6 +289,7 @@ def finish(run: Run) -> dict[str, Any]:
         say(f"no curves.png: {error}")
     parameters = models.parameter_count(student.model)
     result = report.summary(run.config, run.records, parameters, run.device)
+    write_page(run, result)
     report.write_result(folder, result)
     checkpoint.sweep(folder)
     return result
