@@ -52,9 +52,9 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     },
     "look": {
         "compare": Entry(
-            "ckd.compare",
-            "compare finished runs in a table and a figure",
-            "ckd compare run other --out runs.png",
+            "ckd.compare.__main__",
+            "compare finished runs in a table, a figure and a page",
+            "ckd compare runs --html runs.html",
         ),
         "info": Entry(
             "ckd.info",

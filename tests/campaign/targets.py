@@ -18,7 +18,7 @@ from ckd import compare, models
 from ckd.bank import EmbeddingBank
 from ckd.train import loop, report
 from ckd.train.metrics import METRICS
-from ckd.train.stored import stored_config
+from ckd.train.stored import read_result, stored_config
 from tests.campaign.child import Ended, Result, in_child
 from tests.campaign.commands import commands, difference, fresh, import_bank, resume, run_result
 from tests.train_runs import tiny_config
@@ -211,7 +211,7 @@ def resume_run() -> Any:
 
 def compare_run() -> Any:
     """The two tables, and what a second `--resume` of the finished run returns."""
-    result = {**compare.read_result(CASE), "run": "r"}
+    result = {**read_result(CASE), "run": "r"}
     tables = compare.table([result]), compare.seed_table(compare.group_seeds([CASE]))
     resume(stored_config(CASE))
     return result, stored_config(CASE), tables
