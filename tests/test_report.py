@@ -398,7 +398,10 @@ def test_lines_have_gaps_where_a_value_is_not_finite() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[0.0, 0.0], [5.0, 5.0], [1e-9, 2e-9], [-3.0, 4.0], [1e12, 3e12], [0.25, 1.0], [1e300, 1e300]],
+    [
+        *([0.0, 0.0], [5.0, 5.0], [1e-9, 2e-9], [-3.0, 4.0], [1e12, 3e12], [0.25, 1.0]),
+        *([1e300, 1e300], [-1e300, 1e300], [1e-320, 1e-310], [1.0, 1.0 + 1e-15]),
+    ],
 )
 def test_axes_hold_their_values_and_have_few_ticks(values: list[float]) -> None:
     drawn = chart("t", [Series("a", [1, 2], values)], kind="lines", x_label="x")
@@ -410,6 +413,19 @@ def test_axes_hold_their_values_and_have_few_ticks(values: list[float]) -> None:
         assert len({text for _, text in axis.ticks}) == len(axis.ticks)
     for at in drawn["data"]["series"][0]["y"]:
         assert 0 <= at <= 250
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, math.nan, math.inf, None])
+@pytest.mark.parametrize("kind", ["lines", "curves", "points"])
+def test_values_that_no_axis_holds_are_left_out(value: float | None, kind: Any) -> None:
+    series = [Series("a", [1.0, 0.0, 500.0], [0.5, value, 0.7])]
+    drawn = chart("t", series, kind=kind, x_label="s", x_log=kind == "points", percent=True)
+    assert drawn["data"]["series"][0]["y"][1] is None
+    json.dumps(drawn["data"], allow_nan=False)
+    if value is not None:
+        wide = [Series("a", [1.0, value, 500.0], [0.5, 0.6, 0.7])]
+        drawn = chart("t", wide, kind=kind, x_label="s", x_log=kind == "points")
+        assert len(drawn["data"]["series"][0]["y"]) == 2
 
 
 def test_long_lines_are_thinned_and_keep_their_ends() -> None:

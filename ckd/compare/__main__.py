@@ -83,10 +83,10 @@ def _finite(value: Any) -> Any:
 COMMAND = Command
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "ckd compare") -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.compare") -> int:
     """Run the command line; returns the exit status."""
     return run(lambda given: parse(Command, given, prog), argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(prog="python -m ckd.compare"))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +123,10 @@ def labels(folders: Sequence[Path]) -> list[str]:
     depth = [1] * len(parts)
     while True:
         names = ["/".join(part[-d:]) for part, d in zip(parts, depth)]
-        twice = {name for name in names if names.count(name) > 1}
-        longer = [i for i, name in enumerate(names) if name in twice and depth[i] < len(parts[i])]
+        counts = Counter(names)
+        longer = [
+            i for i, name in enumerate(names) if counts[name] > 1 and depth[i] < len(parts[i])
+        ]
         if not longer:
             return names
         for i in longer:

@@ -16,6 +16,7 @@ from ckd.report.words import number
 
 COLOURS = 8  # of style.css: .c0 to .c7
 POINTS = 240  # of a line, at most
+LARGEST = 1e300  # of what is drawn: sums and percentages of it are finite
 WIDTH, HEIGHT = 360, 250
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 
@@ -33,13 +34,15 @@ class Series:
     dashed: bool = False
 
     def thinned(self) -> Series:
-        """At most POINTS points, evenly spread, with the last."""
+        """At most POINTS points, evenly spread, with the last; without those whose x is too large
+        for an axis, and None for each such y, and for NaN."""
         n = len(self.x)
-        if n <= POINTS:
-            return self
-        kept = sorted({round(i * (n - 1) / (POINTS - 1)) for i in range(POINTS)})
-        x, y = [self.x[i] for i in kept], [self.y[i] for i in kept]
-        return Series(self.label, x, y, self.colour, self.dashed)
+        kept = list(range(n))
+        if n > POINTS:
+            kept = sorted({round(i * (n - 1) / (POINTS - 1)) for i in range(POINTS)})
+        points = [(self.x[i], self.y[i]) for i in kept if abs(self.x[i]) <= LARGEST]
+        y = [y if y is not None and abs(y) <= LARGEST else None for _, y in points]
+        return Series(self.label, [x for x, _ in points], y, self.colour, self.dashed)
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,7 @@ def chart(
     """
     lines = [one.thinned() for one in series]
     factor = 100.0 if percent else 1.0
-    known = [
-        (x, factor * y)
-        for one in lines
-        for x, y in zip(one.x, one.y)
-        if y is not None and math.isfinite(y)
-    ]
+    known = [(x, factor * y) for one in lines for x, y in zip(one.x, one.y) if y is not None]
     if not known:
         return None
     xs, ys = [x for x, _ in known], [y for _, y in known]
@@ -94,23 +92,7 @@ def chart(
     x_axis = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=x_whole, log=x_log, padded=padded)
     most = 100.0 if percent else math.inf
     y_axis = _axis(min(ys), max(ys), HEIGHT - BOTTOM, TOP, padded=True, least=0.0, most=most)
-    drawn: list[dict[str, Any]] = []
-    for one in lines:
-        points = [
-            None if y is None or not math.isfinite(y) else (x_axis.at(x), y_axis.at(factor * y))
-            for x, y in zip(one.x, one.y)
-        ]
-        last = next((y for y in reversed(one.y) if y is not None), None)
-        drawn.append(
-            {
-                "label": one.label,
-                "colour": one.colour % COLOURS,
-                "dashed": one.dashed,
-                "path": "" if kind == "points" else _path(points),
-                "marks": _marks(points, kind),
-                "last": None if last is None else _value(last, percent),
-            }
-        )
+    drawn = [_drawn(one, kind, x_axis, y_axis, percent, factor) for one in lines]
     ends = [f"{one['label']} ends at {one['last']}" for one in drawn if one["last"]]
     many = kind == "points" or len(ends) > 8
     return {
@@ -128,10 +110,27 @@ def chart(
         ]
         if legend is not None
         else drawn,
-        "own_legend": legend is None,
         "size": (WIDTH, HEIGHT),
         "frame": (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM),
         "data": _data(lines, kind, x_axis, y_axis, x_label, percent, factor),
+    }
+
+
+def _drawn(
+    one: Series, kind: Kind, x_axis: Axis, y_axis: Axis, percent: bool, factor: float
+) -> dict[str, Any]:
+    """The path and the dots of a series, and its entry in the legend."""
+    points = [
+        None if y is None else (x_axis.at(x), y_axis.at(factor * y)) for x, y in zip(one.x, one.y)
+    ]
+    last = next((y for y in reversed(one.y) if y is not None), None)
+    return {
+        "label": one.label,
+        "colour": one.colour % COLOURS,
+        "dashed": one.dashed,
+        "path": "" if kind == "points" else _path(points),
+        "marks": _marks(points, kind),
+        "last": None if last is None else _value(last, percent),
     }
 
 
@@ -147,13 +146,17 @@ def _data(
     """What the script needs: values as they are shown, and where they lie."""
     series = []
     for one in lines:
-        values = [None if y is None or not math.isfinite(y) else y for y in one.y]
+        # Places without a value matter where lines share them; 0 has none on a logarithmic axis.
+        places = [
+            round(x_axis.at(x), 1) if kind == "lines" or y is not None else None
+            for x, y in zip(one.x, one.y)
+        ]
         series.append(
             {
                 "label": printable(one.label),
-                "x": [round(x_axis.at(x), 1) for x in one.x],
-                "y": [None if y is None else round(y_axis.at(factor * y), 1) for y in values],
-                "text": ["–" if y is None else _value(y, percent) for y in values],
+                "x": places,
+                "y": [None if y is None else round(y_axis.at(factor * y), 1) for y in one.y],
+                "text": ["–" if y is None else _value(y, percent) for y in one.y],
                 "at": [number(x) for x in one.x],
             }
         )
@@ -205,8 +208,9 @@ def _axis(
     if log:
         return _log_axis(low, high, start, end)
     room = 0.06 * (high - low) if padded else 0.0
-    if high == low:
-        room = abs(low) / 10 or 1.0
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-6 * largest:  # a difference that labels would not show
+        room = largest / 10 or 1.0
     floor, ceiling = (least if low >= least else -math.inf), (most if high <= most else math.inf)
     low, high = max(low - room, floor), min(high + room, ceiling)
     step = _step(high - low, 5)
@@ -216,7 +220,10 @@ def _axis(
     values = [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
     axis = Axis(low, high, start, end)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    form = f",.{digits}f" if digits < 6 else ".1e"
+    size = max(map(abs, values), default=0.0) or 1.0
+    form = f",.{digits}f"
+    if digits > 5 or size >= 1e7:
+        form = f".{max(0, math.floor(math.log10(size)) - math.floor(math.log10(step)))}e"
     # + 0.0: no "-0"
     axis.ticks.extend((round(axis.at(value), 1), format(value + 0.0, form)) for value in values)
     return axis

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ckd.report.words import short
+from ckd.report.words import short_all
 
 MATRIX_CLASSES = 50  # more are told in words only
 NUMBERED_CLASSES = 16  # more are a heat map without numbers
@@ -47,7 +47,7 @@ class Outcomes:
 
 def confusion(outcomes: Outcomes, names: Sequence[str]) -> dict[str, Any]:
     """The context of the template: `matrix` (None beyond MATRIX_CLASSES), `classes`, `pairs`."""
-    count = len(names)
+    count, names = len(names), short_all(names)
     totals = torch.bincount(outcomes.labels, minlength=count)
     hits = outcomes.labels[outcomes.labels == outcomes.predicted]
     right = torch.bincount(hits, minlength=count)
@@ -61,11 +61,10 @@ def confusion(outcomes: Outcomes, names: Sequence[str]) -> dict[str, Any]:
         "matrix": _matrix(cells, names) if 2 <= count <= MATRIX_CLASSES else None,
         "count": count,
         "classes": [
-            (short(names[c]), int(right[c]), int(totals[c]), int(right[c]) / int(totals[c]))
-            for c in worst
+            (names[c], int(right[c]), int(totals[c]), int(right[c]) / int(totals[c])) for c in worst
         ],
         "pairs": [
-            (short(names[true]), short(names[predicted]), n, int(totals[true]))
+            (names[true], names[predicted], n, int(totals[true]))
             for true, predicted, n in wrong[:LISTED]
         ],
     }
@@ -77,7 +76,7 @@ def _matrix(cells: Sequence[tuple[int, int, int]], names: Sequence[str]) -> dict
     dense = [[0] * len(names) for _ in names]
     for true, predicted, n in cells:
         dense[true][predicted] = n
-    shown = [short(name, 40) for name in names]
+    shown = short_all(names, 40)
     rows = [
         (name, [(n, math.ceil(10 * n / max(sum(row), 1))) for n in row])
         for name, row in zip(shown, dense)
