@@ -407,6 +407,19 @@ def test_json_has_null_where_a_loss_is_infinite(
     assert (only["run"], only["folder"]) == ("run", str(run))
 
 
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+def test_a_file_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    run = write(tmp_path / "run", result())
+    assert main([str(run), flag, str(tmp_path / "no" / "x")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{flag} {tmp_path / 'no' / 'x'}: there is no folder" in captured.err
+    assert main([str(run), flag, str(tmp_path)]) == 2
+    assert f"{flag} must name a file" in capsys.readouterr().err
+
+
 def test_json_of_groups_has_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path / f"a-{n}", n, 0.5 + 0.01 * n) for n in range(3)]
     assert main(["--seeds", "--json", *map(str, runs)]) == 0

@@ -37,6 +37,8 @@ class Command(Output):
     def run(self) -> None:
         if not self.runs:
             raise TrainError("name at least one run folder: ckd compare RUN...")
+        _check_target("--out", self.out)
+        _check_target("--html", self.html)
         found = find_runs(self.runs, settings=self.seeds)
         if not found.results:
             raise TrainError("; ".join(found.skipped))
@@ -64,6 +66,16 @@ class Command(Output):
         if self.html is not None:
             write_page(groups, self.html, seeds=self.seeds)
             say(f"\npage: {self.html}")
+
+
+def _check_target(flag: str, path: Path | None) -> None:
+    """Raise TrainError, before any work, for a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise TrainError(f"{flag} must name a file, {path} is a folder")
+    if not path.parent.is_dir():
+        raise TrainError(f"{flag} {path}: there is no folder {path.parent}; create it first")
 
 
 def _group(name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
