@@ -35,7 +35,7 @@ class RunReport:
 
     settings: (name, value, default value), in words. result: result.json. records: the lines of
     metrics.jsonl. tested: None if nothing was scored, for the reason `unscored`. banks: names.
-    commands: `predict`, `python` and `train`, as a user types them.
+    commands: (what it is for, what a user types) of each.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RunReport:
     result: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]
     banks: Sequence[str]
-    commands: Mapping[str, str]
+    commands: Sequence[tuple[str, str]]
     tested: Scored | None
     unscored: str = ""
 
@@ -74,8 +74,8 @@ class RunReport:
         if self.tested is not None:
             correct, images = self._correct()
             low, high = interval(correct, images)
-            detail = f"{correct:,} of {images:,} test images; 95 % interval "
-            detail += f"{100 * low:.1f} to {100 * high:.1f} %"
+            detail = f"{correct:,} of {images:,} test images; 95\u00a0% interval "
+            detail += f"{100 * low:.1f} to {100 * high:.1f}\u00a0%"
             cards.append(("test accuracy", percent(result["test_accuracy"]), detail))
         epochs = "1 epoch" if result["epochs"] == 1 else f"{result['epochs']:,} epochs"
         rate = f"{result['images_per_s']:,.0f} images/s"
@@ -165,7 +165,7 @@ def _charts(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     scored = records[-1]["test_accuracy"] is not None
     if scored:
         losses = [record["test_loss"] for record in records]
-        lines.append(Series("test", epochs, losses, colour=6, dashed=True))
+        lines.append(Series("test cross entropy", epochs, losses, colour=6, dashed=True))
     options: dict[str, Any] = {"kind": "lines", "x_label": "epoch", "x_whole": True}
     drawn = [chart("Loss", lines, **options)]
     if scored:

@@ -32,9 +32,7 @@ def write_page(run: Run, result: Mapping[str, Any]) -> None:
         result=result,
         records=run.records,
         banks=config.bank,
-        commands=_commands(
-            config, tested is not None or run.exported.model.num_classes is not None
-        ),
+        commands=_commands(config, has_head=run.student.num_classes is not None),
         tested=tested,
         unscored="" if tested else _unscored(run),
     )
@@ -115,28 +113,27 @@ def _given(name: str, value: str) -> list[str]:
     return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
-def _commands(config: Config, has_head: bool) -> dict[str, str]:
-    """The commands of the page, for paths as the run was given them."""
+def _commands(config: Config, has_head: bool) -> list[tuple[str, str]]:
+    """What to do with the student, for paths as the run was given them."""
     folder = shlex.quote(str(config.folder))
-    quoted = json.dumps(str(config.folder), ensure_ascii=False)
-    lines = [
+    python = [
         "import ckd, torch",
         "from PIL import Image",
         "",
-        f"student = ckd.load_student({quoted})",
+        f"student = ckd.load_student({json.dumps(str(config.folder), ensure_ascii=False)})",
         'x = student.preprocess([Image.open("image.png")])',
         "with torch.inference_mode():",
+        "    embedding = student.embedding(x)",
     ]
+    commands = []
     if has_head:
-        lines += [
+        commands.append(("Classify images", f"ckd predict {folder} image.png"))
+        python += [
             "    probabilities = student.logits(x).softmax(dim=1)",
-            "    embedding = student.embedding(x)",
             "print(student.class_names[probabilities[0].argmax()])",
         ]
-    else:
-        lines += ["    embedding = student.embedding(x)"]
-    return {
-        "predict": f"ckd predict {folder} image.png",
-        "python": "\n".join(lines),
-        "train": train_command(config),
-    }
+    commands.append(("In Python", "\n".join(python)))
+    if config.bank:
+        bank = shlex.quote(config.bank[0])
+        commands.append(("Measure it beside its teacher", f"ckd eval {folder} --bank {bank}"))
+    return [*commands, ("Train it again", train_command(config))]
