@@ -27,21 +27,22 @@ class Outcomes:
     """What a student says of n labelled images, by position.
 
     rows, labels, predicted: int64 [n]; `rows` are positions in the data set. probability: float [n]
-    of the predicted class. true_probability: float [n] of the label.
+    of the predicted class. log_true: float [n], the logarithm of that of the label: many
+    probabilities round to 0, which would be no order.
     """
 
     rows: Tensor
     labels: Tensor
     predicted: Tensor
     probability: Tensor
-    true_probability: Tensor
+    log_true: Tensor
 
     @property
     def worst(self) -> Tensor:
         """int64 [at most IMAGES]: which of the n are wrong with the lowest probability of their
         label, the lowest first."""
         wrong = torch.nonzero(self.predicted != self.labels).flatten()
-        order = self.true_probability[wrong].argsort(stable=True)
+        order = self.log_true[wrong].argsort(stable=True)
         return wrong[order[:IMAGES]]
 
 

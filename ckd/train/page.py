@@ -61,7 +61,6 @@ def _tested(run: Run) -> Scored | None:
             model, test_set, rows, config.batch_size, run.device, config.workers
         ):
             likely, predicted = logits.softmax(dim=1).max(dim=1)
-            # Of the label its logarithm: many probabilities round to 0, which would be no order.
             true = logits.log_softmax(dim=1).gather(1, batch.labels[:, None])[:, 0]
             columns.append([batch.labels.cpu(), predicted.cpu(), likely.cpu(), true.cpu()])
             done.update(len(predicted))

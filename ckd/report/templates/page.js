@@ -42,7 +42,7 @@
         curves.forEach((curve) => curve.classList.remove("hot"));
         if (curves.length === data.series.length) curves[point.s].classList.add("hot");
         shape(hover, "circle", { class: "ring", cx: point.x, cy: point.y, r: 7 });
-        readout.textContent = one.label + ": " + one.text[point.i] + " at " + one.at[point.i] + " (" + data.xLabel + ")";
+        readout.textContent = one.label + ": " + one.text[point.i] + ", " + data.xLabel + " " + one.at[point.i];
       }
     }
     function clear() {
