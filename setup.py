@@ -68,7 +68,8 @@ class NinjaBuild(build_ext):
         if compiler is None:
             if os.environ.get("CKD_CUDA") == "1":
                 raise RuntimeError("CKD_CUDA=1, but no C++ compiler was found; set CXX")
-            reason = "no C++ compiler was found (looked for $CXX, c++, g++, clang++)"
+            reason = "no C++ compiler was found (looked for $CXX, c++, g++, clang++): install one, "
+            reason += "and ckd again"
             print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
         else:
             reason = f"built with {compiler}; {cuda.about}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import torch
 
 import ckd
 from ckd._json import document
-from ckd.backends import Explanation, cpu
+from ckd.backends import Explanation, cpu, native
 from ckd.cli.command import Output, parse, run
 
 CORE = (
@@ -36,13 +35,7 @@ EXTRAS = {
 def native_module() -> str:
     """One line on `ckd._C`: how it was compiled, or why it is missing."""
     if importlib.util.find_spec("ckd._C") is None:
-        path = Path(__file__).with_name("_build.json")
-        if not path.exists():
-            return "missing: never built here; install with pip install -e ."
-        built = json.loads(path.read_text())
-        if built.get("built"):
-            return f"missing: it was {built['reason']}, and is gone; install with pip install -e ."
-        return f"missing: {built['reason']}"
+        return f"missing: {native.why_missing(Path(__file__).parent)}"
     try:
         from ckd import _C
     except ImportError as error:

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+from tests import installed
+
+installed.prefer()  # before ckd is imported
+
 import pytest
 import torch
 

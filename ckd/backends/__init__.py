@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ckd import _hints
 from ckd._errors import CkdError
-from ckd.backends import cpu, cuda, reference, triton
+from ckd.backends import cpu, cuda, native, reference, triton
 from ckd.backends.interface import Backend, BackendName, Problem, cache_limit, set_cache_limit
 
 # "auto" takes the first that serves the problem, so the order is by speed: a step of
@@ -85,20 +85,24 @@ def explain(
         if matrix.dim() != 2:
             raise ValueError(f"{name} must have two dimensions, got shape {list(matrix.shape)}")
     problem = Problem.of(op, student, bank, weight)
-    return Explanation(resolve("auto", problem), _reasons(problem))
+    reasons = _reasons(problem)
+    return Explanation(_first_that_serves(problem) or resolve("auto", problem), reasons)
 
 
 def resolve(name: str, problem: Problem) -> str:
     """The name of the backend that serves the problem; `name` may be "auto".
+
+    Warns once in a process if "auto" takes `reference` because the CPU's kernels were not built.
 
     Raises:
         ValueError: no backend has that name.
         BackendError: the named backend cannot serve the problem. It never falls back.
     """
     if name == "auto":
-        for candidate, module in ORDER.items():
-            if module.unsupported(problem) is None:
-                return candidate
+        if chosen := _first_that_serves(problem):
+            if chosen == "reference" and cpu.missing() and cpu.unfit(problem) is None:
+                native.warn_of_reference()
+            return chosen
         reasons = "; ".join(f"{k}: {v}" for k, v in _reasons(problem).items())
         raise BackendError(f"no backend serves this problem: {reasons}")
     if name not in ORDER:
@@ -107,6 +111,13 @@ def resolve(name: str, problem: Problem) -> str:
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot serve this call: {reason}")
     return name
+
+
+def _first_that_serves(problem: Problem) -> str | None:
+    for name, module in ORDER.items():
+        if module.unsupported(problem) is None:
+            return name
+    return None
 
 
 def _reasons(problem: Problem) -> dict[str, str | None]:

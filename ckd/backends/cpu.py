@@ -79,8 +79,11 @@ def missing() -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """Why this backend cannot serve the problem, or None."""
-    if native.missing is not None:
-        return native.missing
+    return native.missing or unfit(problem)
+
+
+def unfit(problem: Problem) -> str | None:
+    """Why the kernels cannot serve the problem even where they are built, or None."""
     if problem.device_type != "cpu":
         return f"the tensors are on {problem.device_type}"
     if problem.student_dtype == torch.float64:
