@@ -4,7 +4,7 @@ Both compilers are optional. Without a C++ compiler the package installs without
 `python -m ckd.info` says why; without nvcc the module has no CUDA kernels. A compiler that fails on
 the sources is an error.
 
-An editable install keeps its objects in build/editable, so that the next one compiles only changes.
+Objects stay in build/kernels, so that the next install, editable or not, compiles only changes.
 
 CUDA kernels are compiled for the NVIDIA GPUs of this machine. CKD_CUDA=1 requires them on a machine
 without a GPU too, CKD_CUDA=0 leaves them out, and CKD_CUDA_ARCHS lists their architectures
@@ -73,8 +73,8 @@ class NinjaBuild(build_ext):
             print(f"warning: ckd._C is not built: {reason}", file=sys.stderr)
         else:
             reason = f"built with {compiler}; {cuda.about}"
-            editable = ROOT.resolve() / "build" / "editable" / sys.implementation.cache_tag
-            folder = editable if self.editable_mode else Path(self.build_temp).resolve()
+            target = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            folder = ROOT.resolve() / "build" / "kernels" / target
             self.ninja(compiler, cuda, ext.sources, module, folder)
         report = {"built": compiler is not None, "reason": reason}
         (package / REPORT).write_text(json.dumps(report) + "\n")
