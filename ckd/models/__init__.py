@@ -9,7 +9,7 @@ from ckd.models.measure import flops_per_image, parameter_count, weights_hash
 from ckd.models.prepare import prepare
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
-from ckd.models.student import Student
+from ckd.models.student import Prediction, Student
 from ckd.models.teacher_map import TeacherMap
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ModelError",
     "ModelOutput",
     "Pool",
+    "Prediction",
     "Resize",
     "Student",
     "TeacherMap",

@@ -89,12 +89,40 @@ class Model(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """ModelError unless `images` are floats of the shape this model was made for."""
         expected = (self.in_channels, self.image_size, self.image_size)
-        if images.dim() != 4 or images.shape[1:] != expected or not images.is_floating_point():
+        given = isinstance(images, Tensor) and images.dim() == 4 and images.is_floating_point()
+        if not given or images.shape[1:] != expected:
             raise ModelError(
                 f"{self.spec} expects floating-point images of shape [B, "
-                f"{', '.join(map(str, expected))}], got {images.dtype} of shape "
-                f"{list(images.shape)}; use ckd.models.prepare"
+                f"{', '.join(map(str, expected))}], got {came(images)}; use "
+                "ckd.models.prepare, or the student's own preprocess"
             )
+
+
+def check_model(model: object, function: str) -> None:
+    """ModelError unless `model` is a Model, for a public function that takes one."""
+    # torch.compile keeps the original model there.
+    if isinstance(getattr(model, "_orig_mod", model), Model):
+        return
+    remedy = "load one with ckd.models.load"
+    if isinstance(getattr(model, "model", None), Model):
+        remedy = "pass its .model"
+    elif isinstance(model, nn.Module):
+        remedy = "make it one of ckd.models.create or load, or a subclass of ckd.models.Model"
+    elif isinstance(model, Tensor):
+        remedy = "the model comes first, the images second"
+    raise ModelError(
+        f"the model of ckd.models.{function} must be a ckd.models.Model, got {came(model)}; "
+        f"{remedy}"
+    )
+
+
+def came(value: object) -> str:
+    """What was passed, for messages: dtype and shape of an array, else its type."""
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        text = f" {value!r:.80}" if isinstance(value, str | Path) else ""
+        return f"{type(value).__name__}{text}"
+    return f"{getattr(value, 'dtype', type(value).__name__)} of shape {list(shape)}"
 
 
 def check_teacher(model: Model) -> None:
@@ -103,6 +131,7 @@ def check_teacher(model: Model) -> None:
     Stored once, such an embedding would not be the image's. Runs the model in evaluation mode on
     two images, again on the same, and on the second of them before another one.
     """
+    check_model(model, "check_teacher")
     mean = model.channel_mean
     shape = (3, model.in_channels, model.image_size, model.image_size)
     # Of different contrast: a batch of like images hides a division by the batch's deviation.
@@ -149,9 +178,9 @@ def one_vector_each(spec: Spec, embedding: Any) -> Tensor:
     """`embedding`, if it is a tensor [2, E], as the two images of `probe` should give."""
     if isinstance(embedding, Tensor) and embedding.dim() == 2 and len(embedding) == 2:
         return embedding
-    came = f"shape {list(embedding.shape)}" if isinstance(embedding, Tensor) else type(embedding)
+    given = f"shape {list(embedding.shape)}" if isinstance(embedding, Tensor) else type(embedding)
     raise ModelError(
-        f"{spec.text!r} gives embeddings of {came} for two images, not one vector per image; "
+        f"{spec.text!r} gives embeddings of {given} for two images, not one vector per image; "
         "choose a model that pools its features"
     )
 

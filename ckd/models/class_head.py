@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ckd.models.base import Model, agree, random_images
+from ckd.models.base import Model, agree, check_model, random_images
 
 _TOLERANCE = 0.01  # of logits, relative to the length of their row: GPUs round to TF32
 
@@ -18,6 +18,7 @@ def class_head(model: Model) -> tuple[Tensor, Tensor] | None:
     None if the model has no classes, or no `classifier` of that form: it is an `nn.Linear` that
     gives the logits of a few images from their embeddings, in evaluation mode.
     """
+    check_model(model, "class_head")
     layer = model.classifier
     if not isinstance(layer, nn.Linear):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from ckd._files import atomic_write, check_regular, user_path
 from ckd._hints import unknown
 from ckd._version import __version__
 from ckd.models import catalog, description, teacher_map
-from ckd.models.base import Model, check_teacher, first_line
+from ckd.models.base import Model, came, check_model, check_teacher, first_line
 from ckd.models.description import Description
 from ckd.models.preprocessing import Resize
 from ckd.models.spec import POOLS, ModelError, Pool
@@ -23,7 +24,8 @@ from ckd.models.student import Student
 from ckd.models.teacher_map import TeacherMap
 from ckd.models.weights import DAMAGE, Weights, fill, read_safetensors, read_weights, shortened
 
-STUDENT_FILE = "student.safetensors"  # in a run folder
+STUDENT_FILE = "student.safetensors"  # in the folder of a finished run
+_CONFIG_FILE = "config.json"  # in that of any run
 _SIZES = ("num_classes", "image_size", "in_channels")
 
 
@@ -40,6 +42,7 @@ def save(
     and description give equal bytes. Raises ModelError unless `class_names` is empty or has one
     name per class, and for maps of another width; and the system's OSError.
     """
+    check_model(model, "save")
     # torch.compile keeps the original model there.
     model = getattr(model, "_orig_mod", model)
     if class_names and len(class_names) != model.num_classes:
@@ -127,6 +130,8 @@ def load_student(source: str | Path, *, weights: str | Path | None = None) -> St
 
 def _loaded(source: str | Path, weights: str | Path | None, asked: Mapping[str, Any]) -> Student:
     """`load`, with the maps that the file holds."""
+    if not isinstance(source, str | Path):
+        raise ModelError(f"source must be a path or the name of a model, got {came(source)}")
     text, pool = str(source), asked["pool"]
     if isinstance(source, Path) or not catalog.is_spec(text):
         for name, value in (("weights", weights), ("pool", pool)):
@@ -174,12 +179,21 @@ def _file(path: Path) -> Path | None:
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: NUL
         if folder is None:
             return None
-        raise ModelError(
-            f"{folder} holds no {STUDENT_FILE}; pass a finished run's folder"
-        ) from error
+        raise ModelError(f"{folder} holds no {STUDENT_FILE}; {_unfinished(folder)}") from error
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
     return path
+
+
+def _unfinished(folder: Path) -> str:
+    """What to do about a folder without a student."""
+    if (folder / _CONFIG_FILE).is_file():
+        command = f"ckd train --resume {shlex.quote(str(folder))}"
+        return f"it is a run that is not finished: go on with {command}"
+    runs = sorted(path.parent for path in folder.glob(f"*/{STUDENT_FILE}"))
+    if runs:
+        return f"pass a run in it, such as {runs[0]}"
+    return "pass a finished run's folder"
 
 
 def _described(path: Path) -> Description:

@@ -58,7 +58,7 @@ class Embed(nn.Module):
         if self.masks:
             assert self.patches is not None
             order = torch.arange(float(self.patches), device=images.device)
-            options["noise"] = order.expand(len(images), -1)
+            options["noise"] = order.expand(images.shape[0], -1)
         return self.tower(pixel_values=images, **options)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ckd.models.base import Model
+from ckd.models.base import Model, check_model
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -21,6 +21,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def flops_per_image(model: Model) -> int:
     """Floating-point operations of the forward of one image (a multiply-add counts as two)."""
+    check_model(model, "flops_per_image")
     shape = (1, model.in_channels, model.image_size, model.image_size)
     images = torch.zeros(shape, device=model.channel_mean.device, dtype=model.channel_mean.dtype)
     was_training = model.training

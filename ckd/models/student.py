@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +12,19 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ckd._fit import fitted
-from ckd.models.base import Model
+from ckd.models.base import Model, came
 from ckd.models.prepare import prepare
 from ckd.models.spec import ModelError
 from ckd.models.teacher_map import TeacherMap
+
+
+class Prediction(NamedTuple):
+    """A class of an image: its number, its name (the number where names are not known), and its
+    probability in 0..1."""
+
+    label: int
+    class_name: str
+    probability: float
 
 
 class Student(nn.Module):
@@ -33,6 +43,8 @@ class Student(nn.Module):
 
     Example:
         >>> student = ckd.load_student("runs/embed-kd")
+        >>> student.predict(Image.open("photo.jpg"))[0][0]
+        Prediction(label=3, class_name='cat', probability=0.93)
         >>> x = student.preprocess([Image.open(path) for path in paths])
         >>> with torch.inference_mode():
         ...     features = student.features(x)
@@ -51,12 +63,63 @@ class Student(nn.Module):
         return self.model.class_names
 
     @property
+    def num_classes(self) -> int | None:
+        """C, the number of logits; None without a class head."""
+        return self.model.num_classes
+
+    @property
+    def spec(self) -> str:
+        """The name of the network, as `ckd.models.create` takes it."""
+        return self.model.spec
+
+    @property
+    def image_size(self) -> int:
+        """S: `preprocess` makes images of S x S pixels."""
+        return self.model.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """3 for RGB, 1 for gray images."""
+        return self.model.in_channels
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel, for pixels in 0..1: `preprocess` gives (pixel - mean) / std."""
+        return self.model.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Of each channel, as `mean`."""
+        return self.model.std
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is; `preprocess` brings images there."""
+        return self.model.channel_mean.device
+
+    @property
     def teachers(self) -> tuple[TeacherMap, ...]:
         """The maps, in the order of the banks; each has a `name` and a `dim`."""
         return tuple(self.maps)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embedding(x)
+
+    @torch.inference_mode()
+    def predict(self, images: Any, top: int = 5) -> list[list[Prediction]]:
+        """The `top` most probable classes (all, if there are fewer) of each image, in order.
+
+        images: as `preprocess` takes them. Runs in evaluation mode; probabilities are the softmax
+        of the logits in float32. For many images pass a batch at a time. Raises ModelError without
+        a class head.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            logits = self.logits(self.preprocess(images))
+        finally:
+            self.train(was_training)
+        return ranked(logits.float().softmax(dim=1), self.class_names, top)
 
     def preprocess(self, images: Any) -> Tensor:
         """Images as the network expects them, [B, C, S, S] on its device.
@@ -73,7 +136,7 @@ class Student(nn.Module):
             return torch.cat([self.preprocess(image) for image in images])
         pixels = _pixels(images, self.model.in_channels)
         square = fitted(pixels.cpu(), self.model.image_size)
-        return prepare(self.model, square.to(self.model.channel_mean.device))
+        return prepare(self.model, square.to(self.device))
 
     def features(self, x: Tensor) -> Tensor:
         """The student's own embedding [B, W] of preprocessed images."""
@@ -106,6 +169,16 @@ class Student(nn.Module):
         either, and for rows of another width."""
         return self._map(teacher).comparable(rows)
 
+    def __repr__(self) -> str:
+        shape = f"{self.in_channels} x {self.image_size} x {self.image_size}"
+        classes = "no class head" if self.num_classes is None else f"{self.num_classes} classes"
+        maps = [
+            f"{one.name!r} [{one.dim}] by a {'projection' if one.head is None else 'head'}"
+            for one in self.teachers
+        ]
+        told = f"; teachers: {', '.join(maps)}" if maps else ""
+        return f"Student({self.spec!r}, images {shape}, {classes}{told})"
+
     def _map(self, teacher: int) -> TeacherMap:
         if not self.maps:
             raise ModelError(
@@ -118,6 +191,22 @@ class Student(nn.Module):
                 f"teacher must be at least 0 and below {len(self.maps)} ({names}), got {teacher}"
             )
         return self.teachers[teacher]
+
+
+def ranked(probabilities: Tensor, class_names: Sequence[str], top: int) -> list[list[Prediction]]:
+    """The `top` classes of each row [B, C], by falling probability; among equals the smaller number
+    first. Raises ModelError for `top` below 1."""
+    if top < 1:
+        raise ModelError(f"top must be at least 1, got {top}")
+    found = probabilities.sort(dim=1, descending=True, stable=True)
+    values, labels = (part[:, :top].tolist() for part in found)
+    return [
+        [
+            Prediction(label, class_names[label] if class_names else str(label), value)
+            for value, label in zip(*row)
+        ]
+        for row in zip(values, labels)
+    ]
 
 
 def _pixels(image: Any, channels: int) -> Tensor:
@@ -139,9 +228,20 @@ def _pixels(image: Any, channels: int) -> Tensor:
             pixels = pixels.permute(2, 0, 1)[None]
         if pixels.dim() == 4 and pixels.shape[1] in (1, channels) and pixels.numel():
             return pixels
-    shape = list(getattr(image, "shape", ()))
-    came = f"{image.dtype} of shape {shape}" if shape else type(image).__name__
     raise ModelError(
         f"images must be PIL images or uint8 [H, W], [H, W, {channels}] or [B, {channels}, H, W], "
-        f"got {came}; add the batch's dimension to one image [C, H, W]"
+        f"got {came(image)}; {_remedy(image)}"
     )
+
+
+def _remedy(image: Any) -> str:
+    if isinstance(image, str | Path):
+        return "open the file: PIL.Image.open(path)"
+    dtype = str(getattr(image, "dtype", ""))
+    if "float" in dtype:
+        return "pass the pixels 0..255 as they are stored: preprocess scales and normalises itself"
+    if dtype.endswith("uint8") and getattr(image, "ndim", 0) == 4:
+        return "channels come second in a batch: [B, C, H, W]"
+    if dtype.endswith("uint8"):
+        return "add the batch's dimension to one image [C, H, W]"
+    return "convert them to uint8"

@@ -67,7 +67,7 @@ class ViT(Model):
     def forward(self, images: Tensor) -> ModelOutput:
         self.check_images(images)
         x = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.position
         embedding = self.norm(self.blocks(x)[:, 0])
         return ModelOutput(embedding, None if self.head is None else self.head(embedding))
 
