@@ -138,6 +138,15 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     file then keeps its content, and the temporary file is removed. Raises OSError for the path of a
     folder, a device or a FIFO: renaming would put a file in the place of /dev/null.
     """
+    with atomic_file(path) as file, naming(file.name):
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that appears at `path` after the block, whole, as `atomic_write` writes it; not at
+    all if the block raises. Errors are those of `atomic_write`; writes of the block that fail carry
+    no name (see `naming`)."""
     path = Path(path)
     if path.exists() and not path.is_file():
         kind = _KINDS.get(stat.S_IFMT(path.stat().st_mode), "a device")
@@ -145,7 +154,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process
-        durable_write(temporary, data)
+        with _durable_file(temporary) as file:
+            yield file
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error says more
@@ -181,10 +191,18 @@ def durable_write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises the system's OSError, also if the name is taken: a link would lead elsewhere.
     """
-    with naming(path), open(path, "xb") as file:
+    with naming(path), _durable_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _durable_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A new file that is synced to the disk after the block."""
+    with open(path, "xb") as file:
+        yield file
+        with naming(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def fsync_folder(path: str | os.PathLike[str]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_input import Case, bank, data, evaluation, models, op, train
+from tests.bad_input import Case, bank, data, evaluation, models, op, predict, train
 
 CASES = [
     pytest.param(case, id=f"{part.__name__.rpartition('.')[2]}: {case.name}")
-    for part in (op, bank, data, models, train, evaluation)
+    for part in (op, bank, data, models, train, evaluation, predict)
     for case in part.CASES
 ]
 

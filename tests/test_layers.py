@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "ckd"
 # Each layer may import itself and the layers it names; the longest matching prefix counts.
 BASE = {
     *("ckd._console", "ckd._device", "ckd._errors", "ckd._files", "ckd._fit", "ckd._hints"),
-    *("ckd._json", "ckd._lock", "ckd._npy", "ckd._version"),
+    *("ckd._json", "ckd._lock", "ckd._npy", "ckd._output", "ckd._version"),
 }
 LAYERS: dict[str, set[str]] = {
     "ckd._console": set(),
@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "ckd._json": {"ckd._errors", "ckd._files"},
     "ckd._lock": {"ckd._files"},
     "ckd._npy": set(),
+    "ckd._output": {"ckd._errors"},
     "ckd._version": set(),
     "ckd._C": set(),
     "ckd._triton": set(),
@@ -46,6 +47,8 @@ LAYERS: dict[str, set[str]] = {
     "ckd.bank.__main__": {"ckd"},
     "ckd.train": {"ckd"},
     "ckd.eval": {"ckd"},
+    "ckd.predict": {"ckd"},
+    "ckd.export": {"ckd"},
     "ckd.compare": {"ckd"},
     "ckd.info": {"ckd"},
     "ckd.cli": {"ckd"},

@@ -49,6 +49,16 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
             "measure what a student is good for: classes and search",
             "ckd eval run --bank bank",
         ),
+        "predict": Entry(
+            "ckd.predict.__main__",
+            "tell the classes of images, by a trained student",
+            "ckd predict run photo.jpg",
+        ),
+        "export": Entry(
+            "ckd.export.__main__",
+            "write a student for programs without ckd: ONNX, PyTorch, timm",
+            "ckd export run --out student.onnx",
+        ),
     },
     "look": {
         "compare": Entry(

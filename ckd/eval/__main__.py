@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ckd._device import pick_device
 from ckd._errors import ConfigError
 from ckd._files import atomic_write, user_path
 from ckd._json import document, sealed
+from ckd._output import check_output
 from ckd.bank import EmbeddingBank
 from ckd.cli.command import Output, parse, run
 from ckd.data import MAX_PIXELS
@@ -68,7 +68,7 @@ class Eval(Output):
 
     def run(self) -> None:
         if self.out is not None:
-            _check_output(self.out)
+            check_output(self.out)
         device = pick_device(self.device)
         student = models.load_student(self.student, weights=self.weights).to(device)
         banks = [
@@ -114,17 +114,6 @@ class Eval(Output):
         if size is None and not self.data:
             size = stored.image_size
         return self.data or stored.data, size, stored.seed if self.seed is None else self.seed
-
-
-def _check_output(path: Path) -> None:
-    """Raise ConfigError for a place that takes no file: known before the work, not after it."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"--out {path}: there is no folder {path.parent}; make it")
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ConfigError(f"--out {path}: it is no regular file, which is replaced; name another")
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {path}: the folder {path.parent} is read-only; name another")
 
 
 COMMAND = Eval

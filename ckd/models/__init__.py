@@ -4,7 +4,7 @@ from ckd.models.base import Model, ModelOutput, check_teacher
 from ckd.models.catalog import create, known
 from ckd.models.class_head import class_head
 from ckd.models.classes import are_named, class_order
-from ckd.models.files import class_names, load, load_student, save
+from ckd.models.files import STUDENT_FILE, class_names, load, load_student, save
 from ckd.models.measure import flops_per_image, parameter_count, weights_hash
 from ckd.models.prepare import prepare
 from ckd.models.preprocessing import Resize
@@ -14,6 +14,7 @@ from ckd.models.teacher_map import TeacherMap
 
 __all__ = [
     "POOLS",
+    "STUDENT_FILE",
     "Model",
     "ModelError",
     "ModelOutput",

@@ -212,7 +212,8 @@ def _from_file(path: Path, asked: Mapping[str, Any]) -> Student:
         raise ModelError(
             f"{path} holds a model of a library, which a file does not choose: if you trust "
             f"{spec!r}, pass it with the file as its weights: load({spec!r}, "
-            f"weights={str(path)!r}), --teacher (or --eval) {spec} --teacher-weights {path}"
+            f"weights={str(path)!r}), --teacher (or --eval) {spec} --teacher-weights {path}, "
+            f"ckd predict|export|eval {spec} --weights {path}"
         )
     return _restored(path, stored, asked)
 

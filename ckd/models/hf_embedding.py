@@ -41,6 +41,7 @@ class Embed(nn.Module):
         # their order. `create` sets mask_ratio to 0, so that none is dropped.
         self.masks = "noise" in accepted and hasattr(config, "mask_ratio")
         self.dropped: set[str] = set()  # children of the network that were deleted
+        self.head_name = ""  # the child that `take_head` replaced
         self.extra_tokens = 0  # number of tokens before the patches, where `kind` is "mean"
 
     @property
@@ -167,6 +168,7 @@ def take_head(spec: Spec, embed: Embed, output: Any, image_size: int, in_channel
         )
     head = getattr(network, name)
     setattr(network, name, nn.Identity())
+    embed.head_name = name
     return None if isinstance(head, nn.Identity) else head  # where num_labels is 0
 
 

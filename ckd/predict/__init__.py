@@ -1,0 +1,1 @@
+"""`ckd predict`: the classes of images, by a trained student."""
