@@ -236,7 +236,7 @@ def test_files_that_are_no_images_are_named_and_the_others_go_on(
     failed = [str(photos / name) for name in ("a.jpg", "more/large.png")]
     assert [one["image"] for one in document["failed"]] == failed
     lines = err.splitlines()
-    assert lines[0].startswith(f"{failed[0]}: cannot be read as an image")
+    assert lines[0].startswith(f"{failed[0]}: cannot be read as an image (it is in none of")
     assert lines[1].startswith(f"{failed[1]}: 40 x 50 pixels are more than 1,999")
     assert "--max-image-pixels" in lines[1]
     assert lines[2:] == ["error: 2 of 5 files could not be predicted"]

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 import xxhash
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from ckd._files import LFS_POINTER, is_lfs_pointer
@@ -75,6 +76,8 @@ def decode(source: EncodedImages, position: int, image_size: int | None) -> np.n
     except photo.DAMAGE as error:
         if is_lfs_pointer(bytes(encoded[:64])):
             reason = LFS_POINTER
+        elif isinstance(error, UnidentifiedImageError):  # its message is an address in memory
+            reason = f"it is in none of the formats {', '.join(photo.FORMATS)}"
         else:
             reason = f"{type(error).__name__}: {error}"
         raise DataError(

@@ -37,7 +37,7 @@ MAX_PIXELS = 1 << 26  # 256 MiB as Pillow holds them; a photograph of 64 megapix
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _BOMB_LOCK = threading.Lock()
 # Without this list Pillow tries dozens of readers in turn: half the time of a small image.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 _TILE_SIDES = (322, 323)  # TIFF tags
 _TIFF_ORDER = {b"II*\0": "<", b"MM\0*": ">"}
@@ -108,7 +108,7 @@ def _read_either(encoded: bytes | memoryview, max_pixels: int) -> Image.Image:
 
 
 def _read(encoded: bytes | memoryview, max_pixels: int, exif: bytes | None = None) -> Image.Image:
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         width, height = _decoded_size(image)
         if width * height > max_pixels:
             raise DataError(

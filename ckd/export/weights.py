@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -98,8 +99,19 @@ def folded_head(head: TeacherSpaceHead) -> nn.Module:
 
 def _file(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # transformers refuses a file that does not name the library it is of.
-    return safetensors.torch.save(whole, {"format": "pt", METADATA: json.dumps(about)})
+    # transformers refuses a file whose format is not named.
+    return _in_order(safetensors.torch.save(whole, {"format": "pt", METADATA: json.dumps(about)}))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with the entries of its header's metadata sorted: safetensors writes them in no
+    fixed order, but equal students must give equal files."""
+    (size,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
 def _vit(model: ViT) -> Network:
