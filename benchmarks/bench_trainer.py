@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from ckd import data, models
+from ckd._console import console
 from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
 from ckd.train.methods import method_class
@@ -84,8 +85,8 @@ def measure_step(setting: Setting, method: str) -> Record:
 
     with torch_state(config, device):
         run = set_up(config, device, method_class(config))
-        with watched(run, clock), contextlib.suppress(Enough):
-            train_epoch(run, after_step, verbose=False)
+        with console(quiet=True), watched(run, clock), contextlib.suppress(Enough):
+            train_epoch(run, after_step)
     steps = [end - start for start, end in itertools.pairwise(ends[1:])]
     parts = {part: spent / len(steps) for part, spent in clock.seconds.items()}
     mean = statistics.mean(steps)

@@ -34,6 +34,11 @@ def console(*, quiet: bool = False, json: bool = False) -> Iterator[None]:
         _mode.reset(token)
 
 
+def is_quiet() -> bool:
+    """Whether notes and progress are silenced, for libraries that print their own."""
+    return (_mode.get() or _Mode()).quiet
+
+
 def say(text: str, *, shown: bool = True) -> None:
     """Print a line on the state of the work, which is not its result."""
     mode = _mode.get() or _Mode()

@@ -34,8 +34,10 @@ def check_choices(settings: Any) -> None:
         if not literals or (value is None and type(None) in get_args(hint)):
             continue
         known = [choice for literal in literals for choice in get_args(literal)]
-        if value not in known:
-            raise ConfigError(unknown(name.replace("_", " "), value, known, f"{flag(name)} takes"))
+        for one in value if isinstance(value, tuple) else (value,):
+            if one not in known:
+                takes = f"{flag(name)} takes"
+                raise ConfigError(unknown(name.replace("_", " "), one, known, takes))
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:

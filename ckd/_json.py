@@ -93,9 +93,9 @@ def unsealed(values: dict[str, Any], data: bytes) -> dict[str, Any]:
     return rest
 
 
-def document(values: Mapping[str, Any]) -> str:
-    """The values as one JSON object for other programs, in ASCII; NaN and infinity, which JSON does
-    not have, are null."""
+def document(values: Any) -> str:
+    """The values as one JSON document for other programs, in ASCII: NaN and infinity, which JSON
+    does not have, are null, and bytes of a path that are not UTF-8 are escaped as Python does."""
     return json.dumps(_without_nan(values), indent=2, allow_nan=False)
 
 

@@ -36,7 +36,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises BlockingIOError, whose `strerror` is the remedy, if another process holds the lock for
     LOCK_PATIENCE_S; FileExistsError if `path` is a file; the system's OSError, which names the
-    folder. Folders that were made are then removed.
+    folder. Then, and after an exception in the block, folders that were made are removed if they
+    are empty.
     """
     owner = os.getpid()
     folder = Path(path).absolute()
@@ -44,13 +45,7 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            release = _acquire(folder, descriptor)
-        except BaseException:
-            with contextlib.suppress(OSError):  # another process may use one already
-                for place in made:
-                    place.rmdir()
-            raise
+        release = _acquire(folder, descriptor)
         try:
             yield
         finally:
@@ -58,6 +53,11 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
             # that leaves this block itself must not release its parent's lock.
             if os.getpid() == owner:
                 release()
+    except BaseException:
+        with contextlib.suppress(OSError):  # another process may use one already
+            for place in made if os.getpid() == owner else ():
+                place.rmdir()
+        raise
     finally:
         os.close(descriptor)
 

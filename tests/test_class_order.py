@@ -54,7 +54,9 @@ def test_a_teacher_with_permuted_classes_trains_the_same_student(config, permute
 
 
 def test_eval_scores_permuted_classes_the_same(config, permuted) -> None:
-    scores = [evaluate_source(c, str(c.teacher)).partition(", ")[0] for c in (config, permuted)]
+    scores = [
+        str(evaluate_source(c, str(c.teacher))).partition(", ")[0] for c in (config, permuted)
+    ]
     assert scores[0].partition(" on ")[2] == scores[1].partition(" on ")[2]
 
 
@@ -96,7 +98,9 @@ def test_the_students_own_classes_count_when_its_run_is_scored(config, permuted,
     scores = []
     for run in (config.out, permuted.out):
         command = parse(["--eval", run])
-        scores.append(evaluate_source(command.config, run).partition(" on ")[2].partition(", ")[0])
+        scores.append(
+            str(evaluate_source(command.config, run)).partition(" on ")[2].partition(", ")[0]
+        )
     assert scores[0] == scores[1]
 
 

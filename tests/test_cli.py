@@ -110,10 +110,10 @@ def test_train_and_compare_run(
 ) -> None:
     config = tiny_config(tmp_path)
     argv = ["--data", config.data, "--student", config.student, "--out", str(config.folder)]
-    argv += ["--method", "plain", "--epochs", "1", "--device", "cpu", "--no-tensorboard"]
+    argv += ["--method", "plain", "--epochs", "1", "--device", "cpu", "--log-to", "none"]
     assert cli.main(["train", *argv]) == 0
     accuracy = json.loads((config.folder / "result.json").read_text())["test_accuracy"]
-    assert f"test accuracy {accuracy:.2%} after 1 epochs" in capsys.readouterr().out
+    assert f"test accuracy {100 * accuracy:.2f} % (" in capsys.readouterr().out
     assert cli.main(["compare", str(config.folder)]) == 0
     assert f"{accuracy:.2%}" in capsys.readouterr().out
     assert cli.main(["train", *argv]) == 2

@@ -189,7 +189,7 @@ def test_a_student_of_a_library_is_loaded_by_name_with_its_run(classifier, tmp_p
     with pytest.raises(ModelError, match=f"--eval. {spec} --teacher-weights {tmp_path}"):
         evaluate_source(config, str(tmp_path))
     by_name = dataclasses.replace(config, teacher_weights=str(tmp_path))
-    assert f"{spec} on digits (test): accuracy" in evaluate_source(by_name, spec)
+    assert f"{spec} on digits (test): accuracy" in str(evaluate_source(by_name, spec))
     bank = build_bank(data.load("digits"), loaded, tmp_path / "bank", progress=False)
     assert bank.dim == model.embedding_dim
 

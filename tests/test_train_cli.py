@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 def flags(config: Config) -> list[str]:
     return [
         *("--data", config.data, "--bank", *config.bank, "--student", STUDENT, "--device", "cpu"),
-        *("--out", str(config.folder), "--epochs", "2", "--batch-size", "14", "--no-tensorboard"),
+        *("--out", str(config.folder), "--epochs", "2", "--batch-size", "14", "--log-to", "none"),
     ]
 
 
@@ -49,11 +49,14 @@ def test_trains_then_evaluates_the_run_folder_to_the_same_accuracy(tmp_path, cap
     trained = capsys.readouterr().out
     assert trained.count("epoch ") == 2
     result = json.loads((config.folder / "result.json").read_text())
-    assert f"test accuracy {result['test_accuracy']:.2%} after 2 epochs" in trained
+    correct, accuracy = result["test_correct"], 100 * result["test_accuracy"]
+    assert accuracy == pytest.approx(100 * correct / 20)
+    words = f"{accuracy:.2f} % ({correct} of 20 images)"
+    assert f"{config.folder}: test accuracy {words} after 2 epochs" in trained
 
     assert main(["--eval", str(config.folder)]) == 0  # the run knows its data
     line = capsys.readouterr().out
-    assert f"accuracy {result['test_accuracy']:.2%} (" in line
+    assert f"accuracy {words}, loss" in line
     assert line.count("\n") == 1
 
 

@@ -162,7 +162,7 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on_and_that_works(tmp_path):
     flags = [
         *("--data", config.data, "--bank", *config.bank, "--student", config.student),
         *("--out", str(config.folder), "--epochs", "500", "--batch-size", "14"),
-        *("--no-tensorboard", "--checkpoint-steps", "5"),
+        *("--log-to", "none", "--checkpoint-steps", "5"),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "ckd.train", *flags],

@@ -22,7 +22,6 @@ from ckd.train import curves as curves_module
 from ckd.train import loop as loop_module
 from ckd.train.__main__ import main
 from ckd.train.methods import method_class
-from ckd.train.metrics import MetricsLog
 from ckd.train.run import set_up
 from ckd.train.stored import read_result
 from tests.train_runs import outcome, resume_in_process, tiny_bank, tiny_config
@@ -272,23 +271,7 @@ def test_curves_without_an_accuracy_draw_the_losses(tmp_path, monkeypatch) -> No
     for accuracy, loss in ((None, None), (0.5, 1.0)):
         scores = {"test_accuracy": accuracy, "test_loss": loss}
         curves_module.draw_curves([{**record, **scores}] * 2, tmp_path / "a.png", "")
-    assert [len(figure.axes) for figure in drawn] == [2, 3]
+    assert [len(figure.axes) for figure in drawn] == [1, 2]
     assert [len(figure.axes[0].lines) for figure in drawn] == [3, 4]
     titles = [[axes.get_title(loc="left").split()[0] for axes in figure.axes] for figure in drawn]
-    assert titles == [["Loss,", "Learning"], ["Loss,", "Test", "Learning"]]
-
-
-def test_missing_scores_are_no_tensorboard_events(tmp_path) -> None:
-    log = MetricsLog(tmp_path, keep_bytes=0, tensorboard=False, step=0)
-    written: list[str] = []
-
-    class Board:
-        def add_scalar(self, name, value, step):
-            written.append(name)
-
-        def flush(self):
-            pass
-
-    log._board = Board()
-    log.write({"step": 1, "loss": 0.5, "test_accuracy": None, "test_loss": None})
-    assert written == ["step", "loss"]
+    assert titles == [["Loss,"], ["Loss,", "Test"]]

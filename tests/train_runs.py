@@ -83,7 +83,7 @@ def tiny_config(folder: Path, **settings: Any) -> Config:
         "batch_size": 14,
         "lr": 1e-3,
         "device": "cpu",
-        "tensorboard": False,
+        "log_to": ("none",),
     }
     return Config(**{**defaults, **settings})
 

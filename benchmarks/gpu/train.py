@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ckd._console import console
 from ckd._device import pick_device
 from ckd.train.device import torch_state
 from ckd.train.loop import train_epoch
@@ -153,8 +154,8 @@ class Steps:
         counter = Counter(self._device, setting)
         with torch_state(config, device):
             run = set_up(config, device, method_class(config))
-            with contextlib.suppress(Enough):
-                train_epoch(run, counter, verbose=False)
+            with console(quiet=True), contextlib.suppress(Enough):
+                train_epoch(run, counter)
         return counter.result()
 
 

@@ -57,7 +57,7 @@ class Plan:
         fields: dict[str, Any] = {
             **{"student": self.student, "epochs": epochs, "batch_size": self.batch_size},
             **{"lr": self.lr, "weight_decay": 0.05, "warmup_epochs": 0.5, "amp": self.amp},
-            **{"data": str(images), "bank": bank, "device": self.device, "tensorboard": False},
+            **{"data": str(images), "bank": bank, "device": self.device, "log_to": ("none",)},
             "out": str(self.folder / "runs" / cell.name),
         }
         return Config(**fields, **cell.fields)

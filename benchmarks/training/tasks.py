@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ckd import data, models
+from ckd._console import console
 from ckd._device import pick_device
 from ckd._hints import require
 from ckd.bank import BankWriter
@@ -191,8 +192,8 @@ def measure_training(
         run = set_up(config, device, method_class(config))
         memory.held += sum(_nbytes(one) for one in (run.train_set, run.test_set) if one)
         gauge = setting.gauge(memory, turn_over)
-        with contextlib.suppress(Enough):
-            train_epoch(run, gauge, verbose=False)
+        with console(quiet=True), contextlib.suppress(Enough):
+            train_epoch(run, gauge)
     return gauge.result()
 
 
@@ -239,7 +240,7 @@ def config_of(method: str, setting: Setting) -> Config:
         compile=setting.compile,
         device=setting.device,
         checkpoint_minutes=1e9,
-        tensorboard=False,
+        log_to=("none",),
     )
     config.check()
     return config

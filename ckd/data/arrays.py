@@ -99,7 +99,9 @@ def load_npz(path: Path, split: str, image_size: int | None, holdout: float) -> 
     stored = MemoryImages(
         images, labels, class_names=class_names, sample_ids=ids, name=path.stem, split=split
     )
-    return _resized(stored, image_size)
+    result = _resized(stored, image_size)
+    result.held_out = not divided
+    return result
 
 
 class _Arrays:

@@ -59,6 +59,8 @@ class Dataset(ABC):
     sample_ids: Tensor
     image_shape: tuple[int, int, int]
     fingerprint: str
+    held_out: bool = False
+    """Whether the data have no splits, so that a part was held out for "test" (see `load`)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -174,15 +176,9 @@ class MemoryImages(Dataset):
             yield Batch(*(column.index_select(0, here).to(device) for column in columns))
 
     def to(self, device: str | torch.device) -> MemoryImages:
-        return MemoryImages(
-            self.images.to(device),
-            self.labels,
-            class_names=self.class_names,
-            sample_ids=self.sample_ids,
-            name=self.name,
-            split=self.split,
-            fingerprint=self.fingerprint,
-        )
+        other = copy.copy(self)
+        other.images = self.images.to(device)
+        return other
 
 
 def check_rows(

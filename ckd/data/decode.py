@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ import xxhash
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from ckd._console import bar
 from ckd._files import LFS_POINTER, is_lfs_pointer
 from ckd._fit import fit
 from ckd.data import photo
@@ -29,6 +31,8 @@ class EncodedImages(ABC):
     class_names: tuple[str, ...]
     max_pixels: int = photo.MAX_PIXELS
     """Larger images are refused."""
+    held_out: bool = False
+    """As in Dataset."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +58,12 @@ class EncodedImages(ABC):
         digest = fingerprint_of(self.labels, self.sample_ids, self.class_names)
         sizes = self.sizes_bytes()
         if sum(sizes) <= FINGERPRINT_BYTES:
-            images = b"".join(xxhash.xxh3_128_digest(self.read(i)) for i in range(len(self)))
+            with bar("hashing", total=len(self), unit="images") as done:
+                digests = []
+                for position in range(len(self)):
+                    digests.append(xxhash.xxh3_128_digest(self.read(position)))
+                    done.update()
+            images = b"".join(digests)
             warn_of_copies(images, self.where)
             digest.update(images)
         else:
@@ -93,8 +102,11 @@ def decode_many(
     shape: tuple[int, int, int],
     *,
     threads: int | None = None,
+    decoded: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
     """Images at `positions` as uint8 [n, C, H, W], decoded on `threads` threads (default: cores).
+
+    decoded: called, by each thread, with the number of further images that are decoded.
 
     Raises DataError for an unreadable image, or one of another size than `shape`: for the first
     in order, if there are several.
@@ -112,6 +124,7 @@ def decode_many(
                     "pass image_size (--image-size) to bring all to one size"
                 )
             array[i] = pixels
+            decoded(1)
 
     starts = range(0, len(rows), _CHUNK)
     threads = min(threads or os.cpu_count() or 1, len(starts))

@@ -81,7 +81,9 @@ def _divided(root: Path, split: str, holdout: float) -> FolderImages:
     if len(divisible):
         chosen = splits.holdout_positions(divisible, split, holdout)
         positions = chosen if split == "test" else torch.cat([chosen, positions[len(divisible) :]])
-    return whole.select(positions)
+    chosen_images = whole.select(positions)
+    chosen_images.held_out = len(divisible) > 0
+    return chosen_images
 
 
 class FolderImages(EncodedImages):

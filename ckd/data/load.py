@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 
 import torch
 
+from ckd._console import bar
 from ckd._files import check_regular, user_path
 from ckd._hints import unknown
 from ckd.data import arrays, folder, parquet, photo, splits, walk
@@ -102,9 +104,22 @@ def _from_encoded(
     channels, height, width = decode(source, 0, image_size).shape
     if len(source) * channels * height * width > memory_limit:
         return FileImages(source, name=name, split=split, image_size=image_size)
-    everything = torch.arange(len(source))
-    return MemoryImages(
-        decode_many(source, everything, image_size, (channels, height, width)),
+    lock = threading.Lock()
+    with bar(f"decoding {name} ({split})", total=len(source), unit="images") as done:
+
+        def decoded(count: int) -> None:
+            with lock:
+                done.update(count)
+
+        images = decode_many(
+            source,
+            torch.arange(len(source)),
+            image_size,
+            (channels, height, width),
+            decoded=decoded,
+        )
+    stored = MemoryImages(
+        images,
         source.labels,
         class_names=source.class_names,
         sample_ids=source.sample_ids,
@@ -112,3 +127,5 @@ def _from_encoded(
         split=split,
         fingerprint=source.fingerprint(),
     )
+    stored.held_out = source.held_out
+    return stored

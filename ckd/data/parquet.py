@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections import OrderedDict
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ckd import _json
+from ckd._console import bar
 from ckd._errors import warn
 from ckd._files import check_regular
 from ckd._hints import require
@@ -73,10 +75,16 @@ def open_split(path: Path, split: str, holdout: float) -> ParquetImages:
             )
     for paths in names.values():
         _check_shards(paths)
-    every = [_ParquetFile(file) for paths in names.values() for file in paths]
+    every = []
+    with bar("opening", total=sum(map(len, names.values())), unit="files") as opened:
+        for file in itertools.chain(*names.values()):
+            every.append(_ParquetFile(file))
+            opened.update()
     if None in names:
         whole = ParquetImages(every, _class_names(every))
-        return whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
+        part = whole.select(splits.holdout_positions(whole.sample_ids, split, holdout))
+        part.held_out = True
+        return part
     chosen = splits.choose([name for name in names if name], split, path)
     if chosen is None:
         found = ", ".join(sorted(name for name in names if name))

@@ -25,6 +25,7 @@ class FileImages(Dataset):
         check_rows(source.labels, source.sample_ids, source.class_names, len(source), name)
         self.name, self.split, self.class_names = name, split, source.class_names
         self.labels, self.sample_ids = source.labels, source.sample_ids
+        self.held_out = source.held_out
         channels, height, width = decode(source, 0, image_size).shape
         self.image_shape = (channels, height, width)
         self.fingerprint = source.fingerprint()

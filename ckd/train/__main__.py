@@ -13,13 +13,15 @@ import tyro
 
 from ckd._files import user_path
 from ckd._hints import check_choices
+from ckd._json import document
+from ckd.cli.command import Output, run
 from ckd.cli.command import parse as parse_flags
-from ckd.cli.command import run
 from ckd.train.config import Config
 from ckd.train.demo import Demo
 from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
+from ckd.train.report import result_words
 from ckd.train.stored import CONFIG, is_run, stored_config
 
 PROG = "python -m ckd.train"
@@ -38,7 +40,7 @@ _OptionalPath = Annotated[
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Output):
     """Train a student, resume a run or score one. Without arguments: the demo on digits."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -50,14 +52,17 @@ class Command:
     def run(self) -> None:
         if self.eval is not None:
             check_choices(self.config)
-            print(evaluate_source(self.config, self.eval))
+            scores = evaluate_source(self.config, self.eval)
+            print(document(scores._asdict()) if self.json else scores)
             return
         result = train(self.config, resume=self.resume is not None)
-        accuracy = result["test_accuracy"]
+        folder, epochs = self.config.folder, result["epochs"]
+        if self.json:
+            print(document({"run": str(folder), **result}))
+            return
         print(
-            f"{self.config.folder}: "
-            f"{'no test accuracy' if accuracy is None else f'test accuracy {accuracy:.2%}'} after "
-            f"{result['epochs']} epochs, {result['train_time_s']:.0f} s of training"
+            f"{folder}: {result_words(result)} after {epochs} epoch{'s' * (epochs > 1)}, "
+            f"{result['train_time_s']:.0f} s of training"
         )
 
 

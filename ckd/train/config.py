@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +12,19 @@ from typing import Any, Literal, get_args
 import tyro
 
 from ckd._files import atomic_write, user_path
-from ckd._hints import check_choices, flag
+from ckd._hints import check_choices
 from ckd._json import CHECKSUM, JsonError, as_dataclass, is_number, read_object, sealed, unsealed
 from ckd.data import MAX_PIXELS
 from ckd.losses import HeadKind
 from ckd.models import Pool
 from ckd.train.errors import ConfigError
 from ckd.train.mix import HEAD_TERMS, WEIGHTS, parse_mix
+from ckd.train.ranges import check_ranges
 
 MethodName = Literal["plain", "logit-kd", "teacher-kd", "embed-kd"]
 Targets = Literal["samples", "centroids"]
 AmpMode = Literal["off", "bf16", "fp16"]
+LogTo = Literal["auto", "none", "tensorboard", "wandb", "mlflow"]
 AMP_MODES = get_args(AmpMode)
 
 # Under `paper_compat`, a field that was left at its default takes the value of the paper's code.
@@ -45,7 +46,7 @@ PAPER_SETTINGS: Mapping[str, Any] = {
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         *("out", "device", "workers", "compile", "max_image_pixels"),
-        *("checkpoint_minutes", "checkpoint_steps", "tensorboard"),
+        *("checkpoint_minutes", "checkpoint_steps", "log_to"),
     }
 )
 
@@ -154,12 +155,14 @@ class Config:
     """Minutes between checkpoints within an epoch; each epoch also ends with one."""
     checkpoint_steps: int = 0
     """Also save a checkpoint every this many optimizer steps; 0: off."""
-    tensorboard: bool = True
-    """Write TensorBoard events, if it is installed."""
+    log_to: tuple[LogTo, ...] = ("auto",)
+    """Where the numbers of each epoch go beside metrics.jsonl, one or several (--log-to tensorboard
+    wandb); auto: TensorBoard if it is installed; none: nowhere else."""
 
     def __post_init__(self) -> None:
-        # The dataclass is frozen. One bank may be given as a string.
-        object.__setattr__(self, "bank", _banks(self.bank))
+        # The dataclass is frozen. One bank or logger may be given as a string.
+        for name in ("bank", "log_to"):
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
         if not self.paper_compat:
             return
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -200,10 +203,11 @@ class Config:
         What the method needs is checked by `ckd.train.methods.method_class`.
         """
         check_choices(self)
-        for name, expected in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not expected.holds(value):
-                raise ConfigError(f"{flag(name)} must be {expected.words(value)}, got {value}")
+        check_ranges(self)
+        if not self.log_to or (len(self.log_to) > 1 and {"auto", "none"} & {*self.log_to}):
+            raise ConfigError(
+                f"--log-to takes auto or none alone, or loggers, got {' '.join(self.log_to) or '()'}"
+            )
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":
             raise ConfigError("--centroids-per-class needs --targets centroids")
@@ -268,6 +272,7 @@ class Config:
         """The settings as config.json holds them. With one bank it is that of earlier versions."""
         settings = dataclasses.asdict(self)
         settings["bank"] = [*self.bank] if len(self.bank) > 1 else next(iter(self.bank), None)
+        settings["log_to"] = [*self.log_to]
         weights = settings.pop("bank_weights")
         return {**settings, "bank_weights": [*weights]} if weights else settings
 
@@ -279,12 +284,15 @@ class Config:
     def from_dict(cls, settings: Mapping[str, Any], source: Path) -> Config:
         """The inverse of `to_dict`; ConfigError names `source` and the fields that do not fit."""
         settings = {"bank_weights": [], **settings}
+        if isinstance(old := settings.get("tensorboard"), bool) and "log_to" not in settings:
+            del settings["tensorboard"]  # of version 0.1
+            settings["log_to"] = ["auto" if old else "none"]
         known = {field.name for field in dataclasses.fields(cls)}
         if settings.keys() != known:
             misfits = ", ".join(sorted(settings.keys() ^ known))
             raise ConfigError(f"{source} was written by another version of ckd (fields: {misfits})")
-        for name in ("bank", "bank_weights"):
-            settings[name] = _banks(settings[name])
+        for name in ("bank", "bank_weights", "log_to"):
+            settings[name] = _tuple(settings[name])
         try:
             config = as_dataclass(cls, settings)
             config.check()
@@ -324,60 +332,8 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _banks(given: Any) -> Any:
+def _tuple(given: Any) -> Any:
     """The tuple that a string, a list or None stands for; anything else as it is."""
     if given is None or isinstance(given, str):
         return () if given is None else (given,)
     return tuple(given) if isinstance(given, list) else given
-
-
-_SIZE, _COUNT = 4096, 2**31 - 1  # the most pixels of a model's side; of anything counted
-
-
-@dataclass(frozen=True)
-class _Range:
-    """An interval of finite numbers, which holds its ends unless `open_low` or `open_high`."""
-
-    low: float
-    high: float = math.inf
-    open_low: bool = False
-    open_high: bool = False
-
-    def holds(self, value: float) -> bool:
-        if not is_number(value):
-            return False
-        above = value > self.low if self.open_low else value >= self.low
-        return above and (value < self.high if self.open_high else value <= self.high)
-
-    def words(self, value: Any) -> str:
-        """What is expected in place of `value`; without a high end that it is far from."""
-        low = f"{'above' if self.open_low else 'at least'} {self.low}"
-        if self.high >= _COUNT and not (is_number(value) and value > self.high):
-            return low
-        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:,}"
-
-
-_RANGES: Mapping[str, _Range] = {
-    "image_size": _Range(1, _SIZE),
-    "max_image_pixels": _Range(1, _COUNT),
-    "epochs": _Range(1, _COUNT),
-    "batch_size": _Range(1, _COUNT),
-    "accumulate": _Range(1, _COUNT),
-    "lr": _Range(0, open_low=True),
-    "weight_decay": _Range(0),
-    "warmup_epochs": _Range(0),
-    "clip_norm": _Range(0),
-    "label_fraction": _Range(0, 1),
-    "label_smoothing": _Range(0, 1, open_high=True),
-    "ema": _Range(0, 1, open_high=True),
-    "crop_padding": _Range(0, _SIZE),
-    "label_weight": _Range(0),
-    "distill_weight": _Range(0),
-    "centroids_per_class": _Range(1, _COUNT),
-    "logit_scale": _Range(0, 100, open_low=True),
-    "temperature": _Range(0, open_low=True),
-    "seed": _Range(0, 2**63 - 1),
-    "workers": _Range(0, _COUNT),
-    "checkpoint_minutes": _Range(0, open_low=True),
-    "checkpoint_steps": _Range(0, _COUNT),
-}

@@ -15,22 +15,25 @@ the longest training tried. The other nine (ResNet-8 students, no crops, or one 
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ckd import data, models
+from ckd._console import say
+from ckd._json import document
 from ckd.bank.build import build_bank
-from ckd.cli.command import parse, run
+from ckd.cli.command import Output, parse, run
 from ckd.train.config import Config, MethodName
 from ckd.train.errors import Interrupted
 from ckd.train.loop import train
-from ckd.train.report import markdown
+from ckd.train.report import markdown, peak_mib, result_words
 
 SEEDS = (0, 1, 2)
 TEACHER = Config(
@@ -40,7 +43,7 @@ TEACHER = Config(
     lr=2e-3,
     warmup_epochs=1,
     flip=False,  # a mirrored digit is no digit
-    tensorboard=False,
+    log_to=("none",),
 )
 STUDENT = Config(
     student="vit:patch=2,width=32,layers=2,heads=4",
@@ -49,12 +52,14 @@ STUDENT = Config(
     lr=5e-3,
     warmup_epochs=1,
     flip=False,
-    tensorboard=False,
+    log_to=("none",),
 )
+
+Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Output):
     """Train a small teacher on handwritten digits, and a student with and without its embeddings.
 
     Takes one to two minutes on two CPU cores.
@@ -64,7 +69,10 @@ class Demo:
     """The folder to create; if it exists, -2, -3, ... is added to the name."""
 
     def run(self) -> None:
-        run_demo(self.out)
+        if self.json:
+            print(document(measure(self.out).as_json()))
+        else:
+            run_demo(self.out)
 
 
 COMMAND = Demo
@@ -79,34 +87,69 @@ def main(argv: Sequence[str] | None = None, prog: str = "ckd demo") -> int:
     )
 
 
+class Outcome(NamedTuple):
+    """The results of the demo: result.json of each run, with its folder as `run`."""
+
+    folder: Path
+    teacher: Result
+    students: dict[MethodName, list[Result]]
+    time_s: float
+
+    @property
+    def gains(self) -> list[float]:
+        """The points of accuracy that distillation gains, seed by seed."""
+        pairs = zip(self.students["plain"], self.students["embed-kd"])
+        return [100 * (d["test_accuracy"] - p["test_accuracy"]) for p, d in pairs]
+
+    def table(self) -> str:
+        rows = [_row("teacher", [self.teacher])]
+        rows += [_row(f"student, {method}", results) for method, results in self.students.items()]
+        heads = ["", "parameters", "test accuracy", "training s", "peak MiB"]
+        return f"{markdown(heads, rows)}\n\n{_verdict(self.gains)}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.folder),
+            "teacher": self.teacher,
+            "students": self.students,
+            "gains_points": self.gains,
+            "time_s": self.time_s,
+        }
+
+
 def run_demo(place: Path) -> None:
     """Train teacher and students in a new folder `place`, and print one table."""
+    found = measure(place)
+    print(found.table())
+    say(_next_steps(found.folder, found.time_s))
+
+
+def measure(place: Path) -> Outcome:
+    """Train teacher and students in a new folder `place`."""
     threads = torch.get_num_threads()
     # With models this small a second thread gains nothing on an idle machine. If another process
     # occupies its core, both threads wait for each other (50 times slower on a 2-core EPYC).
     torch.set_num_threads(1)
     try:
-        _run_demo(_free_name(place))
+        return _measure(_free_name(place))
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_demo(folder: Path) -> None:
+def _measure(folder: Path) -> Outcome:
     began = time.monotonic()
-    print(f"Distilling a small student on handwritten digits (8 x 8), into {folder}/\n")
+    train_set = data.load(TEACHER.data, "train")
+    say(f"Distilling a small student on handwritten digits (8 x 8), into {folder}/\n")
 
-    print("1. a teacher")
+    say("1. a teacher")
     teacher = _train(replace(TEACHER, out=str(folder / "teacher")))
 
-    print("\n2. its embeddings of the training images, stored once")
-    train_set = data.load(TEACHER.data, "train")
+    say("\n2. its embeddings of the training images, stored once")
     bank = build_bank(train_set, models.load(folder / "teacher"), folder / "bank", progress=False)
-    print(
-        f"   {len(bank):,} x {bank.dim} float16, {bank.nbytes / 1024:.0f} KiB in {folder / 'bank'}"
-    )
+    say(f"   {len(bank):,} x {bank.dim} float16, {bank.nbytes / 1024:.0f} KiB in {folder / 'bank'}")
 
-    print(f"\n3. the same student, with and without them, from {len(SEEDS)} seeds")
-    students: dict[MethodName, list[dict[str, Any]]] = {"plain": [], "embed-kd": []}
+    say(f"\n3. the same student, with and without them, from {len(SEEDS)} seeds")
+    students: dict[MethodName, list[Result]] = {"plain": [], "embed-kd": []}
     for seed in SEEDS:
         for method, results in students.items():
             config = replace(
@@ -117,42 +160,34 @@ def _run_demo(folder: Path) -> None:
                 out=str(folder / f"{method}-seed{seed}"),
             )
             results.append(_train(config))
-
-    rows = [_row("teacher", [teacher])]
-    rows += [_row(f"student, {method}", results) for method, results in students.items()]
-    heads = ["", "parameters", "test accuracy", "training s", "peak MiB"]
-    print(f"\n{markdown(heads, rows)}\n")
-    print(_verdict(students["plain"], students["embed-kd"]))
-    print(_next_steps(folder, time.monotonic() - began))
+    say("")
+    return Outcome(folder, teacher, students, time.monotonic() - began)
 
 
-def _train(config: Config) -> dict[str, Any]:
+def _train(config: Config) -> Result:
     result = train(config, verbose=False)
-    print(
-        f"   {config.folder.name:<16} {result['test_accuracy']:7.2%}   "
-        f"{result['epochs']} epochs in {result['train_time_s']:.1f} s",
-        flush=True,
+    say(
+        f"   {config.folder.name:<16} {result_words(result).removeprefix('test accuracy '):<28} "
+        f"{result['epochs']} epochs in {result['train_time_s']:.1f} s"
     )
-    return result
+    return {"run": str(config.folder), **result}
 
 
-def _row(name: str, results: Sequence[dict[str, Any]]) -> list[str]:
+def _row(name: str, results: Sequence[Result]) -> list[str]:
     """A table row: means over the seeds, the accuracy with its standard deviation."""
     accuracy = [100 * result["test_accuracy"] for result in results]
     spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
-    memory_key = "peak_cuda_mib" if "peak_cuda_mib" in results[0] else "peak_rss_mib"
     return [
         name,
         f"{results[0]['parameters']:,}",
         f"{statistics.mean(accuracy):.2f}{spread} %",
         f"{statistics.mean(result['train_time_s'] for result in results):.1f}",
-        f"{max(result[memory_key] for result in results):.0f}",
+        f"{max(map(peak_mib, results)):.0f}",
     ]
 
 
-def _verdict(plain: Sequence[dict[str, Any]], distilled: Sequence[dict[str, Any]]) -> str:
+def _verdict(gains: Sequence[float]) -> str:
     """The gain of each seed; called a gain or loss only beyond two standard errors."""
-    gains = [100 * (d["test_accuracy"] - p["test_accuracy"]) for p, d in zip(plain, distilled)]
     mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     if abs(mean) <= 2 * error:
         words = "within the spread of the seeds"
@@ -167,11 +202,12 @@ def _verdict(plain: Sequence[dict[str, Any]], distilled: Sequence[dict[str, Any]
 
 
 def _next_steps(folder: Path, seconds: float) -> str:
-    return f"""\
+    place = shlex.quote(str(folder))
+    return f"""
 Peak MiB is that of the whole process, PyTorch included. The demo took {seconds:.0f} s.
 
-  see the runs side by side   python -m ckd.compare {folder}/*-seed* --out {folder}/compare.png
-  score one again             python -m ckd.train --eval {folder}/embed-kd-seed0
+  see the runs side by side   python -m ckd.compare {place}/*-seed* --out {place}/compare.png
+  score one again             python -m ckd.train --eval {place}/embed-kd-seed0
   your own teacher and data   python -m ckd.bank build --teacher SPEC --data FOLDER --out BANK
                               python -m ckd.train --data FOLDER --bank BANK --out RUN"""
 

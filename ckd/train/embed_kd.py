@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ckd.backends import Explanation
 from ckd.bank import BankError, EmbeddingBank
 from ckd.data import Batch, Dataset
 from ckd.losses import TeacherSpaceHead
@@ -100,6 +101,26 @@ class EmbedKD(Method):
 
     def weight_of(self, term: str) -> float:
         return self.weights[term] if term in self.weights else super().weight_of(term)
+
+    def term_names(self) -> list[str]:
+        return [*self.weights]
+
+    def sources(self) -> list[tuple[str, str]]:
+        return [
+            (
+                "bank" + suffix.replace("_", " "),
+                f"{bank.path}: {len(bank):,} x {bank.dim} float16 of {bank.teacher_name}",
+            )
+            for bank, *_, suffix in self.against
+        ]
+
+    def backends(self, batch: int) -> dict[str, Explanation]:
+        return {
+            name + one.suffix: choice
+            for one in self.against
+            for name, term in one.terms.items()
+            if (choice := term.served_by(batch)) is not None
+        }
 
     def numbers(self) -> dict[str, float]:
         return {

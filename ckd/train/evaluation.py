@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ckd import data, models
+from ckd._console import bar
 from ckd._device import pick_device
 from ckd._errors import warn
 from ckd._files import read_lines
 from ckd.data import Batch, Dataset
 from ckd.train.config import Config
 from ckd.train.errors import ConfigError
+from ckd.train.report import accuracy_words
 
 
 class Scores(NamedTuple):
@@ -29,6 +31,25 @@ class Scores(NamedTuple):
     loss: float | None
     correct: int
     images: int
+
+
+class SourceScores(NamedTuple):
+    """`--eval`: what was scored on which images, and how long it took."""
+
+    source: str
+    data: str
+    accuracy: float
+    correct: int
+    images: int
+    loss: float
+    time_s: float
+
+    def __str__(self) -> str:
+        words = accuracy_words(self.accuracy, self.correct, self.images)
+        return (
+            f"{self.source} on {self.data} (test): accuracy {words}, loss {self.loss:.4f}, "
+            f"{self.time_s:.1f} s, {self.images / self.time_s:,.0f} images/s"
+        )
 
 
 @torch.inference_mode()
@@ -79,16 +100,19 @@ def scored_batches(
     the model's training mode is restored at the end."""
     was_training = model.training
     model.eval()
+    scored = bar(f"scoring {dataset.split} images", total=len(rows), unit="images")
     try:
         for batch in dataset.batches(rows, batch_size, device, workers):
             yield batch, model(models.prepare(model, batch.images)).logits.float()
+            scored.update(len(batch.labels))
     finally:
+        scored.close()
         model.train(was_training)
 
 
-def evaluate_source(config: Config, source: str) -> str:
+def evaluate_source(config: Config, source: str) -> SourceScores:
     """`--eval`: score a run folder, a .safetensors file or a model spec on config.data's test
-    split; returns a line of text. Raises ConfigError, DataError or ModelError."""
+    split. Raises ConfigError, DataError or ModelError."""
     device = pick_device(config.device)
     dataset = data.load(
         config.data,
@@ -121,10 +145,16 @@ def evaluate_source(config: Config, source: str) -> str:
         order=order,
     )
     seconds = time.perf_counter() - began
-    return (
-        f"{source} on {dataset.name} ({dataset.split}): accuracy {scores.accuracy:.2%} "
-        f"({scores.correct:,} of {scores.images:,}), loss {scores.loss:.4f}, "
-        f"{seconds:.1f} s, {scores.images / seconds:,.0f} images/s"
+    assert scores.accuracy is not None  # it has a class head, and the images have labels
+    assert scores.loss is not None
+    return SourceScores(
+        source,
+        dataset.name,
+        scores.accuracy,
+        scores.correct,
+        scores.images,
+        scores.loss,
+        seconds,
     )
 
 

@@ -43,10 +43,10 @@ def literal(text: str) -> str:
 def label_ends(axes: Any, ends: Sequence[tuple[str, str, float]], gap: float = 0.07) -> None:
     """Write each (label, colour, y) at the right edge at height y, moved apart where they overlap:
     by at least `gap`, a fraction of the axes' height."""
-    low, high = axes.get_ylim()
     placed = -gap
     ordered = sorted(ends, key=lambda end: end[2])
-    heights = [(y - low) / (high - low) for _, _, y in ordered]
+    fraction = axes.transScale + axes.transLimits  # of the axes' height, on a logarithmic axis too
+    heights = [float(fraction.transform((1.0, y))[1]) for _, _, y in ordered]
     for index, height in enumerate(heights):
         heights[index] = placed = max(height, placed + gap)
     ceiling = 1.0 + gap

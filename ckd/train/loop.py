@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ckd import models
-from ckd._console import bar, say
+from ckd._console import bar, console, say
 from ckd._device import pick_device
 from ckd._files import atomic_write
+from ckd.backends import Explanation
 from ckd.data import Batch, epoch_order, step_generator, training_batches
 from ckd.train import checkpoint, report
 from ckd.train.config import Config
@@ -34,14 +35,14 @@ from ckd.train.device import autocast, torch_state
 from ckd.train.errors import Interrupted, TrainError
 from ckd.train.evaluation import Scores, evaluate
 from ckd.train.interrupt import stop_on_signals
+from ckd.train.loggers import Loggers
 from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
+from ckd.train.opening import backends_of, opening_lines
 from ckd.train.page import write_page
 from ckd.train.run import Run, restore, run_folder, save, set_up
 from ckd.train.schedule import learning_rate
-from ckd.train.stored import STUDENT, read_result, resume_command
-
-NONFINITE = "nonfinite.json"
+from ckd.train.stored import NONFINITE, STUDENT, read_result, resume_command
 
 
 def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict[str, Any]:
@@ -57,37 +58,38 @@ def train(config: Config, *, resume: bool = False, verbose: bool = True) -> dict
     method_type = method_class(config)
     device = pick_device(config.device)
     memory = report.PeakMemory(device)
-    with run_folder(config, resume=resume) as folder, torch_state(config, device):
+    with (
+        contextlib.nullcontext() if verbose else console(quiet=True),
+        run_folder(config, resume=resume) as folder,
+        torch_state(config, device),
+    ):
         # Without its student a run is finished once more, from its last checkpoint.
         whole = (folder / STUDENT).exists() or checkpoint.latest(folder) is None
         if (folder / report.RESULT).exists() and whole:
-            say(f"{folder} is finished", shown=verbose)
+            say(f"{folder} is finished")
             return read_result(folder)
         run = set_up(config, device, method_type)
         if resume:
             restore(run)
-        for note in run.notes:
-            say(note, shown=verbose)
-        log = MetricsLog(
-            folder,
-            keep_bytes=run.progress.metrics_bytes,
-            tensorboard=config.tensorboard,
-            step=run.progress.step,
-        )
-        with contextlib.closing(log), stop_on_signals() as stop:
+        backends = backends_of(run)
+        for line in (*opening_lines(run, backends), *run.notes):
+            say(line)
+        log = MetricsLog(folder, keep_bytes=run.progress.metrics_bytes)
+        with Loggers(config, folder, run.records) as loggers, stop_on_signals() as stop:
             while run.progress.epoch < config.epochs:
-                train_epoch(run, stop, verbose)
+                train_epoch(run, stop)
                 record = end_epoch(run, memory)
                 run.records.append(record)
                 run.progress.metrics_bytes, run.progress.metrics_xxh3 = log.write(record)
                 save(run)
-                say(report.epoch_line(record, config.epochs), shown=verbose)
+                loggers.log(record)  # after the checkpoint: no resume trains and logs it again
+                say(report.epoch_line(record, config.epochs, run.scored_images))
                 if stop():
                     interrupt(run)
-        return finish(run)
+        return finish(run, backends)
 
 
-def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
+def train_epoch(run: Run, stop: Callable[[], bool]) -> None:
     """Train on the rest of the current epoch, saving checkpoints on the way.
 
     stop: called after every step but an epoch's last; where it gives True, the run is saved and
@@ -104,7 +106,6 @@ def train_epoch(run: Run, stop: Callable[[], bool], verbose: bool) -> None:
         total=n,
         initial=progress.rows,
         unit="images",
-        shown=verbose,
     )
     saved = mark = time.monotonic()
     with images_done:
@@ -275,7 +276,7 @@ def interrupt(run: Run) -> NoReturn:
     )
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish(run: Run, backends: Mapping[str, Explanation]) -> dict[str, Any]:
     """Write student.safetensors, curves.png, report.html and, last, result.json, whose content is
     returned."""
     folder = run.config.folder
@@ -289,6 +290,13 @@ def finish(run: Run) -> dict[str, Any]:
         say(f"no curves.png: {error}")
     parameters = models.parameter_count(student.model)
     result = report.summary(run.config, run.records, parameters, run.device)
+    result |= {
+        "train_images": len(run.train_set),
+        "test_images": run.scored_images,
+        "test_correct": report.correct_images(result["test_accuracy"], run.scored_images),
+        "held_out": run.train_set.held_out,
+        "backend": ", ".join(sorted({one.chosen for one in backends.values()})) or None,
+    }
     write_page(run, result)
     report.write_result(folder, result)
     checkpoint.sweep(folder)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ckd.backends import Explanation
 from ckd.data import Batch, Dataset
 from ckd.models import ModelOutput, TeacherMap
 from ckd.train.config import Config
@@ -48,6 +49,18 @@ class Method(nn.Module):
     def weight_of(self, term: str) -> float:
         """The weight of a term in the loss."""
         return self.label_weight if term == "cross_entropy" else self.distill_weight
+
+    def term_names(self) -> list[str]:
+        """The names of the terms that `distill` gives."""
+        return []
+
+    def sources(self) -> list[tuple[str, str]]:
+        """Where the teacher's signal comes from, for the terminal: ("bank", its path and shape)."""
+        return []
+
+    def backends(self, batch: int) -> dict[str, Explanation]:
+        """The backend of each term that calls an op, by the term's name, for `batch` images."""
+        return {}
 
     def numbers(self) -> dict[str, float]:
         """Values to log once an epoch beside the loss terms."""

@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor
 
 from ckd import models
+from ckd.backends import Explanation
 from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
 from ckd.losses import EmbeddingDistillationLoss, LogitDistillationLoss
@@ -25,7 +26,7 @@ from ckd.train.embed_kd import EmbedKD
 from ckd.train.errors import ConfigError
 from ckd.train.evaluation import logit_order
 from ckd.train.method import Method, float_logits
-from ckd.train.terms import check_classes, contrastive_options
+from ckd.train.terms import check_classes, contrastive_backend, contrastive_options
 
 # Augmented uint8 images -> the frozen teacher's output.
 Teacher = Callable[[Tensor], ModelOutput]
@@ -42,7 +43,7 @@ class LogitKD(Method):
 
     def __init__(self, config: Config, teacher: Teacher) -> None:
         super().__init__(config)
-        self.teacher = teacher
+        self.teacher, self.source = teacher, str(config.teacher)
         self.logit_order: Tensor | None = None  # the teacher's logit of each class of the data
         self.loss = LogitDistillationLoss(config.temperature)
 
@@ -82,6 +83,12 @@ class LogitKD(Method):
             return {"kl": F.cross_entropy(probabilities, teacher_logits.softmax(dim=1))}
         return {"kl": self.loss(student_logits, teacher_logits)}
 
+    def term_names(self) -> list[str]:
+        return ["kl"]
+
+    def sources(self) -> list[tuple[str, str]]:
+        return [("teacher", self.source)]
+
 
 class TeacherKD(Method):
     """CLIP-Teacher-KD: contrast with the teacher's embeddings of the batch; target i is row i.
@@ -95,7 +102,7 @@ class TeacherKD(Method):
         self, config: Config, teacher: Teacher, student_dim: int, teacher_dim: int
     ) -> None:
         super().__init__(config)
-        self.teacher = teacher
+        self.teacher, self.source = teacher, str(config.teacher)
         self.contrastive = EmbeddingDistillationLoss(
             student_dim, teacher_dim, **contrastive_options(config)
         )
@@ -112,6 +119,18 @@ class TeacherKD(Method):
         bank = half_if_accurate(self.teacher(images).embedding)
         own_row = torch.arange(len(bank), device=bank.device)
         return {"contrastive": self.contrastive(output.embedding, bank, own_row)}
+
+    def term_names(self) -> list[str]:
+        return ["contrastive"]
+
+    def sources(self) -> list[tuple[str, str]]:
+        return [("teacher", self.source)]
+
+    def backends(self, batch: int) -> dict[str, Explanation]:
+        weight = self.contrastive.weight
+        assert weight is not None
+        bank = weight.new_empty(batch, weight.shape[1], dtype=torch.float16)
+        return {"contrastive": contrastive_backend(self.contrastive, batch, bank)}
 
     def numbers(self) -> dict[str, float]:
         return {"logit_scale": self.contrastive.logit_scale.item()}

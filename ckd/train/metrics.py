@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -25,9 +24,9 @@ _SCORES = ("test_accuracy", "test_loss")
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, and to TensorBoard's events if TensorBoard is installed."""
+    """Appends to metrics.jsonl."""
 
-    def __init__(self, run: Path, *, keep_bytes: int, tensorboard: bool, step: int) -> None:
+    def __init__(self, run: Path, *, keep_bytes: int) -> None:
         """Truncate the log to `keep_bytes`, its size at the checkpoint that is resumed."""
         self.path = run / METRICS
         self._digest = xxhash.xxh3_64()
@@ -37,11 +36,6 @@ class MetricsLog:
             file.truncate(keep_bytes)
             file.seek(0)
             self._digest.update(file.read())
-        self._board: Any = None
-        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: Mapping[str, Any]) -> tuple[int, str]:
         """Append a line durably; returns the new size of the file in bytes, and its xxh3."""
@@ -52,16 +46,7 @@ class MetricsLog:
             os.fsync(file.fileno())
             size = file.tell()
         self._digest.update(line)
-        if self._board is not None:
-            for name, value in record.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, record["step"])
-            self._board.flush()
         return size, self._digest.hexdigest()
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
 
 
 def read_metrics(run: Path, size: int, xxh3: str, checkpoint: Path) -> list[dict[str, Any]]:

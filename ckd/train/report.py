@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -62,6 +63,12 @@ class Result(_Required, total=False):
     peak_cuda_mib: float
     peak_rss_mib: float
     start_rss_mib: float
+    # Since version 0.2.
+    train_images: int
+    test_images: int  # with a label, on which the accuracy was measured; 0 without one
+    test_correct: int | None
+    held_out: bool  # whether ckd itself held out a part of the images for testing
+    backend: str | None  # of the ops that compare with the bank; None if no term uses one
 
 
 class PeakMemory:
@@ -93,6 +100,11 @@ class PeakMemory:
 
 
 def _peak_rss_mib() -> float:
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) / 1024
+    # Second choice: a process inherits it from the one that started it.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024
 
@@ -172,7 +184,7 @@ def read_result(run: Path) -> dict[str, Any]:
             raise JsonError("it has some of the scores on test images, but not all")
         for name, value in result.items():
             # A loss that the test data drive to infinity is a result too.
-            number = isinstance(value, int | float) and name != "test_loss"
+            number = type(value) in (int, float) and name != "test_loss"
             if number and not is_number(value):
                 raise JsonError(f"{name} is {value!r:.40}")
         return result
@@ -184,10 +196,39 @@ def read_result(run: Path) -> dict[str, Any]:
         raise TrainError(f"{path} is damaged ({error}); delete it, and resume the run") from error
 
 
-def epoch_line(record: Mapping[str, Any], epochs: int) -> str:
-    """A record of metrics in words, for the terminal."""
+def peak_mib(result: Mapping[str, Any]) -> float:
+    """ "peak MiB" of a run: on CUDA the allocator's peak; on the CPU the peak resident size of the
+    process during the run, PyTorch's libraries included."""
+    return result["peak_cuda_mib" if "peak_cuda_mib" in result else "peak_rss_mib"]
+
+
+def correct_images(accuracy: float | None, images: int) -> int | None:
+    """How many of the images an accuracy counts: their quotient, which rounding does not change."""
+    return None if accuracy is None else round(accuracy * images)
+
+
+def accuracy_words(accuracy: float, correct: int | None = None, images: int | None = None) -> str:
+    """An accuracy for people: "30.43 % (14 of 46 images)"; without counts, "30.43 %"."""
+    counts = "" if correct is None else f" ({correct:,} of {images:,} images)"
+    return f"{100 * accuracy:.2f} %{counts}"
+
+
+def result_words(result: Mapping[str, Any]) -> str:
+    """The test accuracy of a result in words; results of version 0.1 hold no counts."""
+    if result["test_accuracy"] is None:
+        return "no test accuracy"
+    counts = (result.get("test_correct"), result.get("test_images"))
+    return f"test accuracy {accuracy_words(result['test_accuracy'], *counts)}"
+
+
+def epoch_line(record: Mapping[str, Any], epochs: int, images: int) -> str:
+    """A record of metrics in words, for the terminal. images: those that were scored."""
     accuracy = record["test_accuracy"]
-    test = "" if accuracy is None else f"test {accuracy:6.2%}   "
+    test = ""
+    if accuracy is not None:
+        width = len(accuracy_words(1.0, images, images))
+        words = accuracy_words(accuracy, correct_images(accuracy, images), images)
+        test = f"test {words:<{width}}   "
     return (
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}   loss {record['loss']:.4f}   "
         f"{test}lr {record['lr']:.2e}   "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +29,10 @@ from ckd.train.metrics import read_metrics
 from ckd.train.schedule import parameter_groups
 from ckd.train.stored import (
     CONFIG,
+    FIRST_FILES,
     State,
     checked_state,
+    has_begun,
     misfit,
     resume_command,
     stored_config,
@@ -84,6 +89,13 @@ class Run:
             average.update_parameters(module)
 
     @property
+    def scored_images(self) -> int:
+        """The number of test images on which the accuracy is measured."""
+        if self.test_set is None or self.student.num_classes is None:
+            return 0
+        return self.test_set.labelled
+
+    @property
     def steps_per_epoch(self) -> int:
         batches = data.training_batches(len(self.train_set), self.config.batch_size)
         return math.ceil(len(batches) / self.config.accumulate)
@@ -117,10 +129,14 @@ class Run:
 def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
     """The run folder, locked: a new one with config.json, or one that `config` may resume.
 
+    If the block fails before anything of the run is worth keeping, what it made is removed: its
+    files, and the folder if that is then empty.
+
     Raises ConfigError if the folder holds a run and `resume` is False, or the run has other
     settings; TrainError if another process trains in it.
     """
     folder = config.folder
+    before = {*os.listdir(folder)} if folder.is_dir() else set()
     with ExitStack() as stack:
         try:
             stack.enter_context(locked_folder(folder))
@@ -146,7 +162,22 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
                 f"{folder} already holds a run; go on with it: {resume_command(folder)}, "
                 "or choose another folder with --out"
             )
-        yield folder
+        try:
+            yield folder
+        except BaseException as error:
+            # An error of a checkpoint says how to go on.
+            if not has_begun(folder) and not isinstance(error, CheckpointError):
+                _remove(folder / name for name in FIRST_FILES if name not in before)
+            raise
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def set_up(config: Config, device: torch.device, method_type: type[Method]) -> Run:

@@ -8,11 +8,18 @@ from typing import Any, TypedDict
 
 from ckd._errors import warn
 from ckd._json import JsonError, check_types
-from ckd.train import checkpoint, report
+from ckd.train import checkpoint, loggers, report
 from ckd.train.config import Config
 from ckd.train.errors import CheckpointError, ConfigError, TrainError
+from ckd.train.metrics import METRICS
 
 CONFIG, STUDENT = "config.json", "student.safetensors"
+# What a run makes in its folder before its first checkpoint.
+FIRST_FILES = (
+    *(CONFIG, METRICS, checkpoint.FOLDER),
+    *(loggers.STATE, loggers.TensorBoard.FOLDER, loggers.WandB.FOLDER),
+)
+NONFINITE = "nonfinite.json"
 
 
 class State(TypedDict):
@@ -29,6 +36,11 @@ def read_result(folder: Path) -> dict[str, Any]:
     try:
         return report.read_result(folder)
     except FileNotFoundError:
+        if is_run(folder) and not has_begun(folder):
+            raise TrainError(
+                f"the run {folder} ended before its first checkpoint, so that nothing of it is "
+                "left; train it anew, or delete the folder"
+            ) from None
         if is_run(folder):
             raise TrainError(
                 f"the run {folder} is not finished; go on with: {resume_command(folder)}"
@@ -64,6 +76,13 @@ def stored_config(folder: Path) -> Config:
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run, finished or not."""
     return (folder / CONFIG).exists() or checkpoint.latest(folder) is not None
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run left something of its training: a checkpoint or result to go on from, or the
+    batch that stopped it."""
+    files = (folder / report.RESULT, folder / NONFINITE)
+    return checkpoint.latest(folder) is not None or any(file.exists() for file in files)
 
 
 def resume_command(folder: Path) -> str:

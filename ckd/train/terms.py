@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
+from ckd.backends import Explanation, explain
 from ckd.bank import EmbeddingBank, Neighbours
 from ckd.bank.arrays import half_if_accurate
 from ckd.data import Batch, Dataset
@@ -114,6 +115,10 @@ class Term:
         """The mean loss of a batch, 0-dim, without its weight."""
         raise NotImplementedError
 
+    def served_by(self, batch: int) -> Explanation | None:
+        """The backend of the op that the term calls for `batch` images; None: it calls none."""
+        return None
+
     def numbers(self) -> dict[str, float]:
         """Values to log once an epoch beside the loss."""
         return {}
@@ -163,6 +168,9 @@ class Contrastive(Term, EmbeddingDistillationLoss):
         if self.own_rows:
             target = step.positions.to(target.device)
         return self(step.output.embedding, self.bank, target)
+
+    def served_by(self, batch: int) -> Explanation:
+        return contrastive_backend(self, batch, self.bank)
 
     def numbers(self) -> dict[str, float]:
         return {"logit_scale": self.logit_scale.item()}
@@ -222,6 +230,10 @@ class Soft(Term, nn.Module):
         assert self.top is not None
         rows, weights = (x[own].to(student.device) for x in (stored.rows, stored.weights))
         return self.top(student, self.bank, rows, weights)
+
+    def served_by(self, batch: int) -> Explanation:
+        student = self.bank.new_empty(batch, self.bank.shape[1], dtype=torch.float32)
+        return explain(student, self.bank)
 
     def numbers(self) -> dict[str, float]:
         return {} if self.top is None else {"soft_left_out": self.left_out}
@@ -291,6 +303,12 @@ def contrastive_options(config: Config) -> dict[str, Any]:
         "learn_logit_scale": config.learn_logit_scale,
         "ignore_index": NO_LABEL,
     }
+
+
+def contrastive_backend(loss: EmbeddingDistillationLoss, batch: int, bank: Tensor) -> Explanation:
+    """The backend of a contrastive loss for `batch` images beside the bank."""
+    assert loss.weight is not None  # no term is without a projection
+    return explain(loss.weight.new_empty(batch, len(loss.weight)), bank, loss.weight)
 
 
 def teacher_space_head(setting: Setting) -> TeacherSpaceHead:
