@@ -206,7 +206,7 @@ class Config:
         check_ranges(self)
         if not self.log_to or (len(self.log_to) > 1 and {"auto", "none"} & {*self.log_to}):
             raise ConfigError(
-                f"--log-to takes auto or none alone, or loggers, got {' '.join(self.log_to) or '()'}"
+                f"--log-to takes auto or none alone, or names of loggers, got {self.log_to}"
             )
         few_rows = self.method == "embed-kd" and self.centroids_per_class is not None
         if few_rows and self.targets != "centroids":

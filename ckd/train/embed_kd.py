@@ -106,13 +106,12 @@ class EmbedKD(Method):
         return [*self.weights]
 
     def sources(self) -> list[tuple[str, str]]:
-        return [
-            (
-                "bank" + suffix.replace("_", " "),
-                f"{bank.path}: {len(bank):,} x {bank.dim} float16 of {bank.teacher_name}",
-            )
-            for bank, *_, suffix in self.against
-        ]
+        found = []
+        for bank, *_, suffix in self.against:
+            teacher = f" of {bank.teacher_name}" * bool(bank.teacher_name)
+            words = f"{bank.path}: {len(bank):,} x {bank.dim} float16{teacher}"
+            found.append(("bank" + suffix.replace("_", " "), words))
+        return found
 
     def backends(self, batch: int) -> dict[str, Explanation]:
         return {

@@ -38,8 +38,8 @@ def read_result(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if is_run(folder) and not has_begun(folder):
             raise TrainError(
-                f"the run {folder} ended before its first checkpoint, so that nothing of it is "
-                "left; train it anew, or delete the folder"
+                f"the run {folder} is not finished: it has no checkpoint yet; wait for it if it "
+                "is running, else train it anew or delete the folder"
             ) from None
         if is_run(folder):
             raise TrainError(

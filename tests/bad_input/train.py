@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,24 @@ def without_classes(**settings: Any) -> Callable[[Path], Any]:
         train(config, verbose=False)
 
     return call
+
+
+def without_package(name: str) -> Callable[[Path], Any]:
+    """A tiny run that logs to a service whose package is missing."""
+
+    def call(tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            train(tiny_config(tmp_path, log_to=(name,)), verbose=False)
+
+    return call
+
+
+def killed_at_once(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.folder.mkdir()
+    config.save(config.folder / "config.json")
+    read_result(config.folder)
 
 
 def bank_with(**settings: Any) -> Callable[[Path], Any]:
@@ -194,9 +213,8 @@ def damaged_config(tmp_path: Path) -> None:
 
 
 def unfinished(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    config.folder.mkdir()
-    config.save(config.folder / "config.json")
+    config = finished(tmp_path)
+    (config.folder / "result.json").unlink()
     read_result(config.folder)
 
 
@@ -214,6 +232,12 @@ CASES = [
     Case("unknown precision", set_to(amp="bfloat16"), ConfigError, ("amp", "bf16", "fp16", "off")),
     Case("unknown device", set_to(device="gpu"), ConfigError,
          ("--device must be auto, cpu, cuda", "got gpu")),
+    Case("unknown logger", set_to(log_to=("wandbb",)), ConfigError,
+         ("unknown log to 'wandbb'; --log-to takes, nearest first: wandb",)),
+    Case("a logger beside none", set_to(log_to=("none", "wandb")), ConfigError,
+         ("--log-to takes auto or none alone",)),
+    Case("a logger that is not installed", without_package("mlflow"), ImportError,
+         ("--log-to mlflow needs mlflow", "pip install 'ckd[mlflow]'")),
     Case("no epochs", set_to(epochs=0), ConfigError, ("--epochs must be at least 1, got 0",)),
     Case("pooling of no teacher", set_to(pool="mean"), ConfigError,
          ("--pool goes with --method teacher-kd",)),
@@ -306,6 +330,8 @@ CASES = [
          ("is a file", "--out")),
     Case("comparing an unfinished run", unfinished, TrainError,
          ("not finished", "python -m ckd.train --resume")),
+    Case("comparing a run without a checkpoint", killed_at_once, TrainError,
+         ("not finished", "no checkpoint yet", "train it anew")),
     Case("comparing what is no run", lambda tmp_path: read_result(tmp_path), TrainError,
          ("is not a run folder",)),
     Case("a folder that holds no student", not_a_student, ModelError, ("no student.safetensors",)),
