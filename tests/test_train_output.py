@@ -12,7 +12,7 @@ import torch
 
 from ckd.cli import main as ckd
 from ckd.data import decode, folder, load
-from ckd.train import demo, evaluation, train
+from ckd.train import demo, evaluation, report, train
 from tests.image_files import encoded, pixels, write_layout, write_parquet
 from tests.train_runs import STUDENT, tiny_config
 
@@ -143,6 +143,12 @@ def test_every_decoded_image_is_counted_whatever_the_threads(
             source, torch.arange(4), None, (3, 8, 8), threads=threads, decoded=counted.append
         )
         assert sum(counted) == 4
+
+
+def test_the_epochs_that_are_left_are_estimated_from_those_before() -> None:
+    assert report.time_left([], 10) == ""
+    records = [{"time_s": time, "eval_time_s": 1.0} for time in (99.0, 9.0, 9.0)]
+    assert report.time_left(records, 10) == " (run: 01:10 left)"
 
 
 def test_the_words_of_eval() -> None:

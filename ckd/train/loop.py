@@ -40,7 +40,8 @@ from ckd.train.methods import method_class
 from ckd.train.metrics import MetricsLog
 from ckd.train.opening import backends_of, opening_lines
 from ckd.train.page import write_page
-from ckd.train.run import Run, restore, run_folder, save, set_up
+from ckd.train.run import Run, run_folder, set_up
+from ckd.train.saved import restore, save
 from ckd.train.schedule import learning_rate
 from ckd.train.stored import NONFINITE, STUDENT, read_result, resume_command
 
@@ -102,7 +103,7 @@ def train_epoch(run: Run, stop: Callable[[], bool]) -> None:
     run.student.train()
     run.method.train()
     images_done = bar(
-        f"epoch {progress.epoch + 1}/{config.epochs}",
+        f"epoch {progress.epoch + 1}/{config.epochs}{report.time_left(run.records, config.epochs)}",
         total=n,
         initial=progress.rows,
         unit="images",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
+from tqdm import tqdm
 
 from ckd._files import atomic_write
 from ckd._json import JsonError, check_types, is_number, read_object, sealed, unsealed
@@ -219,6 +220,14 @@ def result_words(result: Mapping[str, Any]) -> str:
         return "no test accuracy"
     counts = (result.get("test_correct"), result.get("test_images"))
     return f"test accuracy {accuracy_words(result['test_accuracy'], *counts)}"
+
+
+def time_left(records: Sequence[Mapping[str, Any]], epochs: int) -> str:
+    """The estimate of a run's time that is left, in words; "" before its first record."""
+    if not records:
+        return ""
+    each = statistics.median(one["time_s"] + one.get("eval_time_s", 0.0) for one in records)
+    return f" (run: {tqdm.format_interval(each * (epochs - len(records)))} left)"
 
 
 def epoch_line(record: Mapping[str, Any], epochs: int, images: int) -> str:

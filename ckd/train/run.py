@@ -1,9 +1,8 @@
-"""A run: its folder, the modules it trains, its progress, and how it is saved and restored."""
+"""A run: its folder, the modules it trains, and its progress."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import shutil
@@ -18,22 +17,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd import data, models
-from ckd._json import JsonError, as_dataclass, is_number
 from ckd._lock import locked_folder
 from ckd.data import Augment, Dataset
 from ckd.train import checkpoint, report
-from ckd.train.config import Config, differences
+from ckd.train.config import Config
 from ckd.train.errors import CheckpointError, ConfigError, TrainError
 from ckd.train.methods import Method
-from ckd.train.metrics import read_metrics
 from ckd.train.schedule import parameter_groups
 from ckd.train.stored import (
     CONFIG,
     FIRST_FILES,
-    State,
-    checked_state,
     has_begun,
-    misfit,
+    refuse_other_settings,
     resume_command,
     stored_config,
 )
@@ -150,7 +145,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
             config.save(folder / CONFIG)
         elif resume:
-            _refuse_other_settings(folder, stored_config(folder), config)
+            refuse_other_settings(folder, stored_config(folder), config)
             try:
                 Config.load(folder / CONFIG)
             except (ConfigError, FileNotFoundError):
@@ -261,85 +256,3 @@ def _averages(modules: dict[str, nn.Module], decay: float) -> dict[str, Averaged
         for name, module in modules.items()
         if decay and module.state_dict()
     }
-
-
-def save(run: Run) -> None:
-    """Save a checkpoint. Raises CheckpointError, which gives the command that resumes."""
-    state: State = {
-        "config": run.config.to_dict(),
-        "inputs": run.inputs,
-        "progress": dataclasses.asdict(run.progress),
-        "scaler": run.scaler.state_dict(),
-    }
-    folder = run.config.folder
-    try:
-        checkpoint.save(
-            folder, run.progress.step, checkpoint.pack(run.modules, run.optimizer), state
-        )
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}. Once that is put right, go on with: {resume_command(folder)}"
-        ) from error
-
-
-def restore(run: Run) -> None:
-    """Restore the newest checkpoint; a run without one starts from the beginning.
-
-    Raises CheckpointError if it is damaged or was made from other data, ConfigError if it has
-    other settings.
-    """
-    folder = run.config.folder
-    path = checkpoint.latest(folder)
-    if path is None:
-        checkpoint.sweep(folder)
-        return
-    saved = checkpoint.load(path)
-    state = checked_state(saved.state, path)
-    _refuse_other_settings(path, Config.from_dict(state["config"], path), run.config)
-    for name in (*run.inputs, *(state["inputs"].keys() - run.inputs.keys())):
-        stored, now = (inputs.get(name) for inputs in (state["inputs"], run.inputs))
-        if stored != now:
-            raise CheckpointError(
-                f"the {name} is not what {path} was trained with: hash {stored} then, "
-                f"{now} now; restore it, or begin another run"
-            )
-    progress = _checked_progress(state["progress"], run, path)
-    run.records = read_metrics(folder, progress.metrics_bytes, progress.metrics_xxh3, path)
-    if len(run.records) != progress.epoch:
-        raise misfit(path, f"{len(run.records)} lines of metrics for {progress.epoch} epochs")
-    checkpoint.unpack(saved, run.modules, run.optimizer)
-    try:
-        run.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise misfit(path, f"its scaler is {state['scaler']}") from error
-    run.progress = progress
-    checkpoint.sweep(folder)  # not before: an older checkpoint may be the only one intact
-
-
-def _checked_progress(values: dict[str, Any], run: Run, path: Path) -> Progress:
-    try:
-        progress = as_dataclass(Progress, values)
-    except JsonError as error:
-        raise misfit(path, f"its progress: {error}") from error
-    sizes = {
-        "epoch": run.config.epochs,
-        "rows": len(run.train_set) - 1,
-        "step": run.config.epochs * run.steps_per_epoch,
-    }
-    for name, most in sizes.items():
-        if not 0 <= (value := getattr(progress, name)) <= most:
-            raise misfit(path, f"{name} {value} of {most}")
-    numbers = (progress.time_s, *progress.sums.values())
-    if progress.metrics_bytes < 0 or not all(map(is_number, numbers)):
-        raise misfit(path, f"its progress is {values}")
-    return progress
-
-
-def _refuse_other_settings(where: Path, old: Config, new: Config) -> None:
-    changed = differences(old, new)
-    if changed:
-        listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in changed.items())
-        raise ConfigError(
-            f"{where} was begun with other settings: {listed}. Resume with the old ones, or begin "
-            "another run with another --out"
-        )

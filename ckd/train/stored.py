@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from ckd._errors import warn
 from ckd._json import JsonError, check_types
 from ckd.train import checkpoint, loggers, report
-from ckd.train.config import Config
+from ckd.train.config import Config, differences
 from ckd.train.errors import CheckpointError, ConfigError, TrainError
 from ckd.train.metrics import METRICS
 
@@ -99,3 +99,15 @@ def checked_state(state: dict[str, Any], path: Path) -> State:
 
 def misfit(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a checkpoint of this run: {what}; begin another run")
+
+
+def refuse_other_settings(where: Path, old: Config, new: Config) -> None:
+    """Raise ConfigError if `new` may not resume the run with the settings `old`, read from
+    `where`."""
+    changed = differences(old, new)
+    if changed:
+        listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in changed.items())
+        raise ConfigError(
+            f"{where} was begun with other settings: {listed}. Resume with the old ones, or begin "
+            "another run with another --out"
+        )
