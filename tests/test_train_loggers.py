@@ -163,7 +163,7 @@ def test_mlflow_gets_every_epoch_once_even_if_a_kill_came_before_it_was_noted(
 ) -> None:
     config = tiny_config(tmp_path, epochs=3, log_to=("mlflow",))
     with monkeypatch.context() as patch:
-        patch.setattr(loggers.Loggers, "_save", save_only_the_first(loggers.Loggers._save))
+        patch.setattr(loggers, "atomic_write", write_only_the_first(loggers.atomic_write))
         interrupted(config, monkeypatch)
     assert state(config)["mlflow"]["step"] == 0
     (run,) = mlflow.runs.values()
@@ -177,13 +177,13 @@ def test_mlflow_gets_every_epoch_once_even_if_a_kill_came_before_it_was_noted(
     assert run["params"]["lr"] == "0.001"
 
 
-def save_only_the_first(save: Any) -> Any:
-    calls: list[Any] = []
+def write_only_the_first(write: Any) -> Any:
+    calls: list[Path] = []
 
-    def first(self: Any) -> None:
-        calls.append(self)
+    def first(path: Path, data: bytes) -> None:
+        calls.append(path)
         if len(calls) == 1:
-            save(self)
+            write(path, data)
 
     return first
 
@@ -199,6 +199,20 @@ def test_a_logger_that_is_added_by_a_resume_gets_what_was_before(
     train(replace(config, log_to=("wandb",)), resume=True, verbose=False)
     (logged,) = wandb.logged.values()
     assert [*logged.values()] == lines(config)
+
+
+def test_a_logger_that_a_resume_leaves_out_goes_on_in_its_run_later(
+    tmp_path: Path, wandb: FakeWandB, mlflow: FakeMLflow
+) -> None:
+    record = {"step": 7, "loss": 0.5}
+    config = tiny_config(tmp_path)
+    for number, names in enumerate([("wandb",), ("mlflow",), ("wandb",)], start=1):
+        records = [{**record, "step": 7 * step} for step in range(1, number + 1)]
+        with loggers.Loggers(replace(config, log_to=names), tmp_path, records):
+            pass
+    assert len({one["id"] for one in wandb.inits}) == 1
+    assert [*next(iter(wandb.logged.values()))] == [7, 14, 21]
+    assert [one.step for one in next(iter(mlflow.runs.values()))["metrics"]] == [7, 7, 14, 14]
 
 
 def test_a_new_run_in_the_place_of_another_is_a_new_run_of_the_service(

@@ -13,6 +13,7 @@ import ckd
 from ckd import backends
 from ckd.backends import native
 from ckd.data import load
+from ckd.neighbours import build_neighbours
 from ckd.train import Config, train
 from ckd.train.report import accuracy_words, peak_mib, read_result, result_words, sealed
 from tests.train_runs import tiny_bank, tiny_config
@@ -74,6 +75,8 @@ def test_how_many_images_were_held_out_is_told_and_stored(tmp_path: Path, capsys
         ({"targets": "centroids"}, "contrastive"),
         ({"distill": "contrastive,mse"}, "contrastive"),
         ({"method": "teacher-kd"}, "contrastive"),
+        ({"distill": "soft,mse"}, "soft"),
+        ({"distill": "contrastive,soft", "amp": "bf16"}, "contrastive, soft"),
     ],
 )
 def test_the_backend_of_an_op_is_named_with_the_reason_against_others(
@@ -82,6 +85,8 @@ def test_the_backend_of_an_op_is_named_with_the_reason_against_others(
     if native.missing is not None:
         pytest.skip(native.missing)
     config = tiny_config(tmp_path, epochs=1, **settings)
+    if "soft" in term:
+        build_neighbours(config.bank[0], k=3, progress=False)
     words = told(config, capsys)["backend"]
     assert words.startswith("cpu (not triton: ")
     assert "; not cuda: " in words

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None, prog: str = PROG) -> int:
     return run(
         lambda given: parse(given, prog) if given else Demo(),
         argv,
-        interrupted="interrupted; the last checkpoint is intact",
+        interrupted="interrupted; the last checkpoint, if there is one, is intact",
         interruptions=(KeyboardInterrupt, Interrupted),
     )
 

@@ -156,8 +156,8 @@ class Config:
     checkpoint_steps: int = 0
     """Also save a checkpoint every this many optimizer steps; 0: off."""
     log_to: tuple[LogTo, ...] = ("auto",)
-    """Where the numbers of each epoch go beside metrics.jsonl, one or several (--log-to tensorboard
-    wandb); auto: TensorBoard if it is installed; none: nowhere else."""
+    """Where the numbers of each epoch go beside metrics.jsonl; several may be named. auto:
+    TensorBoard if it is installed; none: nowhere else."""
 
     def __post_init__(self) -> None:
         # The dataclass is frozen. One bank or logger may be given as a string.

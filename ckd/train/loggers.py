@@ -166,14 +166,14 @@ class Loggers:
         self._folder = folder
         self._records = list(records)
         self._loggers: dict[str, Logger] = {}
-        self._steps: dict[str, int] = {}  # the last step that each logger took
         self._retry_at: dict[str, float] = {}  # of those that failed
         names = config.log_to
         if names == ("auto",):
             names = ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
-        stored = _stored(folder / STATE)
+        # Loggers that this resume leaves out keep theirs.
+        self._states = _stored(folder / STATE)
         for name in [name for name in names if name != "none"]:
-            last = stored.get(name, _State("", 0))
+            last = self._states.get(name, _State("", 0))
             if last.step and not records:  # of another run, which this one takes the place of
                 last = _State("", 0)
             self._start(name, config, last)
@@ -194,8 +194,8 @@ class Loggers:
                 f"--log-to {name} cannot start ({_one_line(error)}); see to its settings, or leave "
                 "it out"
             ) from error
-        self._loggers[name], self._steps[name] = logger, last.step
-        self._save()
+        self._loggers[name] = logger
+        self._save(name, last.step)
 
     def __enter__(self) -> Loggers:
         return self
@@ -214,11 +214,10 @@ class Loggers:
                 continue
             try:
                 for record in self._records:
-                    if record["step"] > self._steps[name]:
+                    if record["step"] > self._states[name].step:
                         with _notes_on_stderr():
                             logger.log(record["step"], _numbers(record))
-                        self._steps[name] = record["step"]
-                        self._save()
+                        self._save(name, record["step"])
             except Exception as error:  # noqa: BLE001 (no service may end the run)
                 self._failed(name, error)
 
@@ -231,11 +230,10 @@ class Loggers:
             )
         self._retry_at[name] = time.monotonic() + RETRY_S
 
-    def _save(self) -> None:
-        content = {
-            name: {"id": logger.id, "step": self._steps[name]}
-            for name, logger in self._loggers.items()
-        }
+    def _save(self, name: str, step: int) -> None:
+        """Note that a logger took this step."""
+        self._states[name] = _State(self._loggers[name].id, step)
+        content = {name: state._asdict() for name, state in self._states.items()}
         atomic_write(self._folder / STATE, sealed(content))
 
     def close(self, completed: bool) -> None:
