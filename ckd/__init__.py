@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from ckd import backends
@@ -32,6 +33,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("data", "eval", "models", "train"):  # `import ckd` alone gives `ckd.data.load`
+        return importlib.import_module(f"ckd.{name}")
     if name in ("Student", "load_student"):  # on demand: the losses need no models
         from ckd import models
 

@@ -130,3 +130,11 @@ def test_importing_the_package_loads_no_program_and_no_extra() -> None:
     code += f"print([m for m in {heavy} if m in sys.modules and m not in before])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_packages_are_imported_where_they_are_first_used() -> None:
+    code = "import ckd; print(ckd.data.load.__name__, ckd.models.create.__name__, "
+    code += "ckd.train.Config.__name__, ckd.eval.Report.__name__); ckd.dta"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "load create Config Report"
+    assert "AttributeError: module 'ckd' has no attribute 'dta'" in out.stderr
