@@ -63,6 +63,7 @@ def share_of_class(found: Tensor, labels: Tensor, wanted: Tensor) -> float:
 def search(student: ckd.Student, bank: ckd.EmbeddingBank) -> dict[str, float]:
     """Both searches, over the test images; prints and returns the share of right results."""
     test_set = data.load("digits", "test")
+    names = test_set.class_names
     images = embeddings(student, test_set)
     rows = student.comparable(bank.embeddings())
     results: dict[str, float] = {}
@@ -71,15 +72,15 @@ def search(student: ckd.Student, bank: ckd.EmbeddingBank) -> dict[str, float]:
     print("the nearest stored images of the first five test images:")
     for image in range(5):
         ids = bank.sample_ids[nearest[image]].tolist()
-        classes = [bank.class_names[label] for label in bank.labels[nearest[image]]]
-        print(f"  a {test_set.class_names[test_set.labels[image]]}: {' '.join(classes)}   {ids=}")
+        classes = [names[label] for label in bank.labels[nearest[image]]]
+        print(f"  a {names[test_set.labels[image]]}: {' '.join(classes)}   {ids=}")
     results["by image"] = share_of_class(nearest, bank.labels, test_set.labels)
 
     queries = student.comparable(bank.centroids())  # or the rows of texts
     answers = ckd.top_k(queries, images, NEAREST).rows
     print("the test images nearest to the mean row of each class:")
-    for name, found in zip(bank.class_names, answers):
-        print(f"  {name}: {' '.join(test_set.class_names[i] for i in test_set.labels[found])}")
+    for name, found in zip(names, answers):
+        print(f"  {name}: {' '.join(names[label] for label in test_set.labels[found])}")
     wanted = torch.arange(len(queries))
     results["by class"] = share_of_class(answers, test_set.labels, wanted)
 
@@ -91,7 +92,7 @@ def search(student: ckd.Student, bank: ckd.EmbeddingBank) -> dict[str, float]:
         f"  the {NEAREST} stored rows nearest to an image    {results['by image']:.1%}\n"
         f"  the {NEAREST} images nearest to a class mean   {results['by class']:.1%}\n"
         f"  the class mean nearest to an image      {results['classified']:.1%}\n"
-        "One seed. The teacher was trained with all labels, the student with none."
+        "One seed. The teacher of digits_bank.py has seen all labels, the student none."
     )
     return results
 

@@ -84,9 +84,11 @@ TERMS: dict[str, type[nn.Module] | None] = {
 }
 
 
-def train(name: str, images: TensorDataset, bank: ckd.EmbeddingBank, epochs: int) -> Student:
+def train(
+    name: str, images: TensorDataset, bank: ckd.EmbeddingBank, classes: int, epochs: int
+) -> Student:
     """A student trained with the term `name`. A label of -1 is unknown."""
-    student = Student(len(bank.class_names))
+    student = Student(classes)
     term = TERMS[name]
     distil = None if term is None else term(bank)
     loader = DataLoader(images, batch_size=64, shuffle=True)
@@ -125,7 +127,8 @@ def compare(
     train_set, test_set = data.load("digits", "train"), data.load("digits", "test")
     # Raises BankError unless each image has a row, and one of its own class.
     bank.check_rows(train_set.sample_ids, train_set.labels, "digits")
-    share = labels_per_class * len(train_set.class_names) / len(train_set) or 1.0
+    classes = len(train_set.class_names)
+    share = labels_per_class * classes / len(train_set) or 1.0
     scores: dict[str, list[float]] = {}
     for name in TERMS:
         scores[name] = []
@@ -133,13 +136,13 @@ def compare(
             # Each seed draws other labels and other weights, the same for all terms.
             torch.manual_seed(seed)
             few = TensorDataset(*whole(data.keep_labels(train_set, share, seed)))
-            student = train(name, few, bank, epochs)
+            student = train(name, few, bank, classes, epochs)
             scores[name].append(100 * accuracy(student, whole(test_set)))
         print(line(name, scores[name]), flush=True)
     known = data.keep_labels(train_set, share, 0).labelled
     print(
         f"\nTest accuracy on {len(test_set)} images, after {epochs} epochs of {len(train_set):,} "
-        f"images, {known:,} of them labelled.\nThe teacher was trained with all labels."
+        f"images, {known:,} of them labelled.\nThe teacher of digits_bank.py has seen all labels."
     )
     return scores
 
@@ -157,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args(argv)
+    if min(options.seeds, options.epochs) < 1 or options.labels_per_class < 0:
+        parser.error("--seeds and --epochs must be at least 1, --labels-per-class at least 0")
     torch.set_num_threads(1)  # models this small gain nothing from a second thread
     with tempfile.TemporaryDirectory() as folder:
         if options.bank is None:

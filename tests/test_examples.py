@@ -93,6 +93,22 @@ def test_own_loop_with_all_labels(
     assert "(one seed)" in printed
 
 
+def test_own_loop_takes_a_bank_of_bare_embeddings(load: Load, digits: str, tmp_path: Path) -> None:
+    """One without class names and labels, such as `bank_from_embeddings.py --npy` makes."""
+    rows = ckd.EmbeddingBank.open(digits).embeddings().numpy()
+    np.save(tmp_path / "rows.npy", rows)
+    ckd.bank.import_npy(tmp_path / "rows.npy", tmp_path / "bank")
+    arguments = ["--seeds", "1", "--epochs", "1", "--bank"]
+    bare = load("own_loop").main([*arguments, str(tmp_path / "bank")])
+    assert bare == load("own_loop").main([*arguments, digits])
+
+
+def test_own_loop_refuses_no_seeds(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        load("own_loop").main(["--seeds", "0"])
+    assert "--seeds and --epochs must be at least 1" in capsys.readouterr().err
+
+
 def test_search_finds_the_class_without_labels(
     load: Load, digits: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,3 +277,24 @@ def test_notebook_gives_what_it_shows(notebook: str, tmp_path: Path) -> None:
         assert distilled > alone + 5
         found, shown = found[:3], shown[:3]
     assert found == pytest.approx(shown, abs=8)
+
+
+@pytest.mark.slow
+def test_commands_of_the_quickstart(tmp_path: Path) -> None:
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    text = "".join(notebook["cells"][-1]["source"])
+    commands = text.split("```bash\n")[1].split("```")[0].splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        quick = re.sub(r"--epochs \d+", "--epochs 1", command)
+        assert quick.startswith("ckd ")
+        done = subprocess.run(
+            [sys.executable, "-m", *quick.split()],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs/distilled/student.safetensors").exists()
+    assert "student's class head" in done.stdout
