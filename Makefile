@@ -1,4 +1,4 @@
-.PHONY: install test lint format
+.PHONY: install test lint format docs
 NATIVE = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 install:
@@ -17,3 +17,6 @@ format:
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(NATIVE)
+
+docs:
+	python -m mkdocs build --strict

@@ -1,0 +1,273 @@
+"""Every command and Python block of the docs site and of README.md runs, page by page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckd
+from ckd.train import demo
+from tests import docs_sandbox
+from tests.docs_pages import (
+    DOCS,
+    EXCLUDED,
+    ROOT,
+    RUN,
+    SHOWN,
+    blocks,
+    logical_lines,
+    pages,
+    run_pages,
+)
+
+# What runs in place of what is written, and why.
+SUBSTITUTIONS: tuple[tuple[str, str, str], ...] = (
+    (r"openai/clip-vit-base-patch32", "clip", "weights of the hub: a tiny model on disk"),
+    (r"timm:vit_base_patch16_clip_224.openai", "hf:clip", "weights of the hub: the same"),
+    (r"--image-size (224|64)\b", "--image-size 32", "time; the tiny model takes 32 pixels"),
+    (r"--epochs \d+", "--epochs 1", "time"),
+    (r"--warmup-epochs \S+", "--warmup-epochs 0", "a warm-up is no longer than the one epoch"),
+    (r"--student resnet20", "--student resnet8", "time"),
+    (r"pretrained=True", "pretrained=False", "weights of the hub"),
+)
+# Commands that are not run, and why.
+NOT_RUN: tuple[tuple[str, str], ...] = (
+    (r"pip install ", ".ci/run runs it in a fresh environment"),
+    (r"python -m pytest", "these tests"),
+)
+# Blocks that a comment `<!-- test: needs MODULE -->` leaves out where MODULE is not installed.
+# Keep it short: a block that does not run is not known to work.
+MARKED = {"howto/teacher.md": ["needs timm"], "teachers.md": ["needs timm"]}
+# What a snippet's reader has already, by the snippet's first line.
+HAS = {
+    "z = F.linear(bank.float(), weight, bias)  # [K, W]: the whole bank, projected": """
+import torch, torch.nn.functional as F, ckd
+student, bank, target = torch.randn(4, 8), torch.randn(20, 16), torch.arange(4)
+weight, bias, logit_scale = torch.randn(8, 16), torch.zeros(8), 14.3
+""",
+    "loss = ckd.contrastive_cross_entropy(student, bank, target, weight, bias, logit_scale)": "",
+    'student = ckd.load_student("runs/embed-kd")  # a run folder, or its student.safetensors': """
+import torch, ckd
+from PIL import Image
+paths = ["photos/rose/1.jpg", "photos/tulip/1.jpg"]
+""",
+    'with ckd.BankWriter("banks/mine", dim=512, teacher="my-clip") as writer:': """
+import torch
+sample_ids, embeddings, labels = torch.arange(6), torch.randn(6, 512), torch.arange(6) % 2
+images, student = torch.randn(6, 256), torch.nn.Identity()
+""",
+}
+# Words of a question, and the page where a heading has them: the site's search ranks headings.
+QUESTIONS = {
+    "Which bank for 1M images?": "howto/large-banks.md",
+    "Why is my loss NaN?": "faq.md",
+    "How do I use my CLIP embeddings?": "howto/teacher.md",
+    "What does it cost to store 10 views?": "howto/views.md",
+    "Why does training use the reference backend?": "faq.md",
+}
+MODULES = ("ckd", "ckd.backends", "ckd.bank", "ckd.data", "ckd.eval", "ckd.losses")
+MODULES += ("ckd.models", "ckd.train")
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+        docs_sandbox.fill(folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@contextlib.contextmanager
+def _chdir(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in run_pages() if blocks(page)], ids=lambda page: page.name
+)
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_run_in_order(
+    page: Path,
+    sandbox: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_runs: None,
+) -> None:
+    shutil.copytree(sandbox, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(demo, "SEEDS", (0, 1))  # ckd demo: time
+    for name in ("TEACHER", "STUDENT"):
+        short = dataclasses.replace(getattr(demo, name), epochs=1)
+        monkeypatch.setattr(demo, name, short)
+    namespace: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.kind not in RUN or _lacks(block.mark):
+            continue
+        where = f"{page.relative_to(ROOT)}, line {block.line}"
+        if block.kind == "bash":
+            for line in logical_lines(block.text):
+                _run_line(line, where)
+        else:
+            _run_python(block.text, where, namespace)
+
+
+def _lacks(mark: str) -> bool:
+    """Whether the module that a block needs is not installed."""
+    return bool(mark) and importlib.util.find_spec(mark.removeprefix("needs ")) is None
+
+
+def _run_line(line: str, where: str) -> None:
+    """Run one command, those of ckd in this process."""
+    if any(re.match(pattern, line) for pattern, _ in NOT_RUN):
+        return
+    line = _substituted(line)
+    argv = _ckd_arguments(line)
+    if argv is not None:
+        status, output = docs_sandbox.run_command(argv)
+    else:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=60,
+        )
+        status, output = done.returncode, done.stdout + done.stderr
+    assert status == 0, f"{where}: {line}\n{output}"
+
+
+def _ckd_arguments(line: str) -> list[str] | None:
+    """The arguments of `ckd ...`, `python -m ckd ...` and `python -m ckd.COMMAND ...`; None for
+    other commands, and for those that need a shell."""
+    words = shlex.split(line)
+    if re.search(r"[|<>$;&*`]", re.sub(r"'[^']*'|\"[^\"]*\"", "", line)):
+        return None
+    if words[:1] == ["ckd"]:
+        return words[1:]
+    if words[:2] == ["python", "-m"] and words[2].split(".")[0] == "ckd":
+        return [*words[2].split(".")[1:], *words[3:]]
+    return None
+
+
+def _run_python(text: str, where: str, namespace: dict[str, Any]) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        exec(HAS.get(text.splitlines()[0], ""), namespace)
+        code = compile(_substituted(text), f"<{where}>", "exec")
+        try:
+            exec(code, namespace)
+        except Exception as error:
+            raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _substituted(text: str) -> str:
+    for pattern, replacement, _ in SUBSTITUTIONS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def test_every_substitution_and_exclusion_is_used() -> None:
+    text = "\n".join(block.text for page in run_pages() for block in blocks(page))
+    patterns = [*(row[0] for row in SUBSTITUTIONS), *(row[0] for row in NOT_RUN)]
+    assert [pattern for pattern in patterns if not re.search(pattern, text)] == []
+    assert [line for line in HAS if line not in text] == []
+    assert [page for page in EXCLUDED if page not in pages()] == []
+
+
+def test_marked_blocks_are_those_listed() -> None:
+    marked = {
+        page.relative_to(DOCS).as_posix() if page.is_relative_to(DOCS) else page.name: [
+            block.mark for block in blocks(page) if block.mark
+        ]
+        for page in run_pages()
+    }
+    assert {page: marks for page, marks in marked.items() if marks} == MARKED
+
+
+def test_every_block_has_a_kind_and_commands_are_fenced() -> None:
+    for page in run_pages():
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        loose = re.findall(r"^ {4,}(?:ckd|python|pip|git|make) .*$", text, re.M)
+        assert loose == [], f"{page}: fence these commands as bash"
+        for block in blocks(page):
+            assert block.kind in (*RUN, *SHOWN), f"{page}, line {block.line}: {block.kind!r}"
+
+
+def test_questions_are_headings_of_their_page() -> None:
+    for question, page in QUESTIONS.items():
+        assert f"\n## {question}\n" in (DOCS / page).read_text()
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    text = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    names = re.findall(r"^::: (\S+)$", text, re.M)
+    assert len(names) == len(set(names))
+    documented = [_resolved(name) for name in names]
+    missing = [
+        f"{module}.{name}"
+        for module in MODULES
+        for name in importlib.import_module(module).__all__
+        if f"`{module}.{name}`" not in text
+        and not any(_resolved(f"{module}.{name}") is one for one in documented)
+    ]
+    assert missing == []
+
+
+def _resolved(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def test_relative_links_of_the_readme_lead_somewhere() -> None:
+    targets = re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)", (ROOT / "README.md").read_text())
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_page_of_commands_has_every_command_and_subcommand() -> None:
+    spec = importlib.util.spec_from_file_location("commands", DOCS / "tools" / "commands.py")
+    assert spec is not None
+    assert spec.loader is not None
+    commands = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(commands)
+    page = commands.commands_page()
+    for name in ckd.cli.COMMANDS:
+        assert f"\n## ckd {name}\n" in page
+    for sub in ("build", "info", "verify", "neighbours"):
+        assert f"\n### ckd bank {sub}\n" in page
+    assert "\x1b" not in page
+    assert "--label-fraction" in page
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for module in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    html = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
+    fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)', html)
+    assert fetched == []  # a reader's browser asks no other server
