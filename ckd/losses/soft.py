@@ -71,8 +71,8 @@ class SoftDistillationLoss(_SoftLoss):
     gives NaN, as in the op.
 
     Raises:
-        ValueError: shapes that differ, a temperature that is not positive, an unknown reduction;
-        TypeError and BackendError as the op.
+        ValueError: shapes that differ, a temperature that is not positive, an unknown reduction.
+        TypeError, BackendError: as the op.
     """
 
     def forward(

@@ -38,9 +38,9 @@ def subcommands(text: str) -> list[str]:
 
 
 def help_of(*command: str) -> str:
-    """What `ckd COMMAND --help` prints, in 86 columns and without colours."""
+    """What `ckd COMMAND --help` prints, in 84 columns and without colours."""
     printed = io.StringIO()
-    plain = {"COLUMNS": "86", "NO_COLOR": "1", "TERM": "dumb"}
+    plain = {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb"}
     with (
         mock.patch.dict(os.environ, plain),
         contextlib.redirect_stdout(printed),

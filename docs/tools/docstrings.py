@@ -18,27 +18,30 @@ _PROMPT = re.compile(r"( *)(>>>|\.\.\.)(?: (.*))?$")
 class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = as_markdown(obj.docstring.value)
+            # An attribute's docstring has no entries: "plain: no teacher" is a sentence.
+            entries = obj.is_function or obj.is_class
+            obj.docstring.value = as_markdown(obj.docstring.value, entries=entries)
 
 
-def as_markdown(text: str) -> str:
-    """The docstring with lists of its entries, and code blocks of its examples."""
-    return "\n\n".join(_paragraph(part) for part in _examples(text).split("\n\n"))
+def as_markdown(text: str, *, entries: bool) -> str:
+    """The docstring with code blocks of its examples and, if `entries`, lists of its entries."""
+    parts = _examples(text).split("\n\n")
+    return "\n\n".join(_paragraph(part) if entries else part for part in parts)
 
 
 def _paragraph(text: str) -> str:
     """A paragraph that begins with an entry becomes a list; any other stays."""
     if not _ENTRY.match(text):
         return text
-    lines = []
+    items: list[str] = []
     for line in text.splitlines():
         entry = _ENTRY.match(line)
         if entry:
             names = ", ".join(f"`{name}`" for name in entry[1].split(", "))
-            lines.append(f"- {names}: {line[entry.end() :]}")
-        else:
-            lines.append(f"  {line.strip()}")
-    return "\n".join(lines)
+            items.append(f"- {names}: {line[entry.end() :]}")
+        else:  # on the same line: one that begins with a minus would be an item
+            items[-1] += f" {line.strip()}"
+    return "\n".join(items)
 
 
 def _examples(text: str) -> str:
