@@ -26,7 +26,7 @@ EXCLUDED = {
     "results/training.md": "benchmarks of hours",
 }
 RUN = ("bash", "python")  # the kinds of blocks that are run
-SHOWN = ("text", "json", "cpp")  # the kinds that show output or code of others
+SHOWN = ("text", "json", "cpp", "cmake")  # the kinds that show output or code of others
 
 _NAV = re.compile(r"^ +- [^:\n]+: (\S+\.md)$", re.M)
 _FENCE = re.compile(r"^```([\w-]*)\n(.*?)^```$", re.M | re.S)

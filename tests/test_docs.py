@@ -138,8 +138,10 @@ def _run_line(line: str, where: str) -> None:
     if argv is not None:
         status, output = docs_sandbox.run_command(argv)
     else:
+        python = shlex.quote(sys.executable)
+        names = f'python() {{ {python} "$@"; }}; ckd() {{ python -m ckd "$@"; }}'
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", line],
+            ["bash", "-euo", "pipefail", "-c", f"{names}; {line}"],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
