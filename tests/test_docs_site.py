@@ -74,12 +74,7 @@ def _resolved(name: str) -> Any:
 
 
 def test_page_of_commands_has_every_command_and_subcommand() -> None:
-    spec = importlib.util.spec_from_file_location("commands", DOCS / "tools" / "commands.py")
-    assert spec is not None
-    assert spec.loader is not None
-    commands = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(commands)
-    page = commands.commands_page()
+    page = _tool("commands").commands_page()
     for name in ckd.cli.COMMANDS:
         assert f"\n## ckd {name}\n" in page
     for sub in ("build", "info", "verify", "neighbours"):
@@ -123,6 +118,28 @@ def test_troubleshooting_quotes_a_loss_that_is_not_finite(tmp_path: Path, quick_
     ):
         assert words in str(error.value)
         assert words in as_quoted()
+
+
+def test_docstrings_become_lists_and_code() -> None:
+    pytest.importorskip("griffe")
+    as_markdown = _tool("docstrings").as_markdown
+    entries = "rows: int64 [N], of which\n    - x is left out.\nlabels, ids: int64 [N]."
+    items = "- `rows`: int64 [N], of which - x is left out.\n- `labels`, `ids`: int64 [N]."
+    assert as_markdown(f"First.\n\n{entries}", entries=True) == f"First.\n\n{items}"
+    assert as_markdown(entries, entries=False) == entries
+    code = "Example:\n    >>> f(\n    ...     1)\n    >>> g()"
+    fenced = "Example:\n    ```python\n    f(\n        1)\n    g()\n    ```"
+    assert as_markdown(code, entries=True) == fenced
+
+
+def _tool(name: str) -> Any:
+    """The module docs/tools/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
