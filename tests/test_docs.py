@@ -49,8 +49,9 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"pip install ", ".ci/run runs it in a fresh environment"),
     (r"python -m pytest", "these tests"),
 )
-# Blocks that a comment `<!-- test: needs MODULE -->` leaves out where MODULE is not installed.
-# Keep it short: a block that does not run is not known to work.
+# Blocks that a comment `<!-- test: needs MODULE -->` leaves out where MODULE is not installed, and
+# `<!-- test: not run: REASON -->` everywhere: for what needs a GPU, the network or minutes. Keep
+# both few: a block that does not run is not known to work.
 MARKED = {"howto/teacher.md": ["needs timm"], "teachers.md": ["needs timm"]}
 # What a snippet's reader has already, by the snippet's first line.
 HAS = {
@@ -125,8 +126,10 @@ def test_blocks_run_in_order(
 
 
 def _lacks(mark: str) -> bool:
-    """Whether the module that a block needs is not installed."""
-    return bool(mark) and importlib.util.find_spec(mark.removeprefix("needs ")) is None
+    """Whether a block is not run: it says so, or a module that it needs is not installed."""
+    if mark.startswith("needs "):
+        return importlib.util.find_spec(mark.removeprefix("needs ")) is None
+    return mark.startswith("not run: ")
 
 
 def _run_line(line: str, where: str) -> None:
@@ -154,8 +157,9 @@ def _run_line(line: str, where: str) -> None:
 def _ckd_arguments(line: str) -> list[str] | None:
     """The arguments of `ckd ...`, `python -m ckd ...` and `python -m ckd.COMMAND ...`; None for
     other commands, and for those that need a shell."""
-    words = shlex.split(line)
-    if re.search(r"[|<>$;&*`]", re.sub(r"'[^']*'|\"[^\"]*\"", "", line)):
+    words = shlex.split(line, comments=True)
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+    if re.search(r"[|<>$;&*`]", re.sub(r"(^| )#.*", "", bare)):
         return None
     if words[:1] == ["ckd"]:
         return words[1:]
