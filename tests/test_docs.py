@@ -142,12 +142,13 @@ def _run_line(line: str, where: str) -> None:
         status, output = docs_sandbox.run_command(argv)
     else:
         python = shlex.quote(sys.executable)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         names = f'python() {{ {python} "$@"; }}; ckd() {{ python -m ckd "$@"; }}'
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", f"{names}; {line}"],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": path},
             timeout=60,
         )
         status, output = done.returncode, done.stdout + done.stderr
