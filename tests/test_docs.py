@@ -79,7 +79,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+    with _chdir(folder):
         docs_sandbox.fill(folder)
     torch.set_num_threads(threads)
     return folder
@@ -87,6 +87,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def _chdir(folder: Path) -> Iterator[None]:
+    """contextlib.chdir, which Python 3.10 lacks."""
     before = Path.cwd()
     os.chdir(folder)
     try:
