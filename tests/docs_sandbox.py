@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,7 @@ def fill(folder: Path) -> None:
     for command in COMMANDS:
         status, output = run_command(command.split())
         assert status == 0, f"ckd {command}\n{output}"
+    shutil.copytree("runs/student", "runs/mine")
 
 
 def run_command(argv: list[str]) -> tuple[int, str]:

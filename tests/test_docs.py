@@ -49,6 +49,8 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"pip install ", ".ci/run runs it in a fresh environment"),
     (r"python -m pytest", "these tests"),
 )
+# Commands that are left out where a module is not installed.
+NEEDS = ((r"\.onnx\b", "onnxscript"),)
 # Blocks that a comment `<!-- test: needs MODULE -->` leaves out where MODULE is not installed, and
 # `<!-- test: not run: REASON -->` everywhere: for what needs a GPU, the network or minutes. Keep
 # both few: a block that does not run is not known to work.
@@ -136,6 +138,8 @@ def _lacks(mark: str) -> bool:
 def _run_line(line: str, where: str) -> None:
     """Run one command, those of ckd in this process."""
     if any(re.match(pattern, line) for pattern, _ in NOT_RUN):
+        return
+    if any(re.search(pattern, line) and _lacks(f"needs {module}") for pattern, module in NEEDS):
         return
     line = _substituted(line)
     argv = _ckd_arguments(line)

@@ -26,6 +26,7 @@ QUESTIONS = {
     "Why is my loss NaN?": "faq.md",
     "How do I use my CLIP embeddings?": "howto/teacher.md",
     "What does it cost to store 10 views?": "howto/views.md",
+    "How do I load the student in C++?": "faq.md",
     "Why does training use the reference backend?": "faq.md",
 }
 MODULES = ("ckd", "ckd.backends", "ckd.bank", "ckd.data", "ckd.eval", "ckd.losses")
