@@ -27,7 +27,10 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "hf": ("transformers",),
     "timm": ("timm",),
+    "onnx": ("onnx", "onnxscript"),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "plots": ("matplotlib",),
 }
 

@@ -27,7 +27,7 @@ TEACHER = Config(
     lr=2e-3,
     warmup_epochs=1,
     flip=False,  # a mirrored digit is no digit
-    tensorboard=False,
+    log_to=("none",),
 )
 
 

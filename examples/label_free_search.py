@@ -41,7 +41,7 @@ def student_without_labels(bank: ckd.EmbeddingBank, folder: Path, epochs: int) -
         lr=2e-3,
         warmup_epochs=1,
         flip=False,  # a mirrored digit is no digit
-        tensorboard=False,
+        log_to=("none",),
         out=str(folder),
     )
     train(config, verbose=False)

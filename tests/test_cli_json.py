@@ -20,7 +20,7 @@ from ckd.eval.report import FIGURES
 from ckd.train import train
 from tests.train_runs import tiny_config, tiny_teacher
 
-DOCS = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+DOCS = (Path(__file__).parents[1] / "docs" / "scripts.md").read_text()
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, An
 
 
 def documented(command: str) -> set[str]:
-    """The keys in the row of docs/commands.md that begins with this command."""
+    """The keys in the row of docs/scripts.md that begins with this command."""
     (row,) = (line for line in DOCS.splitlines() if re.match(rf"\| .*`{command}`", line))
     keys = re.sub(r"\([^()]*\)", "", row.split("|")[2])
     return set(re.findall(r"`(\w+)`", keys))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from ckd._console import say
+from ckd._json import document
+from ckd._output import check_output
 from ckd.cli.command import Output, parse, run
 from ckd.compare.figure import draw, draw_groups
 from ckd.compare.find import find_runs, labels
@@ -37,8 +37,9 @@ class Command(Output):
     def run(self) -> None:
         if not self.runs:
             raise TrainError("name at least one run folder: ckd compare RUN...")
-        _check_target("--out", self.out)
-        _check_target("--html", self.html)
+        for name, path in (("--out", self.out), ("--html", self.html)):
+            if path is not None:
+                check_output(path, name)
         found = find_runs(self.runs, settings=self.seeds)
         if not found.results:
             raise TrainError("; ".join(found.skipped))
@@ -56,8 +57,7 @@ class Command(Output):
             named = group_seeds(folders)
             groups = [(n, [by_folder[r["folder"]] for r in group]) for n, group in named.items()]
         if self.json:
-            document = [_group(*group) for group in groups] if self.seeds else results
-            print(json.dumps(_finite(document), indent=2))
+            print(document([_group(*group) for group in groups] if self.seeds else results))
         else:
             print(seed_table(dict(groups)) if self.seeds else table(results))
         if self.out is not None:
@@ -68,28 +68,9 @@ class Command(Output):
             say(f"\npage: {self.html}")
 
 
-def _check_target(flag: str, path: Path | None) -> None:
-    """Raise TrainError, before any work, for a file that cannot be written."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise TrainError(f"{flag} must name a file, {path} is a folder")
-    if not path.parent.is_dir():
-        raise TrainError(f"{flag} {path}: there is no folder {path.parent}; create it first")
-
-
 def _group(name: str, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A group for --json: its name, its figures, and its runs."""
     return {"runs": name, "seeds": len(results), **group_figures(results), "members": results}
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not: a test loss may be infinite."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 COMMAND = Command

@@ -75,6 +75,9 @@ def _document(student: str, exported: Exported) -> dict[str, object]:
     }
 
 
+COMMAND = Export
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.export") -> int:
     """Run the command line; returns the exit status."""
     return command.run(lambda given: command.parse(Export, given, prog), argv)

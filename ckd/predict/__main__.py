@@ -171,6 +171,9 @@ class Predict(command.Output):
         }
 
 
+COMMAND = Predict
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "python -m ckd.predict") -> int:
     """Run the command line; returns the exit status."""
     return command.run(
