@@ -39,6 +39,7 @@ def fill(folder: Path) -> None:
         (folder / "photos" / name).mkdir(parents=True)
         for i, image in enumerate(pixels(12, size=40, seed=number)):
             (folder / "photos" / name / f"{i}.jpg").write_bytes(encoded(image[:36], "JPEG"))
+    shutil.copytree(folder / "photos" / "rose", folder / "new")
     for split, count in (("train", 60), ("test", 20)):
         images = [encoded(image) for image in pixels(count, size=32, seed=count)]
         write_parquet(

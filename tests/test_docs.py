@@ -63,15 +63,9 @@ student, bank, target = torch.randn(4, 8), torch.randn(20, 16), torch.arange(4)
 weight, bias, logit_scale = torch.randn(8, 16), torch.zeros(8), 14.3
 """,
     "loss = ckd.contrastive_cross_entropy(student, bank, target, weight, bias, logit_scale)": "",
-    'student = ckd.load_student("runs/embed-kd")  # a run folder, or its student.safetensors': """
-import torch, ckd
-from PIL import Image
-paths = ["photos/rose/1.jpg", "photos/tulip/1.jpg"]
-""",
-    'with ckd.BankWriter("banks/mine", dim=512, teacher="my-clip") as writer:': """
-import torch
-sample_ids, embeddings, labels = torch.arange(6), torch.randn(6, 512), torch.arange(6) % 2
-images, student = torch.randn(6, 256), torch.nn.Identity()
+    "# The default of ckd train: the distance to the image's own row.": """
+sample_ids = ckd.EmbeddingBank.open("banks/photos").sample_ids[:4]
+student = torch.randn(4, 256)
 """,
 }
 
