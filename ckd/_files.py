@@ -138,7 +138,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     file then keeps its content, and the temporary file is removed. Raises OSError for the path of a
     folder, a device or a FIFO: renaming would put a file in the place of /dev/null.
     """
-    with atomic_file(path) as file, naming(file.name):
+    path = Path(path)
+    with atomic_file(path) as file, naming(path.with_name(TEMPORARY_PREFIX + path.name)):
         file.write(data)
 
 

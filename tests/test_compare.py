@@ -417,7 +417,7 @@ def test_a_file_that_cannot_be_written_is_refused_first(
     assert captured.out == ""
     assert f"{flag} {tmp_path / 'no' / 'x'}: there is no folder" in captured.err
     assert main([str(run), flag, str(tmp_path)]) == 2
-    assert f"{flag} must name a file" in capsys.readouterr().err
+    assert f"{flag} {tmp_path}: it is no regular file" in capsys.readouterr().err
 
 
 def test_json_of_groups_has_their_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,7 @@ def test_everything_names_the_same_repository() -> None:
     assert extras["all"] == [f"ckd[{','.join(e for e in extras if e not in OTHER_EXTRAS)}]"]
 
 
-OTHER_EXTRAS = ("all", "test", "dev")  # for developers
+OTHER_EXTRAS = ("all", "test", "dev", "docs", "notebooks")  # for developers
 
 
 def test_the_sdist_holds_what_its_tests_need() -> None:

@@ -97,7 +97,7 @@ def test_predictions_are_what_evaluation_sees(
     right = sum(one["class"] == Path(one["image"]).parent.name for one in told["predictions"])
     argv = ["--eval", str(config.folder), "--data", config.data, "--image-size", "8"]
     assert cli.main(["train", *argv, "--device", "cpu"]) == 0
-    assert f"({right} of {len(paths)})" in capsys.readouterr().out
+    assert f"({right} of {len(paths)} images)" in capsys.readouterr().out
 
     student = ckd.load_student(config.folder)
     again = student.predict([Image.open(path) for path in paths])

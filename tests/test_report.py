@@ -168,7 +168,7 @@ def test_the_python_lines_of_the_page_run(tmp_path: Path, capsys: Any, monkeypat
         {"method": "plain", "flip": False, "lr": 3e-4, "bank": ()},
         {"bank": ("a b", "-c"), "bank_weights": (1.0, 0.5), "distill": "cosine=1,mse=2"},
         {"paper_compat": True, "learn_logit_scale": True, "data": "-x'y", "seed": 7},
-        {"tensorboard": False, "crop_padding": 0, "label_fraction": 0.1},
+        {"log_to": ("none",), "crop_padding": 0, "label_fraction": 0.1},
     ],
 )
 def test_the_command_trains_with_the_same_settings(settings: dict[str, Any]) -> None:

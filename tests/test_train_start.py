@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckd import compare
+from ckd.compare.__main__ import main as compare_main
 from ckd.train import CheckpointError, Config, TrainError, checkpoint, loop, train
 from ckd.train import run as run_module
 from ckd.train.stored import read_result
@@ -152,7 +152,7 @@ def test_nobody_is_told_to_resume_a_run_without_a_checkpoint(tmp_path: Path, cap
     with pytest.raises(TrainError, match="not finished: it has no checkpoint yet") as caught:
         read_result(config.folder)
     assert "--resume" not in str(caught.value)
-    assert compare.main([str(config.folder)]) == 2
+    assert compare_main([str(config.folder)]) == 2
     assert "--resume" not in capsys.readouterr().err
     # A queue that starts killed jobs again may still do so with --resume.
     assert train(config, resume=True, verbose=False)["epochs"] == 2

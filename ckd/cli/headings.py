@@ -29,7 +29,7 @@ HEADINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
         ),
         "hardware and checkpoints": (
             *("device", "amp", "compile", "deterministic", "checkpoint_minutes"),
-            *("checkpoint_steps", "tensorboard"),
+            *("checkpoint_steps", "log_to"),
         ),
     },
     "bank build": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckd import models
-from ckd._errors import printable, warn
+from ckd._errors import printable
 from ckd.backends import Explanation
 from ckd.train.device import autocast
 from ckd.train.report import hardware
@@ -11,24 +11,10 @@ from ckd.train.run import Run
 
 
 def backends_of(run: Run) -> dict[str, Explanation]:
-    """The choice of a backend for each term that calls an op, by the term's name.
-
-    Warns of the reference backend: it is for tests and for what no other backend serves.
-    """
+    """The choice of a backend for each term that calls an op, by the term's name."""
     batch = min(run.config.batch_size, len(run.train_set))
     with autocast(run.config, run.device):
-        found = run.method.backends(batch)
-    for name, choice in found.items():
-        if choice.chosen == "reference":
-            why = "; ".join(_passed_over(choice))
-            warn(
-                f"the reference backend, which is slow, computes {name}, since no faster one is "
-                f"there ({why}): install ckd with its kernels, from a wheel or with a C++ compiler "
-                "at hand; python -m ckd.info says what is missing",
-                stacklevel=2,
-            )
-            break
-    return found
+        return run.method.backends(batch)
 
 
 def opening_lines(run: Run, backends: dict[str, Explanation]) -> list[str]:
