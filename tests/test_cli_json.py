@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ckd import cli
 from ckd._json import document
@@ -44,7 +45,7 @@ def printed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, An
 
 def documented(command: str) -> set[str]:
     """The keys in the row of docs/scripts.md that begins with this command."""
-    (row,) = (line for line in DOCS.splitlines() if re.match(rf"\| .*`{command}`", line))
+    (row,) = (line for line in DOCS.splitlines() if re.match(rf"\|[^|]*`{command}`", line))
     keys = re.sub(r"\([^()]*\)", "", row.split("|")[2])
     return set(re.findall(r"`(\w+)`", keys))
 
@@ -137,3 +138,25 @@ def test_a_document_has_null_for_what_json_lacks() -> None:
     values = {"a": math.nan, "b": [1.5, math.inf, {"c": (-math.inf, None, "NaN", True)}]}
     parsed = json.loads(document(values), parse_constant=pytest.fail)
     assert parsed == {"a": None, "b": [1.5, None, {"c": [None, None, "NaN", True]}]}
+
+
+def test_the_json_of_runs_and_students(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_runs: None
+) -> None:
+    config = tiny_config(tmp_path, method="plain", bank=())
+    argv = ["--data", config.data, "--student", config.student, "--method", "plain"]
+    argv += ["--epochs", "1", "--device", "cpu", "--out", str(config.folder)]
+    run = printed(["train", *argv], capsys)
+    memory = {"peak_cuda_mib"}
+    assert run.keys() | memory == documented("train") | {"run"}
+    scores = printed(["train", "--eval", str(config.folder), "--device", "cpu"], capsys)
+    assert scores.keys() == documented("train --eval")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert cli.main(["predict", str(config.folder), *images, "--json", "--device", "cpu"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    inner = {*told["predictions"][0], *told["failed"][0]}
+    assert told.keys() | inner == documented("predict")
+    argv = ["export", str(config.folder), "--out", str(tmp_path / "s.pt2")]
+    assert printed(argv, capsys).keys() == documented("export")

@@ -21,6 +21,7 @@ from ckd.train.demo import Demo
 from ckd.train.errors import ConfigError, Interrupted
 from ckd.train.evaluation import evaluate_source
 from ckd.train.loop import train
+from ckd.train.page import REPORT
 from ckd.train.report import result_words
 from ckd.train.stored import CONFIG, is_run, stored_config
 
@@ -60,9 +61,11 @@ class Command(Output):
         if self.json:
             print(document({"run": str(folder), **result}))
             return
+        # Runs that an earlier version finished have no report.
+        report = f"; see {folder / REPORT}" if (folder / REPORT).exists() else ""
         print(
             f"{folder}: {result_words(result)} after {epochs} epoch{'s' * (epochs > 1)}, "
-            f"{result['train_time_s']:.0f} s of training"
+            f"{result['train_time_s']:.0f} s of training{report}"
         )
 
 

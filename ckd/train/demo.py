@@ -206,10 +206,12 @@ def _next_steps(folder: Path, seconds: float) -> str:
     return f"""
 Peak MiB is that of the whole process, PyTorch included. The demo took {seconds:.0f} s.
 
-  see the runs side by side   python -m ckd.compare {place}/*-seed* --out {place}/compare.png
-  score one again             python -m ckd.train --eval {place}/embed-kd-seed0
-  your own teacher and data   python -m ckd.bank build --teacher SPEC --data FOLDER --out BANK
-                              python -m ckd.train --data FOLDER --bank BANK --out RUN"""
+  see one in a browser        {place}/embed-kd-seed0/report.html
+  all of them side by side    ckd compare {place} --html {place}/compare.html
+  seeds as mean and spread    ckd compare {place} --seeds
+  score one again             ckd train --eval {place}/embed-kd-seed0
+  your own teacher and data   ckd bank build --teacher SPEC --data FOLDER --out BANK
+                              ckd train --data FOLDER --bank BANK --out RUN"""
 
 
 def _free_name(path: Path) -> Path:
