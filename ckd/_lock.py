@@ -42,24 +42,25 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
     owner = os.getpid()
     folder = Path(path).absolute()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        release = _acquire(folder, descriptor)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            yield
+            release = _acquire(folder, descriptor)
+            try:
+                yield
+            finally:
+                # Forked children share the open file, so close() alone would not release flock. A
+                # child that leaves this block itself must not release its parent's lock.
+                if os.getpid() == owner:
+                    release()
         finally:
-            # Forked children share the open file, so close() alone would not release flock. A child
-            # that leaves this block itself must not release its parent's lock.
-            if os.getpid() == owner:
-                release()
+            os.close(descriptor)
     except BaseException:
-        with contextlib.suppress(OSError):  # another process may use one already
-            for place in made if os.getpid() == owner else ():
+        for place in made if os.getpid() == owner else ():
+            with contextlib.suppress(OSError):  # never made, or another process uses it already
                 place.rmdir()
         raise
-    finally:
-        os.close(descriptor)
 
 
 def _acquire(folder: Path, descriptor: int) -> Callable[[], None]:

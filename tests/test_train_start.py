@@ -82,6 +82,13 @@ def test_what_was_there_before_stays(tmp_path: Path) -> None:
     assert files(config.folder) == {"notes.txt", "tensorboard", "config.json"}
 
 
+def test_folders_above_one_that_cannot_be_made_are_removed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, out=str(tmp_path / "new" / "newer" / ("x" * 300)))
+    with pytest.raises(OSError, match="name too long"):
+        train(config, verbose=False)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, student="vitt")
     config.folder.mkdir()
