@@ -111,6 +111,15 @@ def test_the_program_of_safetensors_is_a_whole_resnet(
     assert len(exported.files) == (1 if maps == "none" else 2)
 
 
+@pytest.mark.parametrize("name", ["s.pt2", "s.safetensors"])
+def test_a_student_that_is_exported_can_be_trained_on(tmp_path: Path, name: str) -> None:
+    student = student_of("resnet").train().requires_grad_(True)
+    export_student(student, tmp_path / name)
+    assert student.training
+    assert student.model.training
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
 def test_metadata_say_what_the_student_takes_and_gives() -> None:
     about = portable.metadata(student_of(maps="several"), normalised=True)
     assert about["class_names"] == list(NAMES)

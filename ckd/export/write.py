@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -63,7 +64,7 @@ def export_student(student: Student, path: str | Path, format: Format | None = N
     format = chosen(path, format)
     if student.device.type != "cpu":
         raise ExportError(f"student must be on the CPU, it is on {student.device}: student.cpu()")
-    student = student.eval().requires_grad_(False)
+    student = copy.deepcopy(student).eval().requires_grad_(False)  # the caller may train it on
     about = metadata(student, normalised=format != "safetensors")
     if format != "safetensors":
         write = graph.onnx if format == "onnx" else graph.torch_export
