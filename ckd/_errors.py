@@ -20,6 +20,11 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """`printable` text for a cell or a line: its tabs and newlines are escapes too."""
+    return printable(text).replace("\t", "\\t").replace("\n", "\\n")
+
+
 def warn(message: str, stacklevel: int) -> None:
     """`warnings.warn` of a printable message; the stack is counted from the caller."""
     warnings.warn(printable(message), stacklevel=stacklevel + 1)

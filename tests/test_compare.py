@@ -17,6 +17,7 @@ from ckd.compare import figure as figure_module
 from ckd.compare.__main__ import main
 from ckd.compare.find import find_runs, labels, read_curves
 from ckd.train import Config, train
+from ckd.train.report import markdown
 from ckd.train.stored import resume_command
 from tests.test_report import check_page
 from tests.train_runs import tiny_config
@@ -53,6 +54,12 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
     stored = {name: value for name, value in content.items() if name != "run"}
     (folder / "result.json").write_bytes(sealed(stored))
     return folder
+
+
+def test_a_name_ends_neither_its_cell_nor_its_row():
+    head, rule, row = markdown(["run", "n"], [["a|b\n| forged\x1b[m", "1"]]).splitlines()
+    assert row == r"| a\|b\n\| forged\x1b[m | 1 |"
+    assert len(head) == len(rule) == len(row)
 
 
 def test_table_is_markdown_with_one_row_a_run():

@@ -322,6 +322,8 @@ def test_names_cannot_command_the_terminal_and_keep_their_bytes_in_files(
     for form in ([], ["--csv", "--out", str(out)], ["--json"]):
         assert cli.main([*argv, *form]) == 0
         printed = capsys.readouterr().out
+        if not form:  # a name forges no line
+            assert len(printed.splitlines()) == 1 + len(names)
         assert not {*printed} & {"\x1b", "\x07", "\u202e"}
     assert [one["image"] for one in json.loads(printed)["predictions"]] == argv[2:5]
     with out.open(encoding="utf-8", errors="surrogateescape", newline="") as file:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ckd._errors import printable
+from ckd._errors import one_line
 from ckd.models import Prediction
 
 SCHEMA_VERSION = 1
@@ -54,9 +54,9 @@ class Text(Output):
 
     def add(self, path: str, predictions: Sequence[Prediction]) -> None:
         first, *others = predictions
-        then = ", ".join(f"{printable(one.class_name)} {one.probability:.1%}" for one in others)
+        then = ", ".join(f"{one_line(one.class_name)} {one.probability:.1%}" for one in others)
         told = f"{first.probability:.1%}"
-        self._line(printable(path), printable(first.class_name), told, f"  {then}" if then else "")
+        self._line(one_line(path), one_line(first.class_name), told, f"  {then}" if then else "")
 
     def _line(self, image: str, name: str, probability: str, rest: str) -> None:
         image, name = (text.ljust(w) for text, w in zip((image, name), self._widths))
@@ -144,5 +144,5 @@ def _entry(one: Prediction) -> dict[str, Any]:
 
 
 def _width(head: str, texts: Sequence[str]) -> int:
-    longest = max((len(printable(text)) for text in texts), default=0)
+    longest = max((len(one_line(text)) for text in texts), default=0)
     return max(len(head), min(longest, _WIDEST))

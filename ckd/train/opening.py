@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckd import models
-from ckd._errors import printable
+from ckd._errors import one_line
 from ckd.backends import Explanation
 from ckd.train.device import autocast
 from ckd.train.report import hardware
@@ -36,7 +36,7 @@ def opening_lines(run: Run, backends: dict[str, Explanation]) -> list[str]:
     rows += [("backend", f"{words} for {', '.join(names)}") for words, names in choices.items()]
     if run.progress.step:
         rows.append(("resumed", f"after step {run.progress.step:,}"))
-    return [printable(f"{name:<9} {text}") for name, text in rows]  # a bank names its teacher
+    return [one_line(f"{name:<9} {text}") for name, text in rows]  # a bank names its teacher
 
 
 def _images(run: Run) -> str:

@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import torch
 from tqdm import tqdm
 
+from ckd._errors import one_line
 from ckd._files import atomic_write
 from ckd._json import JsonError, check_types, is_number, read_object, sealed, unsealed
 from ckd.train.config import Config
@@ -246,7 +247,11 @@ def epoch_line(record: Mapping[str, Any], epochs: int, images: int) -> str:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table that reads well as plain text too; all but the first columns are numbers."""
+    """A Markdown table that reads well as plain text too; all but the first columns are numbers.
+
+    Names come from files: what would end a cell or a row is escaped.
+    """
+    rows = [[one_line(cell).replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     rule = [
         "-" * width if i < text_columns else "-" * (width - 1) + ":"
