@@ -242,6 +242,17 @@ def test_files_that_are_no_images_are_named_and_the_others_go_on(
     assert lines[2:] == ["error: 2 of 5 files could not be predicted"]
 
 
+def test_a_file_that_is_named_twice_counts_twice(
+    run: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "a.jpg").write_bytes(b"text")
+    argv = ["predict", str(run), *[str(photos / "a.jpg")] * 2, "--json", "--device", "cpu"]
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["failed"]) == 2
+    assert err.splitlines()[-1] == "error: 2 of 2 files could not be predicted"
+
+
 def test_an_output_that_is_not_finite_is_no_prediction(
     run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

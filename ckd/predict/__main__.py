@@ -126,7 +126,7 @@ class Predict(command.Output):
         options["max_pixels"] = self.max_image_pixels
         with done, torch.inference_mode():
             for batch in decoded(paths, student.image_size, student.in_channels, **options):
-                failed = dict(batch.failed)
+                failed = list(batch.failed)  # a file may be named twice
                 if batch.paths:
                     found = classifier.probabilities(student.preprocess(batch.pixels)).cpu()
                     rows = ranked(found, classifier.class_names, self.top)
@@ -134,8 +134,8 @@ class Predict(command.Output):
                         if finite:
                             yield path, row
                         else:
-                            failed[path] = f"{path}: the student's output is not finite"
-                for path, reason in failed.items():
+                            failed.append((path, f"{path}: the student's output is not finite"))
+                for path, reason in failed:
                     done.clear()
                     print(printable(reason), file=sys.stderr, flush=True)
                     yield path, reason
