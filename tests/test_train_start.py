@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckd.compare.__main__ import main as compare_main
-from ckd.train import CheckpointError, Config, TrainError, checkpoint, loop, train
+from ckd.train import CheckpointError, Config, ConfigError, TrainError, checkpoint, loop, train
 from ckd.train import run as run_module
 from ckd.train.stored import read_result
 from tests.train_runs import tiny_config
@@ -80,6 +80,17 @@ def test_what_was_there_before_stays(tmp_path: Path) -> None:
     (config.folder / "config.json").write_text("of a run that was killed")
     fails(config)
     assert files(config.folder) == {"notes.txt", "tensorboard", "config.json"}
+
+
+def test_the_config_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.folder.mkdir()
+    (config.folder / "config.json").write_text('{"model_type": "vit"}')
+    (config.folder / "metrics.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="that ckd did not write"):
+        train(config, verbose=False)
+    assert (config.folder / "config.json").read_text() == '{"model_type": "vit"}'
+    assert (config.folder / "metrics.jsonl").read_text() == "mine"
 
 
 def test_folders_above_one_that_cannot_be_made_are_removed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckd import data, models
+from ckd._json import JsonError, read_object
 from ckd._lock import locked_folder
 from ckd.data import Augment, Dataset
 from ckd.train import checkpoint, report
@@ -127,8 +128,8 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
     If the block fails before anything of the run is worth keeping, what it made is removed: its
     files, and the folder if that is then empty.
 
-    Raises ConfigError if the folder holds a run and `resume` is False, or the run has other
-    settings; TrainError if another process trains in it.
+    Raises ConfigError if the folder holds a run and `resume` is False, the run has other settings,
+    or its config.json is another program's; TrainError if another process trains in it.
     """
     folder = config.folder
     before = {*os.listdir(folder)} if folder.is_dir() else set()
@@ -143,6 +144,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise ConfigError(f"--out {folder} is a file; name a folder") from error
         # A run without a checkpoint (it failed early, say) may be overwritten.
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
+            _refuse_anothers_config(folder / CONFIG)
             config.save(folder / CONFIG)
         elif resume:
             refuse_other_settings(folder, stored_config(folder), config)
@@ -164,6 +166,19 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             if not has_begun(folder) and not isinstance(error, CheckpointError):
                 _remove(folder / name for name in FIRST_FILES if name not in before)
             raise
+
+
+def _refuse_anothers_config(path: Path) -> None:
+    """Raise ConfigError for a config.json of another program: a model's folder has one too."""
+    try:
+        values, _ = read_object(path)
+    except (OSError, JsonError):  # missing, or damaged
+        return
+    if not {"method", "student", "data"} <= values.keys():
+        raise ConfigError(
+            f"--out {path.parent} holds a {path.name} that ckd did not write, and would replace; "
+            "name another folder"
+        )
 
 
 def _remove(paths: Iterable[Path]) -> None:
