@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ckd import data, models
+from ckd import _console, data, models
 from ckd.report.charts import POINTS, Series, chart
 from ckd.report.errors import IMAGES, Outcomes, confusion, png_uri
 from ckd.report.run import RunReport, Scored
@@ -365,6 +365,19 @@ def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path, monkeypatch:
     result = train(config, resume=True, verbose=False)
     assert result["epochs"] == 1
     read_page(config)
+
+
+def test_the_pass_for_the_page_shows_one_bar(tmp_path: Path, monkeypatch: Any) -> None:
+    shown, real = [], _console.tqdm
+
+    def bar(**options: Any) -> Any:
+        shown.append(options["desc"])
+        return real(**options)
+
+    monkeypatch.setattr(_console, "tqdm", bar)
+    train(tiny_config(tmp_path, method="plain", epochs=1), verbose=False)
+    found = [name for name in shown if "test images" in name]
+    assert found == ["scoring test images"] * 2  # of the epoch, and of the page
 
 
 def test_the_pass_for_the_page_is_that_of_the_evaluation(tmp_path: Path) -> None:

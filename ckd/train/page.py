@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ckd._console import bar
 from ckd._files import atomic_write
 from ckd._hints import flag
 from ckd.report.errors import Outcomes
@@ -56,14 +55,12 @@ def _tested(run: Run) -> Scored | None:
     if test_set is None or not len(rows := labelled_rows(model, test_set)):
         return None
     columns = []
-    with bar("test images", total=len(rows), unit="images") as done:
-        for batch, logits in scored_batches(
-            model, test_set, rows, config.batch_size, run.device, config.workers
-        ):
-            likely, predicted = logits.softmax(dim=1).max(dim=1)
-            true = logits.log_softmax(dim=1).gather(1, batch.labels[:, None])[:, 0]
-            columns.append([batch.labels.cpu(), predicted.cpu(), likely.cpu(), true.cpu()])
-            done.update(len(predicted))
+    for batch, logits in scored_batches(
+        model, test_set, rows, config.batch_size, run.device, config.workers
+    ):
+        likely, predicted = logits.softmax(dim=1).max(dim=1)
+        true = logits.log_softmax(dim=1).gather(1, batch.labels[:, None])[:, 0]
+        columns.append([batch.labels.cpu(), predicted.cpu(), likely.cpu(), true.cpu()])
     outcomes = Outcomes(rows, *(torch.cat(column) for column in zip(*columns)))
     worst = rows[outcomes.worst]
     batches = test_set.batches(worst, config.batch_size, workers=0)
