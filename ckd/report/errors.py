@@ -90,9 +90,9 @@ def png_uri(pixels: Tensor) -> str:
     for three and more, of two the first."""
     pixels = pixels.cpu()
     if len(pixels) >= 3:
-        image = Image.fromarray(pixels[:3].permute(1, 2, 0).contiguous().numpy(), "RGB")
+        image = Image.fromarray(pixels[:3].permute(1, 2, 0).contiguous().numpy())
     else:
-        image = Image.fromarray(pixels[0].contiguous().numpy(), "L")
+        image = Image.fromarray(pixels[0].contiguous().numpy())
     image.thumbnail((PIXELS, PIXELS))
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
