@@ -3,6 +3,7 @@ the nearest rows of its rows."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -97,7 +98,7 @@ class Build(Output):
             return
         print(
             f"{bank.path} is complete: {len(bank):,} rows, {human_bytes(bank.nbytes)}; "
-            f"see python -m ckd.bank info {bank.path}"
+            f"see python -m ckd.bank info {shlex.quote(str(bank.path))}"
         )
 
     def _import(self) -> EmbeddingBank:
@@ -189,8 +190,9 @@ class Verify(Output):
         hashes = "xxh3 and sha256 match" if self.full else "xxh3 matches"
         bank = EmbeddingBank.open(self.bank, verify=mode)
         if not self.json:
+            shards = len(bank.meta["shards"])
             print(
-                f"{bank.path} is whole: {len(bank):,} rows in {len(bank.meta['shards'])} shards, "
+                f"{bank.path} is whole: {len(bank):,} rows in {shards} shard{'s' * (shards > 1)}, "
                 f"{human_bytes(bank.nbytes)}, {hashes}"
             )
         found = bank.neighbours(mode) if exist(bank.path) else None

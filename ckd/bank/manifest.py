@@ -6,6 +6,7 @@ byte is detected before a value is used. A shard exists if and only if the manif
 
 from __future__ import annotations
 
+import shlex
 import string
 import unicodedata
 from collections.abc import Sequence
@@ -158,7 +159,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise BankError(
             f"{folder} is not a bank: it has no {MANIFEST_NAME}; "
-            f"make one with: python -m ckd.bank build --out {folder}"
+            f"make one with: python -m ckd.bank build --out {shlex.quote(str(folder))}"
         ) from None
     except OSError as error:
         raise BankError(f"{path} cannot be read: {error.strerror}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -245,7 +246,7 @@ class Neighbours:
 
 
 def _command(folder: Path, *flags: str) -> str:
-    return " ".join([f"python -m ckd.bank neighbours {folder.parent}", *flags])
+    return " ".join([f"python -m ckd.bank neighbours {shlex.quote(str(folder.parent))}", *flags])
 
 
 def check_bank(folder: Path, manifest: Manifest, checksum: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -103,7 +104,7 @@ class NeighboursWriter:
             if not bool(tensor.isfinite().all()):
                 raise BankError(
                     f"{self.path.parent} has a row whose length is not finite; it is damaged: "
-                    f"see python -m ckd.bank verify {self.path.parent}"
+                    f"see python -m ckd.bank verify {shlex.quote(str(self.path.parent))}"
                 )
         data = safetensors.torch.save({n: t.cpu().contiguous() for n, t in tensors.items()})
         record = vars(record_of(index, place["first_row"], place["rows"], data)) | place

@@ -7,6 +7,7 @@ the parameters trained beside it (projection, logit scale). To add one, write a 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -155,7 +156,8 @@ def method_class(config: Config) -> type[Method]:
     if method.needs == "bank" and not config.bank:
         raise ConfigError(
             f"--method {config.method} needs --bank FOLDER; make one with: "
-            f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
+            "python -m ckd.bank build --teacher SPEC "
+            f"--data {shlex.quote(config.data)} --out FOLDER"
         )
     scale = (config.logit_scale, config.learn_logit_scale)
     if method.needs == "bank" and "contrastive" not in config.mix and scale != _SCALE:

@@ -7,6 +7,7 @@ To add one, write a class with `build` and `of`, and put it into TERMS, its name
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -262,7 +263,8 @@ class Logits(Term, LogitDistillationLoss):
             raise ConfigError(
                 f"--distill logits needs the teacher's class head, and the bank {bank.path} holds "
                 "none; make a bank of a teacher with a linear class head, without --normalize: "
-                f"python -m ckd.bank build --teacher SPEC --data {config.data} --out FOLDER"
+                "python -m ckd.bank build --teacher SPEC "
+                f"--data {shlex.quote(config.data)} --out FOLDER"
             )
         source = f"the class head of the bank {bank.path}"
         remedy = "leave logits out, or build a bank of a teacher fine-tuned on this data"
