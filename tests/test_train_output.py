@@ -105,7 +105,7 @@ def test_demo_json_holds_every_run(short_demo: None, capsys: Any) -> None:
 def test_the_next_steps_of_the_demo_can_be_pasted(short_demo: None, capsys: Any) -> None:
     assert ckd(["demo", "--out", "a b"]) == 0
     out = capsys.readouterr().out
-    assert "ckd.compare 'a b'/*-seed* --out 'a b'/compare.png" in out
+    assert "ckd compare 'a b' --html 'a b'/compare.html" in out
     assert "--eval 'a b'/embed-kd-seed0" in out
 
 
