@@ -121,7 +121,7 @@ def run_demo(place: Path) -> None:
     """Train teacher and students in a new folder `place`, and print one table."""
     found = measure(place)
     print(found.table())
-    say(_next_steps(found.folder, found.time_s))
+    say(_next_steps(found))
 
 
 def measure(place: Path) -> Outcome:
@@ -201,10 +201,13 @@ def _verdict(gains: Sequence[float]) -> str:
     )
 
 
-def _next_steps(folder: Path, seconds: float) -> str:
-    place = shlex.quote(str(folder))
+def _next_steps(found: Outcome) -> str:
+    place = shlex.quote(str(found.folder))
+    last = found.students["embed-kd"][-1]
+    device, threads = last["hardware"]["device"], last["hardware"]["threads"]
     return f"""
-Peak MiB is that of the whole process, PyTorch included. The demo took {seconds:.0f} s.
+Peak MiB is that of the whole process so far, PyTorch included. The demo took {found.time_s:.0f} s.
+It ran on {device}, CPU threads: {threads}, backend of the loss: {last["backend"]}.
 
   see one in a browser        {place}/embed-kd-seed0/report.html
   all of them side by side    ckd compare {place} --html {place}/compare.html
