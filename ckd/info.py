@@ -39,11 +39,9 @@ def native_module() -> str:
     """One line on `ckd._C`: how it was compiled, or why it is missing."""
     if importlib.util.find_spec("ckd._C") is None:
         return f"missing: {native.why_missing(Path(__file__).parent)}"
-    try:
-        from ckd import _C
-    except ImportError as error:
-        return f"present but cannot be loaded: {error}"
-    info = _C.build_info()
+    if native.missing is not None:  # it cannot be loaded, or is of another tree
+        return native.missing.removeprefix("ckd._C ").removeprefix("is ")
+    info = native._C.build_info()
     openmp = "OpenMP" if info["openmp"] else "no OpenMP: one thread"
     return f"{info['compiler']}, C++ {info['cxx_standard']}, {info['architecture']}, {openmp}"
 

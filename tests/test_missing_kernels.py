@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -47,6 +50,35 @@ def test_a_tree_that_hides_an_installed_one(
     assert f"in place of the installed one in {installed}" in text
     assert "run Python from another folder" in text
     assert f"pip install -e {tree}" in text
+
+
+def test_the_module_of_another_tree_is_not_used(tmp_path: Path) -> None:
+    """As the finder of an editable install gives it to a clone that was never built."""
+    kept = shutil.ignore_patterns("_C.*.so", "_build.json", "__pycache__")
+    shutil.copytree(native.PACKAGE, tmp_path / "tree" / "ckd", ignore=kept)
+    (tmp_path / "tree" / "setup.py").touch()
+    other = package(tmp_path / "other", tree=True, module=MODULE)
+    code = f"""
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "ckd._C":
+            return importlib.util.spec_from_file_location(name, {str(other / MODULE)!r})
+sys.meta_path.insert(0, Finder)
+sys.path[:0] = [{str(tmp_path / "tree")!r}]
+from ckd import info
+from ckd.backends import native
+assert native._C is None
+print(native.missing)
+print(info.native_module())
+"""
+    command = [sys.executable, "-c", code]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for line in text.splitlines():
+        assert f"missing: ckd was imported from {tmp_path / 'tree'}, where it was never" in line
+        assert f"in place of the installed one in {other}: run" in line
+        assert f"pip install -e {tmp_path / 'tree'}" in line
+    assert len(text.splitlines()) == 2
 
 
 def test_a_module_of_another_python(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import ckd
-from ckd.backends import cpu
+from ckd.backends import cpu, native
 from common.timing import seconds_of
 
 
@@ -100,12 +100,12 @@ def _limits_of_cpu(threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     found: dict[str, float] = {}
     if cpu.missing() is None:
-        from ckd import _C
-
         tier, half = next(iter(cpu.TIERS.items()))
         for name, wanted in (("gemm_float32", False), ("gemm_bfloat16", True)):
             if half or not wanted:
-                found[name] = max(_C.cpu_gemm_peak(tier, wanted, threads, 0.2) for _ in range(5))
+                found[name] = max(
+                    native._C.cpu_gemm_peak(tier, wanted, threads, 0.2) for _ in range(5)
+                )
     for name, dtype in (("matmul_float32", torch.float32), ("matmul_bfloat16", torch.bfloat16)):
         a, b = torch.randn(2, 1024, 1024).to(dtype)
         found[name] = 2 * 1024**3 / _best(partial(torch.mm, a, b)) / 1e9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import json
 import sys
 import warnings
@@ -15,8 +16,9 @@ __all__ = ["_C", "missing", "warn_of_reference", "why_missing"]
 PACKAGE = Path(__file__).parents[1]
 
 
-def why_missing(package: Path = PACKAGE) -> str:
-    """Why the folder of the package has no module that this Python loads, with the remedy."""
+def why_missing(package: Path = PACKAGE, other: Path | None = None) -> str:
+    """Why the folder of the package has no module that this Python loads, with the remedy. `other`
+    is the folder of the package whose module would be loaded instead."""
     tree = package.parent
     remedy = "pip install --force-reinstall ckd"
     if in_tree := (tree / "setup.py").is_file():
@@ -24,7 +26,8 @@ def why_missing(package: Path = PACKAGE) -> str:
     if others := sorted(package.glob("_C.*.so")):
         version = ".".join(map(str, sys.version_info[:2]))
         return f"{others[0].name} is not for this Python, {version}: {remedy} with this Python"
-    if in_tree and (other := installed_elsewhere(package)):
+    other = other or installed_elsewhere(package)
+    if in_tree and other:
         return (
             f"ckd was imported from {_shown(tree)}, where it was never built, in place of the "
             f"installed one in {_shown(other)}: run Python from another folder, or {remedy}"
@@ -51,6 +54,19 @@ def installed_elsewhere(package: Path) -> Path | None:
     return None
 
 
+def module_of_another(package: Path = PACKAGE) -> Path | None:
+    """The folder that `ckd._C` would be loaded from, if it is not the package's.
+
+    The finder of an editable install serves `ckd._C` for any package named ckd that lacks it, even
+    one of another tree and version.
+    """
+    spec = importlib.util.find_spec("ckd._C")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    return None if folder.resolve() == package.resolve() else folder
+
+
 def _shown(path: Path) -> str:
     """A path in a message, without control characters and quoted where it has spaces."""
     text = str(path.resolve())
@@ -61,15 +77,18 @@ missing: str | None = None
 if TYPE_CHECKING:
     from ckd import _C
 else:
-    try:
-        # `from ckd import _C` would name a circular import: ckd is being imported.
-        _C = importlib.import_module("ckd._C")
-    except ImportError as error:
-        _C = None
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "ckd._C"
-        missing = f"ckd._C is missing: {why_missing()}"
-        if not absent:
-            missing = f"ckd._C cannot be loaded: {error}"
+    _C = None
+    if other := module_of_another():
+        missing = f"ckd._C is missing: {why_missing(other=other)}"
+    else:
+        try:
+            # `from ckd import _C` would name a circular import: ckd is being imported.
+            _C = importlib.import_module("ckd._C")
+        except ImportError as error:
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "ckd._C"
+            missing = f"ckd._C is missing: {why_missing()}"
+            if not absent:
+                missing = f"ckd._C is present but cannot be loaded: {error}"
 
 _warned = False
 
