@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+import ckd
 from ckd.train import demo
 from tests import docs_sandbox
 from tests.docs_pages import (
@@ -51,10 +52,14 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
 )
 # Commands that are left out where a module is not installed.
 NEEDS = ((r"\.onnx\b", "onnxscript"),)
-# Blocks that a comment `<!-- test: needs MODULE -->` leaves out where MODULE is not installed, and
+# Blocks that a comment `<!-- test: needs NAME -->` leaves out without that module or program, and
 # `<!-- test: not run: REASON -->` everywhere: for what needs a GPU, the network or minutes. Keep
 # both few: a block that does not run is not known to work.
-MARKED = {"howto/teacher.md": ["needs timm"], "teachers.md": ["needs timm"]}
+MARKED = {
+    "export.md": ["needs g++"],
+    "howto/teacher.md": ["needs timm"],
+    "teachers.md": ["needs timm"],
+}
 # What a snippet's reader has already, by the snippet's first line.
 HAS = {
     "z = F.linear(bank.float(), weight, bias)  # [K, W]: the whole bank, projected": """
@@ -123,9 +128,10 @@ def test_blocks_run_in_order(
 
 
 def _lacks(mark: str) -> bool:
-    """Whether a block is not run: it says so, or a module that it needs is not installed."""
+    """Whether a block is not run: it says so, or a module or program that it needs is missing."""
     if mark.startswith("needs "):
-        return importlib.util.find_spec(mark.removeprefix("needs ")) is None
+        name = mark.removeprefix("needs ")
+        return importlib.util.find_spec(name) is None and shutil.which(name) is None
     return mark.startswith("not run: ")
 
 
@@ -141,7 +147,8 @@ def _run_line(line: str, where: str) -> None:
         status, output = docs_sandbox.run_command(argv)
     else:
         python = shlex.quote(sys.executable)
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        tested = str(Path(ckd.__file__).parents[1])  # for an unpacked sdist, the installed one
+        path = os.pathsep.join(filter(None, [tested, os.environ.get("PYTHONPATH")]))
         names = f'python() {{ {python} "$@"; }}; ckd() {{ python -m ckd "$@"; }}'
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", f"{names}; {line}"],
