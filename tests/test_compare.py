@@ -267,6 +267,18 @@ def test_folders_are_searched_for_runs(tmp_path: Path, capsys: pytest.CaptureFix
     assert captured.err == f"left out: {tmp_path / 'note.txt'} is no folder\n"
 
 
+def test_a_run_and_a_link_to_it_are_one_run(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    write_run(tmp_path / "runs" / "a", 0, 0.5)
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    found = find_runs([tmp_path / "runs", tmp_path / "link"])
+    assert list(found.results) == [tmp_path / "runs" / "a"]
+    write_run(tmp_path / "elsewhere", 0, 0.5)
+    (tmp_path / "runs" / "b").symlink_to(tmp_path / "elsewhere")
+    assert list(find_runs([tmp_path / "runs"]).results) == [tmp_path / "runs" / "a"]
+
+
 def test_a_bank_alone_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bank").mkdir()
     assert main([str(tmp_path / "bank")]) == 2
