@@ -256,6 +256,17 @@ def test_a_place_that_takes_no_file_is_refused_before_the_work(
     assert [*run.parent.iterdir()] == [run]
 
 
+def test_a_student_is_not_replaced_by_the_file_of_its_embedding(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "s.embedding.safetensors"
+    source.write_bytes((run / "student.safetensors").read_bytes())
+    argv = ["export", str(source), "--out", str(tmp_path / "s.safetensors")]
+    assert cli.main(argv) == 2
+    assert f"{source} is the student itself" in capsys.readouterr().err
+    assert source.read_bytes() == (run / "student.safetensors").read_bytes()
+
+
 def test_a_suffix_is_free_where_the_format_is_named(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.bin"
     argv = ["export", str(run), "--format", "torch-export", "--out", str(out), "--quiet"]

@@ -91,6 +91,10 @@ def test_the_config_of_another_program_is_not_replaced(tmp_path: Path) -> None:
         train(config, verbose=False)
     assert (config.folder / "config.json").read_text() == '{"model_type": "vit"}'
     assert (config.folder / "metrics.jsonl").read_text() == "mine"
+    (config.folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a metrics\.jsonl that ckd did not write"):
+        train(config, verbose=False)
+    assert (config.folder / "metrics.jsonl").read_text() == "mine"
 
 
 def test_folders_above_one_that_cannot_be_made_are_removed(tmp_path: Path) -> None:

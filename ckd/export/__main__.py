@@ -55,13 +55,17 @@ class Export(command.Output):
         print(exported.program, end="")
 
     def _spare_the_student(self) -> None:
-        """Raise ConfigError if `out` is the file that the student is read from."""
+        """Raise ConfigError if a file that is written is that from which the student is read."""
+        written = (self.out, self.out.with_name(f"{self.out.stem}.embedding.safetensors"))
         for source in (self.student, self.weights):
             if source is None:
                 continue
             for file in (user_path(source), user_path(source) / models.STUDENT_FILE):
-                if file.is_file() and self.out.exists() and file.samefile(self.out):
-                    raise ConfigError(f"--out {self.out} is the student itself; name another file")
+                for one in written:
+                    if file.is_file() and one.exists() and file.samefile(one):
+                        raise ConfigError(
+                            f"--out {self.out}: {one} is the student itself; name another file"
+                        )
 
 
 def _document(student: str, exported: Exported) -> dict[str, object]:

@@ -24,6 +24,7 @@ from ckd.train import checkpoint, report
 from ckd.train.config import Config
 from ckd.train.errors import CheckpointError, ConfigError, TrainError
 from ckd.train.methods import Method
+from ckd.train.metrics import METRICS
 from ckd.train.schedule import parameter_groups
 from ckd.train.stored import (
     CONFIG,
@@ -144,7 +145,7 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise ConfigError(f"--out {folder} is a file; name a folder") from error
         # A run without a checkpoint (it failed early, say) may be overwritten.
         if checkpoint.latest(folder) is None and not (folder / report.RESULT).exists():
-            _refuse_anothers_config(folder / CONFIG)
+            _refuse_anothers_files(folder)
             config.save(folder / CONFIG)
         elif resume:
             refuse_other_settings(folder, stored_config(folder), config)
@@ -168,16 +169,22 @@ def run_folder(config: Config, *, resume: bool) -> Iterator[Path]:
             raise
 
 
-def _refuse_anothers_config(path: Path) -> None:
-    """Raise ConfigError for a config.json of another program: a model's folder has one too."""
+def _refuse_anothers_files(folder: Path) -> None:
+    """Raise ConfigError for a config.json of another program, as a model's folder has one too, and
+    for a metrics.jsonl without a config.json, which each run writes first."""
+    name = METRICS
     try:
-        values, _ = read_object(path)
-    except (OSError, JsonError):  # missing, or damaged
-        return
-    if not {"method", "student", "data"} <= values.keys():
+        values, _ = read_object(folder / CONFIG)
+        name = CONFIG
+        own = {"method", "student", "data"} <= values.keys()
+    except FileNotFoundError:
+        own = not os.path.lexists(folder / METRICS)
+    except (OSError, JsonError):  # a damaged one
+        own = True
+    if not own:
         raise ConfigError(
-            f"--out {path.parent} holds a {path.name} that ckd did not write, and would replace; "
-            "name another folder"
+            f"--out {folder} holds a {name} that ckd did not write, and would replace; name "
+            "another folder"
         )
 
 
