@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,15 @@ class _Mode(NamedTuple):
 
 _mode: ContextVar[_Mode | None] = ContextVar("console", default=None)
 _stage: ContextVar[str] = ContextVar("stage", default="")
+
+
+class _Bar(tqdm):
+    """tqdm with a lock of its own process. tqdm's is a semaphore that forked processes share: one
+    that is killed while it holds the semaphore stops the bars, and the work, of all others."""
+
+
+_Bar.set_lock(threading.RLock())
+os.register_at_fork(after_in_child=lambda: _Bar.set_lock(threading.RLock()))
 
 
 @contextmanager
@@ -56,7 +66,7 @@ def bar(desc: str, *, total: int | None, unit: str, shown: bool = True, **option
     # None: shown on a terminal only.
     disable = None if shown and not mode.quiet else True
     defaults: dict[str, Any] = {"delay": DELAY_S, "leave": False, "disable": disable}
-    return tqdm(
+    return _Bar(
         desc=_stage.get() + desc, total=total, **(defaults | {"unit": f" {unit}"} | options)
     )
 

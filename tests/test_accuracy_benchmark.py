@@ -22,7 +22,7 @@ def test_trains_every_setting_once(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert accuracy.main(command) == 0
     table = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in table[2:]] == ["plain", "centroids"]
-    assert [row.split("|")[3].strip() for row in table[2:]] == ["2", "2"]
+    assert [row.split("|")[4].strip() for row in table[2:]] == ["2", "2"]
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("student.safetensors")}
     assert len(stamps) == 4

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 import time
 
@@ -45,3 +47,13 @@ def test_a_bar_is_shown_on_a_terminal_only_and_not_for_short_work(
                 progress.update()
         shown[terminal, quiet] = "work" in stream.getvalue()
     assert shown == {(True, False): delay == 0.0, (True, True): False, (False, False): False}
+
+
+def test_a_killed_process_does_not_stop_the_bars_of_another() -> None:
+    child = os.fork()
+    if child == 0:
+        with bar("work", total=1, unit="images") as progress:
+            progress.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert bar("work", total=1, unit="images").get_lock().acquire(timeout=10)

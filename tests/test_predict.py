@@ -20,9 +20,10 @@ from PIL import Image
 import ckd
 from ckd import cli, data, models
 from ckd._json import parse_object
-from ckd.bank import EmbeddingBank
+from ckd.bank import BankWriter, EmbeddingBank
 from ckd.eval import evaluate_student
 from ckd.predict import files
+from ckd.predict.classify import By, by_bank
 from ckd.train import Config, train
 from tests.train_runs import tiny_bank, tiny_config
 
@@ -141,8 +142,6 @@ def test_by_a_bank_the_first_class_is_that_of_evaluation(
 
 
 def test_shares_of_votes_are_those_of_the_definition(tmp_path: Path) -> None:
-    from ckd.predict.classify import by_bank
-
     config = trained(tmp_path)
     student, bank = ckd.load_student(config.folder), EmbeddingBank.open(tmp_path / "rows" / "bank")
     x = torch.randn(5, 3, 8, 8)
@@ -160,6 +159,23 @@ def test_shares_of_votes_are_those_of_the_definition(tmp_path: Path) -> None:
     cosines = torch.nn.functional.normalize(student.embedding(x).double(), dim=1) @ means.T
     given = by_bank(student, bank, "means", None).probabilities(x)
     torch.testing.assert_close(given, (cosines / 0.07).softmax(dim=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["knn", "means"])
+def test_rows_without_a_label_have_no_vote(by: By, tmp_path: Path) -> None:
+    config = trained(tmp_path)
+    student, bank = ckd.load_student(config.folder), EmbeddingBank.open(tmp_path / "rows" / "bank")
+    labels = torch.where(torch.arange(len(bank)) % 3 == 0, -1, bank.labels)
+    known = labels >= 0
+    for name, rows in (("some", slice(None)), ("labelled", known)):
+        with BankWriter(tmp_path / name, bank.dim, class_names=bank.class_names) as writer:
+            writer.write(bank.sample_ids[rows], bank.embeddings()[rows], labels[rows])
+    x = torch.randn(5, 3, 8, 8)
+    given, expected = (
+        by_bank(student, EmbeddingBank.open(tmp_path / name), by, 0).probabilities(x)
+        for name in ("some", "labelled")
+    )
+    torch.testing.assert_close(given, expected)
 
 
 @pytest.fixture
