@@ -24,9 +24,9 @@ def repair() -> None:
         if precision == INPUT_PRECISION.TF32:
             a, b = _cut_off_to_tf32(a), _cut_off_to_tf32(b)
         # By torch: OpenBLAS's kernels for Haswell give NaN where finite operands are large.
-        product = torch.from_numpy(np.ascontiguousarray(a.data, d.data.dtype)) @ torch.from_numpy(
-            np.ascontiguousarray(b.data, d.data.dtype)
-        )
+        left, right = (torch.from_numpy(np.ascontiguousarray(x.data, d.data.dtype)) for x in (a, b))
+        with torch.autocast("cpu", enabled=False):
+            product = left @ right
         return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
 
     builder.create_dot = create_dot
