@@ -56,4 +56,6 @@ def test_a_killed_process_does_not_stop_the_bars_of_another() -> None:
             progress.get_lock().acquire()
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert bar("work", total=1, unit="images").get_lock().acquire(timeout=10)
+    lock = bar("work", total=1, unit="images").get_lock()
+    assert lock.acquire(timeout=10)
+    lock.release()

@@ -23,7 +23,7 @@ from ckd.bank.neighbours import Neighbours as StoredNeighbours
 from ckd.bank.neighbours import exist
 from ckd.bank.npy import import_npy
 from ckd.bank.picture import Projection, draw_bank
-from ckd.bank.summary import describe, human_bytes, summarize
+from ckd.bank.summary import describe, human_bytes, neighbour_facts, summarize
 from ckd.cli.command import Output, parse, run
 from ckd.data import MAX_PIXELS
 from ckd.neighbours import build_neighbours
@@ -246,20 +246,8 @@ class Neighbours(Output):
             replace=self.replace,
         )
         if self.json:
-            print(
-                document(
-                    {
-                        "path": str(found.path),
-                        "rows": len(found),
-                        "k": found.k,
-                        "temperature": found.temperature,
-                        "exact": found.exact,
-                        "bytes": found.nbytes,
-                        "left_out_mean": found.left_out_mean,
-                        "left_out_max": found.left_out_max,
-                    }
-                )
-            )
+            facts = {"path": str(found.path), "rows": len(found), **neighbour_facts(found)}
+            print(document(facts))
 
 
 COMMAND = Build | Info | Verify | Neighbours

@@ -177,9 +177,13 @@ def _neighbours(bank: EmbeddingBank) -> dict[str, Any] | None:
     if not neighbours.exist(bank.path):
         return None
     try:
-        found = bank.neighbours()
+        return neighbour_facts(bank.neighbours())
     except BankError as error:
         return {"error": str(error)}
+
+
+def neighbour_facts(found: neighbours.Neighbours) -> dict[str, Any]:
+    """Settings of stored neighbours, their size, and the mass of the softmax they leave out."""
     return {
         "k": found.k,
         "temperature": found.temperature,
