@@ -368,13 +368,13 @@ def test_a_page_that_cannot_be_written_loses_no_run(tmp_path: Path, monkeypatch:
 
 
 def test_the_pass_for_the_page_shows_one_bar(tmp_path: Path, monkeypatch: Any) -> None:
-    shown, real = [], _console.tqdm
+    shown, real = [], _console._Bar
 
     def bar(**options: Any) -> Any:
         shown.append(options["desc"])
         return real(**options)
 
-    monkeypatch.setattr(_console, "tqdm", bar)
+    monkeypatch.setattr(_console, "_Bar", bar)
     train(tiny_config(tmp_path, method="plain", epochs=1), verbose=False)
     found = [name for name in shown if "test images" in name]
     assert found == ["scoring test images"] * 2  # of the epoch, and of the page
